@@ -1,0 +1,518 @@
+"""The talking-head generator: autoencoder, condition encoders, spatio-temporal UNet, diffusion and samplers.
+
+Axes: b clips, f frames, n images or tokens, c channels, h w pixels or latent grid, d features. Pixels are in [-1, 1].
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+
+# ---------------------------------------------------------------------------------------------- autoencoder
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice with a shortcut; `temb` [n, temb_channels] scales and shifts the second norm."""
+
+    def __init__(self, in_channels, out_channels, groups, temb_channels=0):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.time_emb_proj = nn.Linear(temb_channels, 2 * out_channels) if temb_channels else None
+
+    def forward(self, x, temb=None):
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if temb is not None:
+            scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        h = self.conv2(F.silu(h))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over the pixels of a feature map (the SD autoencoder's middle)."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        tokens = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")
+        h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + rearrange(self.to_out[0](h), "n 1 (h w) c -> n c h w", h=x.shape[2])
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels, groups, attention):
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(channels, groups)] if attention else [])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2 if attention else 1))
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        for attention, resnet in zip(self.attentions, self.resnets[1:]):
+            x = resnet(attention(x))
+        return x
+
+
+class Resample(nn.Module):
+    """Halve a feature map (strided conv, padded right and below only, as in SD) or double it (nearest, then conv)."""
+
+    def __init__(self, channels, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class Stage(nn.Module):
+    """One resolution of the encoder or decoder: resnets, then a resampler named `resampler` unless it is None."""
+
+    def __init__(self, in_channels, out_channels, layers, groups, resampler):
+        super().__init__()
+        channels = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList(ResnetBlock(i, o, groups) for i, o in zip(channels, channels[1:]))
+        self.resampler = resampler
+        if resampler:
+            self.add_module(resampler, nn.ModuleList([Resample(out_channels, up=resampler == "upsamplers")]))
+
+    def forward(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        return getattr(self, self.resampler)[0](x) if self.resampler else x
+
+
+class Encoder(nn.Module):
+    def __init__(self, in_channels, out_channels, widths, layers, groups, attention):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        last = len(widths) - 1
+        self.down_blocks = nn.ModuleList(
+            Stage(widths[max(i - 1, 0)], w, layers, groups, "downsamplers" if i < last else None)
+            for i, w in enumerate(widths)
+        )
+        self.mid_block = MidBlock(widths[-1], groups, attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, in_channels, out_channels, widths, layers, groups, attention):
+        super().__init__()
+        widths = list(reversed(widths))
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, attention)
+        last = len(widths) - 1
+        self.up_blocks = nn.ModuleList(
+            Stage(widths[max(i - 1, 0)], w, layers + 1, groups, "upsamplers" if i < last else None)
+            for i, w in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """KL-regularised autoencoder (Rombach et al. 2022); diffusers' state-dict names.
+
+    With patch=1, linear_path=False and SD's widths this is the Stable Diffusion autoencoder. The small one works on
+    `patch` x `patch` pixel blocks and adds a linear path that starts at the principal components of the data.
+    """
+
+    def __init__(self, latent_channels, block_out_channels, layers_per_block, norm_num_groups, scaling_factor,
+                 patch, mid_attention, linear_path):
+        super().__init__()
+        self.patch, self.scaling_factor = patch, scaling_factor
+        self.factor = patch * 2 ** (len(block_out_channels) - 1)
+        shape = (block_out_channels, layers_per_block, norm_num_groups, mid_attention)
+        pixels = 3 * patch**2
+        self.encoder = Encoder(pixels, 2 * latent_channels, *shape)
+        self.decoder = Decoder(latent_channels, pixels, *shape)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.linear_in = self.linear_out = None
+        if linear_path:
+            self.linear_in = nn.Conv2d(3, latent_channels, self.factor, stride=self.factor)
+            self.linear_out = nn.ConvTranspose2d(latent_channels, 3, self.factor, stride=self.factor)
+            for conv in (self.quant_conv, self.decoder.conv_out):  # the convolutions start as a zero residual
+                nn.init.zeros_(conv.weight)
+                nn.init.zeros_(conv.bias)
+            self.quant_conv.bias.data[latent_channels:] = -6.0  # log variance of nearly exact latents
+
+    @torch.no_grad()
+    def init_linear_path(self, frames):
+        """Start the linear path at the principal components of the `factor` x `factor` blocks of frames [n 3 H W]."""
+        p, c = self.factor, self.linear_in.out_channels
+        blocks = rearrange(frames, "n c (h p) (w q) -> (n h w) (c p q)", p=p, q=p).double()
+        mean = blocks.mean(0)
+        variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
+        basis = axes.flip(1)[:, :c].T  # [c, 3 p p], largest variance first
+        scale = variance.flip(0)[:c].mean().sqrt()  # one scale for all: the spectrum keeps its decay
+        self.linear_in.weight.copy_((basis / scale).view(c, 3, p, p))
+        self.linear_in.bias.copy_(-(basis @ mean) / scale)
+        self.linear_out.weight.copy_((basis * scale).view(c, 3, p, p))
+        self.linear_out.bias.copy_(mean.view(3, -1).mean(1))
+
+    def moments(self, frames):
+        """Mean and log variance [n c h w] of q(z | frames), before the scaling factor."""
+        blocks = F.pixel_unshuffle(frames, self.patch) if self.patch > 1 else frames
+        mean, log_variance = self.quant_conv(self.encoder(blocks)).chunk(2, dim=1)
+        if self.linear_in is not None:
+            mean = mean + self.linear_in(frames)
+        return mean, log_variance.clamp(-30, 20)
+
+    def encode(self, frames):
+        """Frames [n 3 H W] in [-1, 1] -> mean latents [n c h w], scaled."""
+        return self.moments(frames)[0] * self.scaling_factor
+
+    def decode(self, latents):
+        """Latents [n c h w] -> frames [n 3 H W] in about [-1, 1]."""
+        z = latents / self.scaling_factor
+        h = self.decoder(self.post_quant_conv(z))
+        frames = F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+        return frames if self.linear_out is None else frames + self.linear_out(z)
+
+
+# ---------------------------------------------------------------------------------------------- conditions
+
+
+class SpeechEncoder(nn.Module):
+    """Log-mel windows around each frame -> one token for every frame's worth of sound in the window."""
+
+    def __init__(self, num_mels, window, dim, mels_per_frame=4):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv1d(num_mels, dim, 3, padding=1), nn.SiLU(),
+            nn.Conv1d(dim, dim, mels_per_frame, stride=mels_per_frame), nn.SiLU(),
+        )
+        self.position = nn.Parameter(torch.randn(window, dim) * 0.02)
+        self.norm = nn.LayerNorm(dim)
+        self.proj = nn.Linear(window * dim, dim)
+        self.null = nn.Parameter(torch.zeros(window + 1, dim))  # "no speech", for guidance
+
+    def forward(self, mel, keep=None):
+        """mel [b f n m] -> tokens [b f window+1 d]; where keep [b] is False the speech is withheld."""
+        h = self.conv(rearrange(mel, "b f n m -> (b f) m n"))  # (b f) d window
+        tokens = rearrange(h, "n d w -> n w d") + self.position
+        summary = self.proj(rearrange(tokens, "n w d -> n 1 (w d)"))  # a token that sees the whole window
+        tokens = rearrange(self.norm(torch.cat([tokens, summary], dim=1)), "(b f) w d -> b f w d", b=len(mel))
+        return tokens if keep is None else torch.where(keep[:, None, None, None], tokens, self.null)
+
+
+class IdentityEncoder(nn.Module):
+    """Reference picture -> identity tokens, a 4 x 4 grid of them at any picture size."""
+
+    def __init__(self, dim, widths=(24, 48, 96)):
+        super().__init__()
+        layers, channels = [], 3
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            channels = width
+        self.conv = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Conv2d(channels, dim, 1))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, reference):
+        """reference [b 3 H W] -> tokens [b 16 d]."""
+        return self.norm(rearrange(self.conv(reference), "b d h w -> b (h w) d"))
+
+
+# ---------------------------------------------------------------------------------------------- UNet
+
+
+class Attention(nn.Module):
+    """Pre-norm multi-head attention with a residual; zero at the start. `b n d`, context `b m e`."""
+
+    def __init__(self, dim, heads, context_dim=None):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x, context=None, bias=None):
+        h = self.norm(x)
+        context = h if context is None else context
+        q, k, v = self.to_q(h), self.to_k(context), self.to_v(context)
+        q, k, v = (rearrange(y, "b n (k d) -> b k n d", k=self.heads) for y in (q, k, v))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return x + self.to_out(rearrange(h, "b k n d -> b n (k d)"))
+
+
+class TemporalAttention(nn.Module):
+    """Attention along time at every position, with a learned bias by distance and a reach of `reach` frames.
+
+    Only distances matter, so a clip longer than those of training is no different to any of its frames.
+    """
+
+    def __init__(self, dim, heads, reach):
+        super().__init__()
+        self.reach = reach
+        self.attention = Attention(dim, heads)
+        self.bias = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
+
+    def forward(self, x, num_frames):
+        """x [(b f) n d] -> the same shape."""
+        frame = torch.arange(num_frames, device=x.device)
+        distance = frame[None] - frame[:, None]
+        bias = self.bias[:, distance.clamp(-self.reach, self.reach) + self.reach]
+        bias = bias.masked_fill(distance.abs() > self.reach, -math.inf)
+        h = rearrange(x, "(b f) n d -> (b n) f d", f=num_frames)
+        return rearrange(self.attention(h, bias=bias), "(b n) f d -> (b f) n d", n=x.shape[1])
+
+
+class TalkingBlock(nn.Module):
+    """Convolve, then attend to space, speech, identity and time."""
+
+    def __init__(self, in_channels, channels, temb_channels, speech_dim, identity_dim, heads, reach, spatial):
+        super().__init__()
+        self.resnet = ResnetBlock(in_channels, channels, 8, temb_channels)
+        self.space = Attention(channels, heads) if spatial else None
+        self.speech = Attention(channels, heads, speech_dim)
+        self.identity = Attention(channels, heads, identity_dim)
+        self.time = TemporalAttention(channels, heads, reach)
+
+    def forward(self, x, temb, speech, identity, num_frames):
+        x = self.resnet(x, temb)  # (b f) c h w
+        height = x.shape[2]
+        x = rearrange(x, "n c h w -> n (h w) c")
+        if self.space is not None:
+            x = self.space(x)
+        x = self.speech(x, speech)
+        x = rearrange(x, "(b f) n c -> b (f n) c", f=num_frames)
+        x = self.identity(x, identity)
+        x = rearrange(x, "b (f n) c -> (b f) n c", f=num_frames)
+        x = self.time(x, num_frames)
+        return rearrange(x, "n (h w) c -> n c h w", h=height)
+
+
+class TalkingUNet(nn.Module):
+    """Denoise latent clips given speech tokens, identity tokens and the reference latent."""
+
+    def __init__(self, latent_channels, channels, speech_dim, identity_dim, heads, reach):
+        super().__init__()
+        temb = 4 * channels[0]
+        self.frequencies = channels[0]
+        self.time_mlp = nn.Sequential(nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb), nn.SiLU())
+        self.conv_in = nn.Conv2d(2 * latent_channels, channels[0], 3, padding=1)
+
+        def block(i, o, level):
+            return TalkingBlock(i, o, temb, speech_dim, identity_dim, heads, reach, spatial=level > 0)
+
+        self.down = nn.ModuleList(block(channels[max(i - 1, 0)], c, i) for i, c in enumerate(channels))
+        self.shrink = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in channels[:-1])
+        self.middle = block(channels[-1], channels[-1], len(channels))
+        self.up = nn.ModuleList(block(channels[i + 1] + c, c, i) for i, c in reversed(list(enumerate(channels[:-1]))))
+        self.norm_out = nn.GroupNorm(8, channels[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, xt, t, speech, identity, reference_latents):
+        """xt [b f c h w], t [b] in [0, 1], speech [b f n d], identity [b n d], reference [b c h w] -> [b f c h w]."""
+        num_frames = xt.shape[1]
+        temb = repeat(self.time_mlp(sinusoid(1000 * t, self.frequencies)), "b d -> (b f) d", f=num_frames)
+        speech = rearrange(speech, "b f n d -> (b f) n d")
+        reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
+        x = self.conv_in(rearrange(torch.cat([xt, reference], dim=2), "b f c h w -> (b f) c h w"))
+        skips = []
+        for block, shrink in zip(self.down, self.shrink):
+            skips.append(block(x, temb, speech, identity, num_frames))
+            x = shrink(skips[-1])
+        x = self.middle(self.down[-1](x, temb, speech, identity, num_frames), temb, speech, identity, num_frames)
+        for block in self.up:
+            x = torch.cat([F.interpolate(x, scale_factor=2.0), skips.pop()], dim=1)
+            x = block(x, temb, speech, identity, num_frames)
+        return rearrange(self.conv_out(F.silu(self.norm_out(x))), "(b f) c h w -> b f c h w", f=num_frames)
+
+
+def sinusoid(t, dim):
+    """Sinusoidal embedding [b, dim] of t [b] (Vaswani et al. 2017)."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------- diffusion
+
+
+class Diffusion:
+    """The forward process q (Eq. 2-4), the two parametrisations of its inverse, and two samplers."""
+
+    def __init__(self, num_steps, schedule, prediction, zero_terminal_snr):
+        if prediction == "eps" and zero_terminal_snr:
+            raise ValueError("diffusion.prediction: eps says nothing about x0 at zero SNR; use v, or zero_terminal_snr: false")
+        self.num_steps, self.prediction = num_steps, prediction
+        self.alpha_bar = noise_schedule(num_steps, schedule, zero_terminal_snr).float()
+
+    def coefficients(self, t, like):
+        """sqrt(alpha_bar), sqrt(1 - alpha_bar) at integer t [b], shaped to multiply `like` [b ...]."""
+        alpha_bar = self.alpha_bar.to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def add_noise(self, x0, t, eps):
+        """q(x_t | x_0): sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (Eq. 4)."""
+        signal, noise = self.coefficients(t, x0)
+        return signal * x0 + noise * eps
+
+    def target(self, x0, t, eps):
+        """What the network is to say: eps (Eq. 5), x0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
+        signal, noise = self.coefficients(t, x0)
+        return {"eps": eps, "x0": x0}.get(self.prediction, signal * eps - noise * x0)
+
+    def split(self, output, xt, t):
+        """Network output -> (x0, eps), the same statement in the two other coordinates."""
+        signal, noise = self.coefficients(t, xt)
+        if self.prediction == "eps":
+            return (xt - noise * output) / signal, output
+        if self.prediction == "x0":
+            return output, (xt - signal * output) / noise
+        return signal * xt - noise * output, noise * xt + signal * output
+
+    def loss(self, output, target, t):
+        """Squared error [b] of b ... ; for x0 times 1 / (1 - alpha_bar), as if v had been said, but at most 25."""
+        error = (output - target).square().flatten(1).mean(1)
+        return error / (1 - self.alpha_bar.to(error.device)[t]).clamp(min=0.04) if self.prediction == "x0" else error
+
+    def timesteps(self, num_steps):
+        """Trailing timesteps T-1 ... (Lin et al. 2024, Tab. 2): sampling starts at the noisiest step of training."""
+        return torch.linspace(self.num_steps, 0, num_steps + 1)[:-1].round().long() - 1
+
+    def sample(self, network, noise, num_steps, solver="dpm"):
+        """Solve the probability-flow ODE from `noise` [b ...]; `network(xt, t)` returns its output for t [b].
+
+        solver "ddim" (Song et al. 2021, eta = 0) or "dpm" (DPM-Solver++(2M), Lu et al. 2022, Algorithm 2).
+        """
+        xt, previous_x0, previous_h = noise, None, None
+        times = self.timesteps(num_steps)
+        alpha_bar = torch.cat([self.alpha_bar[times], torch.ones(1)]).double()
+        log_snr = (alpha_bar.log() - (1 - alpha_bar).log()) / 2  # lambda = log(signal / noise); -inf ... +inf
+        for i, step in enumerate(times):
+            t = torch.full((len(xt),), int(step), device=xt.device)
+            x0, _ = self.split(network(xt, t), xt, t)
+            h = log_snr[i + 1] - log_snr[i]
+            guess = x0
+            if solver == "dpm" and i > 0 and i + 1 < len(times):  # first and last step are of first order
+                guess = x0 + (x0 - previous_x0) * float(h / previous_h / 2)
+            signal, ratio = alpha_bar[i + 1].sqrt(), ((1 - alpha_bar[i + 1]) / (1 - alpha_bar[i])).sqrt()
+            xt = float(ratio) * xt + float(signal * -torch.expm1(-h)) * guess
+            previous_x0, previous_h = x0, h
+        return xt
+
+
+def noise_schedule(num_steps, schedule, zero_terminal_snr):
+    """alpha_bar [T] in float64: `linear` betas (Ho et al. 2020) or `cosine` (Nichol & Dhariwal 2021)."""
+    if schedule == "linear":
+        betas = torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64) * (1000 / num_steps)
+        alpha_bar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+    else:
+        root = torch.cos((torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2)
+        alpha_bar = torch.cumprod((root[1:] / root[:-1]).square().clamp(min=1e-3), dim=0)  # betas of at most 0.999
+    if zero_terminal_snr:  # Lin et al. 2024, Algorithm 1: shift the last root to 0, keep the first
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alpha_bar
+
+
+# ---------------------------------------------------------------------------------------------- the whole
+
+
+class TalkingHead(nn.Module):
+    """Autoencoder, condition encoders, UNet and diffusion in one: what is pretrained, adapted and sampled.
+
+    The diffused variable is x0 = (latent(frame) - latent(reference)) / spread: what moves, at about unit variance.
+    """
+
+    def __init__(self, autoencoder, unet, speech, diffusion):
+        super().__init__()
+        self.autoencoder = AutoencoderKL(**autoencoder)
+        self.speech_encoder = SpeechEncoder(**speech)
+        self.identity_encoder = IdentityEncoder(speech["dim"])
+        self.unet = TalkingUNet(autoencoder["latent_channels"], **unet, speech_dim=speech["dim"], identity_dim=speech["dim"])
+        self.diffusion = Diffusion(**diffusion)
+        self.register_buffer("spread", torch.ones(autoencoder["latent_channels"], 1, 1))
+        self.register_buffer("reference_spread", torch.ones(autoencoder["latent_channels"], 1, 1))
+
+    def motion_latents(self, latents, reference_latents):
+        """latents [b f c h w], reference [b c h w] -> x0 [b f c h w]."""
+        return (latents - reference_latents[:, None]) / self.spread
+
+    def decode(self, x0, reference_latents):
+        """x0 [b f c h w], reference latents [b c h w] -> frames [b f 3 H W] in about [-1, 1]."""
+        latents = x0 * self.spread + reference_latents[:, None]
+        frames = self.autoencoder.decode(rearrange(latents, "b f c h w -> (b f) c h w"))
+        return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))
+
+    def conditions(self, mel, reference, keep_speech=None):
+        """Speech tokens and identity tokens of mel [b f n m] and reference [b 3 H W]."""
+        return self.speech_encoder(mel, keep_speech), self.identity_encoder(reference)
+
+    def forward(self, xt, t, speech, identity, reference_latents):
+        """Network output for integer t [b]; see `TalkingUNet` for the shapes."""
+        time = (t.float() + 1) / self.diffusion.num_steps
+        return self.unet(xt, time, speech, identity, reference_latents / self.reference_spread)
+
+    @torch.inference_mode()
+    def generate(self, reference, mel, noise, num_steps, guidance=1.0, solver="dpm"):
+        """Frames [b f 3 H W] in [-1, 1] of `reference` [b 3 H W] speaking `mel` [b f n m], from noise [b f c h w].
+
+        guidance > 1 exaggerates the effect of speech (Ho & Salimans 2022) at twice the cost.
+        """
+        reference_latents = self.autoencoder.encode(reference)
+        speech, identity = self.conditions(mel, reference)
+        silent = self.speech_encoder.null.expand_as(speech)
+
+        def network(xt, t):
+            if guidance == 1.0:
+                return self(xt, t, speech, identity, reference_latents)
+            both = (torch.cat([a, b]) for a, b in
+                    ((xt, xt), (t, t), (speech, silent), (identity, identity), (reference_latents, reference_latents)))
+            with_speech, without = self(*both).chunk(2)
+            return torch.lerp(without, with_speech, guidance)
+
+        x0 = self.diffusion.sample(network, noise, num_steps, solver)
+        return self.decode(x0, reference_latents).clamp(-1, 1)
+
+    def latent_shape(self, num_clips, num_frames, size):
+        """Shape [b f c h w] of the noise for `generate` at a picture size of `size` pixels."""
+        side = size // self.autoencoder.factor
+        return num_clips, num_frames, self.spread.shape[0], side, side
+
+
+class EMA:
+    """Exponential moving average of a module's parameters, with the warm-up (1 + step) / (10 + step)."""
+
+    def __init__(self, module, decay):
+        self.module, self.decay, self.step = copy.deepcopy(module).requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, module):
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        for average, current in zip(self.module.parameters(), module.parameters()):
+            average.lerp_(current, 1 - decay)

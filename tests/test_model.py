@@ -1,0 +1,263 @@
+"""The generator against closed forms, oracles and independent formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as talking
+
+SMALL_AE = dict(latent_channels=4, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4,
+                scaling_factor=1.0, patch=4, mid_attention=False, linear_path=True)
+SD_AE = dict(latent_channels=4, block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32,
+             scaling_factor=0.18215, patch=1, mid_attention=True, linear_path=False)
+
+
+def small_model(prediction="v"):
+    torch.manual_seed(0)
+    model = talking.TalkingHead(SMALL_AE, dict(channels=[16, 32], heads=2, reach=3), dict(num_mels=40, window=5, dim=16),
+                                dict(num_steps=100, schedule="cosine", prediction=prediction,
+                                     zero_terminal_snr=prediction != "eps"))
+    for parameter in model.parameters():  # wake up the layers that start at zero
+        torch.nn.init.normal_(parameter, std=0.1) if not parameter.any() else None
+    return model.eval()
+
+
+def diffusion(prediction="v", zero=True, schedule="cosine"):
+    return talking.Diffusion(1000, schedule, prediction, zero)
+
+
+# ------------------------------------------------------------------------------------------------ diffusion
+
+
+def test_forward_process_has_the_moments_of_eq_4():
+    d, generator = diffusion(), torch.Generator().manual_seed(0)
+    x0 = torch.full((200_000, 1), 0.7)
+    for step in (0, 300, 700, 999):
+        t = torch.full((len(x0),), step)
+        xt = d.add_noise(x0, t, torch.randn(x0.shape, generator=generator))
+        alpha_bar = float(d.alpha_bar[step])
+        assert abs(float(xt.mean()) - math.sqrt(alpha_bar) * 0.7) < 0.01
+        assert abs(float(xt.var()) - (1 - alpha_bar)) < 0.01
+
+
+def test_schedules_are_the_published_ones():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    assert np.allclose(talking.noise_schedule(1000, "linear", False), np.cumprod(1 - betas), atol=1e-12)
+    zero = talking.noise_schedule(1000, "linear", True)
+    assert float(zero[-1]) == 0.0 and abs(float(zero[0]) - (1 - 1e-4)) < 1e-12
+    assert (np.diff(zero.numpy()) < 0).all()
+    with pytest.raises(ValueError, match="zero SNR"):
+        diffusion("eps", True)
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps", "x0"])
+def test_split_inverts_target(prediction):
+    d = diffusion(prediction, prediction != "eps")
+    x0, eps, t = torch.randn(4, 3, 2), torch.randn(4, 3, 2), torch.tensor([0, 200, 600, 900])
+    x0_hat, eps_hat = d.split(d.target(x0, t, eps), d.add_noise(x0, t, eps), t)
+    assert torch.allclose(x0_hat, x0, atol=1e-4) and torch.allclose(eps_hat, eps, atol=1e-4)
+
+
+def oracle(d, denoise):
+    """A network that states E[x0 | xt] = denoise(xt, signal, noise) in the parametrisation of `d`."""
+
+    def network(xt, t):
+        signal, noise = d.coefficients(t, xt)
+        x0 = denoise(xt, signal, noise)
+        eps = (xt - signal * x0) / noise
+        return d.target(x0, t, eps)
+
+    return network
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps", "x0"])
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+@pytest.mark.parametrize("num_steps", [1, 2, 8, 50])
+def test_samplers_recover_x0_from_an_oracle(prediction, solver, num_steps):
+    d, x0 = diffusion(prediction, prediction != "eps"), torch.randn(2, 5, 3)
+    out = d.sample(oracle(d, lambda xt, a, s: x0.expand_as(xt)), torch.randn(2, 5, 3), num_steps, solver)
+    assert torch.allclose(out, x0, atol=1e-6 / float(d.alpha_bar[-1].sqrt()) + 1e-4 if prediction == "eps" else 1e-4)
+
+
+def test_samplers_reach_a_known_gaussian_and_dpm_is_of_higher_order():
+    d, mean, std = diffusion(), 1.5, 0.6
+    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
+    # x0 ~ N(mean, std^2): E[x0 | xt] is linear, and the ODE carries N(0, 1) to it by the affine map noise -> mean + std noise.
+    network = oracle(d, lambda xt, a, s: (mean * s**2 + a * std**2 * xt) / (a**2 * std**2 + s**2))
+    exact = mean + std * noise
+    error = {(solver, n): float((d.sample(network, noise, n, solver) - exact).abs().mean())
+             for solver in ("ddim", "dpm") for n in (10, 40)}
+    assert error["dpm", 40] < error["ddim", 40] / 2 and error["dpm", 10] < error["ddim", 10]
+    assert error["dpm", 40] < 0.02
+
+
+def test_sampling_starts_at_the_noisiest_step():
+    d = diffusion()
+    assert d.timesteps(4).tolist() == [999, 749, 499, 249]
+
+
+# ------------------------------------------------------------------------------------------------ autoencoder
+
+
+def conv_by_hand(x, weight, bias, pad):
+    patches = F.unfold(F.pad(x, (pad,) * 4), weight.shape[-1])
+    return (weight.flatten(1) @ patches).view(len(x), -1, *x.shape[2:]) + bias[:, None, None]
+
+
+def norm_by_hand(x, groups, weight, bias):
+    g = x.reshape(len(x), groups, -1)
+    g = (g - g.mean(-1, keepdim=True)) / (g.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    return g.view_as(x) * weight[:, None, None] + bias[:, None, None]
+
+
+def test_resnet_block_is_its_formula():
+    torch.manual_seed(0)
+    block, x = talking.ResnetBlock(32, 64, 32), torch.randn(2, 32, 6, 6)
+    for norm in (block.norm1, block.norm2):
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    h = norm_by_hand(x, 32, block.norm1.weight, block.norm1.bias)
+    h = conv_by_hand(h * torch.sigmoid(h), block.conv1.weight, block.conv1.bias, 1)
+    h = norm_by_hand(h, 32, block.norm2.weight, block.norm2.bias)
+    h = conv_by_hand(h * torch.sigmoid(h), block.conv2.weight, block.conv2.bias, 1)
+    expected = h + conv_by_hand(x, block.conv_shortcut.weight, block.conv_shortcut.bias, 0)
+    assert torch.allclose(block(x), expected, atol=1e-4)
+
+
+def test_stable_diffusion_architecture_by_config():
+    with torch.device("meta"):
+        sd = talking.AutoencoderKL(**SD_AE)
+    assert sum(p.numel() for p in sd.parameters()) == 83_653_863  # the published autoencoder's
+    names = set(sd.state_dict())
+    assert {"encoder.down_blocks.0.resnets.1.conv2.weight", "encoder.down_blocks.2.downsamplers.0.conv.bias",
+            "encoder.down_blocks.1.resnets.0.conv_shortcut.weight", "encoder.mid_block.attentions.0.to_out.0.weight",
+            "encoder.mid_block.attentions.0.group_norm.weight", "encoder.conv_norm_out.weight", "quant_conv.weight",
+            "post_quant_conv.bias", "decoder.up_blocks.0.upsamplers.0.conv.weight", "decoder.mid_block.resnets.1.norm1.bias",
+            "decoder.up_blocks.3.resnets.2.conv1.weight", "decoder.conv_out.weight"} <= names
+    assert len(names) == 248 and sd.factor == 8
+    assert all(m.eps == 1e-6 and m.num_groups == 32 for m in sd.modules() if isinstance(m, torch.nn.GroupNorm))
+
+
+def test_downsampling_pads_right_and_below_only():
+    down, x = talking.Resample(1, up=False), torch.zeros(1, 1, 4, 4)
+    torch.nn.init.ones_(down.conv.weight), torch.nn.init.zeros_(down.conv.bias)
+    x[0, 0, 0, 0] = 1
+    assert down(x)[0, 0].tolist() == [[1, 0], [0, 0]]
+
+
+def test_linear_path_starts_at_the_principal_components():
+    torch.manual_seed(0)
+    frames = F.interpolate(torch.randn(64, 3, 4, 4), size=32, mode="bicubic").clamp(-1, 1)
+    ae = talking.AutoencoderKL(**SMALL_AE)
+    ae.init_linear_path(frames)
+    blocks = frames.view(64, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192).double().numpy()
+    centred = blocks - blocks.mean(0)
+    energy = np.linalg.svd(centred, compute_uv=False) ** 2
+    squared_error = float((ae.linear_out(ae.linear_in(frames)) - frames).double().square().sum())
+    residual = energy[4:].sum() + 16 * 64 * ((blocks.mean(0) - blocks.mean(0).reshape(3, 64).mean(1).repeat(64)) ** 2).sum()
+    assert squared_error == pytest.approx(residual, rel=1e-3)  # Eckart-Young, but for a mean that is flat in a block
+
+
+def test_latents_are_scaled_by_the_factor():
+    torch.manual_seed(0)
+    ae = talking.AutoencoderKL(**SMALL_AE | {"linear_path": False, "scaling_factor": 0.18215}).eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(ae.encode(x), ae.moments(x)[0] * 0.18215)
+    assert torch.allclose(ae.decode(ae.encode(x)),
+                          F.pixel_shuffle(ae.decoder(ae.post_quant_conv(ae.moments(x)[0])), 4), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ conditions, UNet
+
+
+def inputs(f=9):
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(2, f, 4, 4, 4, generator=g), torch.randn(2, f, 20, 40, generator=g),
+            torch.rand(2, 3, 32, 32, generator=g) * 2 - 1)
+
+
+def output(model, xt, mel, reference, keep=None):
+    speech, identity = model.conditions(mel, reference, keep)
+    with torch.no_grad():
+        return model(xt, torch.tensor([40, 80]), speech, identity, model.autoencoder.encode(reference))
+
+
+def test_withheld_speech_has_no_effect():
+    model, (xt, mel, reference) = small_model(), inputs()
+    keep = torch.tensor([True, False])
+    a, b = output(model, xt, mel, reference, keep), output(model, xt, mel + 1, reference, keep)
+    assert torch.equal(a[1], b[1]) and not torch.allclose(a[0], b[0])
+
+
+def test_speech_acts_on_its_own_frame_first():
+    model, (xt, mel, reference) = small_model(), inputs(f=25)
+    changed = mel.clone()
+    changed[:, 0] += 1.0
+    difference = (output(model, xt, mel, reference) - output(model, xt, changed, reference)).abs().mean((0, 2, 3, 4))
+    assert int(difference.argmax()) == 0
+
+
+def test_identity_and_reference_matter():
+    model, (xt, mel, reference) = small_model(), inputs()
+    assert not torch.allclose(output(model, xt, mel, reference), output(model, xt, mel, -reference), atol=1e-3)
+
+
+def test_temporal_attention_reaches_so_far_and_no_farther():
+    torch.manual_seed(0)
+    layer = talking.TemporalAttention(8, 2, reach=3)
+    torch.nn.init.normal_(layer.attention.to_out.weight)
+    x = torch.randn(12, 5, 8)  # one clip of 12 frames
+    changed = x.clone()
+    changed[0] += torch.randn(5, 8)
+    moved = (layer(x, 12) - layer(changed, 12)).abs().amax((1, 2)) > 1e-6
+    assert moved[:4].all() and not moved[4:].any()
+
+
+def test_long_clips_look_to_each_frame_like_short_ones():
+    torch.manual_seed(0)
+    layer = talking.TemporalAttention(8, 2, reach=2)
+    torch.nn.init.normal_(layer.attention.to_out.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(20, 3, 8)
+    assert torch.allclose(layer(x, 20)[6:10], layer(x[4:12], 8)[2:6], atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+def test_generation_is_deterministic_and_in_range(solver):
+    model, (noise, mel, reference) = small_model(), inputs()
+    frames = model.generate(reference, mel, noise, 3, solver=solver)
+    assert frames.shape == (2, 9, 3, 32, 32) and float(frames.abs().max()) <= 1
+    assert torch.equal(frames, model.generate(reference, mel, noise, 3, solver=solver))
+
+
+def test_guidance_zero_ignores_speech_and_one_is_plain():
+    model, (noise, mel, reference) = small_model(), inputs()
+    silent = [model.generate(reference, m, noise, 3, guidance=0.0) for m in (mel, mel + 1)]
+    assert torch.allclose(*silent, atol=1e-5)
+    near_one = model.generate(reference, mel, noise, 3, guidance=1.0 + 1e-6)
+    assert torch.allclose(model.generate(reference, mel, noise, 3), near_one, atol=1e-3)
+
+
+def test_motion_latents_are_inverted_by_decode():
+    model, (_, _, reference) = small_model(), inputs()
+    frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1
+    latents = model.autoencoder.encode(frames.flatten(0, 1)).unflatten(0, (2, 3))
+    reference_latents = model.autoencoder.encode(reference)
+    model.spread.fill_(0.3)
+    x0 = model.motion_latents(latents, reference_latents)
+    assert torch.allclose(model.decode(x0, reference_latents).flatten(0, 1),
+                          model.autoencoder.decode(latents.flatten(0, 1)), atol=1e-4)
+
+
+def test_ema_is_the_weighted_mean_of_what_it_saw():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    ema, expected = talking.EMA(layer, 0.9), 0.0
+    for step in range(1, 60):
+        torch.nn.init.constant_(layer.weight, float(step))
+        ema.update(layer)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(ema.module.weight) == pytest.approx(expected, rel=1e-5)

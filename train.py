@@ -1,0 +1,785 @@
+"""Train, evaluate and use PrivFedTalk: `python train.py --config config.yaml`. See README.md."""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from einops import rearrange
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import data
+import fed
+import lora
+import metrics
+import model as talking
+import privacy
+
+DEFAULTS = Path(__file__).with_name("config.yaml")
+
+# What a key may hold, where its type does not say it: (least, greatest) or the choices.
+LIMITS = {
+    "data.size": (16, 1024), "data.window": (5, 25), "data.clients": (2, 10**6), "data.unseen": (0, 10**6),
+    "data.synthetic.seconds": (0.8, 60), "data.synthetic.unreliable": (0, 1), "data.synthetic.clips_per_client": (3, 10**4),
+    "data.synthetic.public_people": (2, 10**6), "data.synthetic.clips_per_public": (1, 10**4),
+    "model.diffusion.num_steps": (2, 10**5), "model.diffusion.schedule": ("cosine", "linear"),
+    "model.diffusion.prediction": ("x0", "v", "eps"), "judges.steps": (1, 10**7), "backbone.autoencoder_steps": (0, 10**7),
+    "backbone.steps": (0, 10**7), "backbone.num_frames": (5, 10**4), "backbone.batch_size": (1, 10**4),
+    "backbone.ema_decay": (0, 1), "backbone.speech_dropout": (0, 1), "backbone.spectrum_kept": (0, 1),
+    "lora.rank": (1, 4096), "lora.dropout": (0, 0.99), "loss.tdc": (0, 1e3), "loss.identity": (0, 1e3),
+    "loss.perceptual": (0, 1e3), "loss.sync": (0, 1e3), "fed.rounds": (0, 10**7), "fed.sample_rate": (0, 1),
+    "fed.local_epochs": (0, 10**4), "fed.batch_size": (1, 10**4), "fed.num_frames": (5, 10**4), "fed.lr": (0, 10),
+    "fed.server_lr": (0, 100), "fed.gamma": (0, 100), "fed.reliability_alpha": (0, 1), "fed.sample_cap": (1, 10**9),
+    "fed.min_weight": (1e-6, 1e9), "fed.proximal": (0, 1e3), "privacy.clip_norm": (1e-9, 1e9),
+    "privacy.noise_multiplier": (0, 1e3), "privacy.weight_scale": (0, 1e3), "privacy.delta": (1e-300, 0.5),
+    "privacy.noise": ("distributed", "server", "local"), "privacy.min_honest": (1, 10**6), "personal.steps": (0, 10**6),
+    "sampling.num_steps": (1, 1000), "sampling.solver": ("dpm", "ddim"), "sampling.guidance": (0, 100),
+    "evaluate.num_frames": (6, 10**5), "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (1, 1024),
+}
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+def load_config(path, presets=(), overrides=()):
+    """Defaults, then the file at `path`, then its presets, then `key=value` overrides; ValueError names what is wrong."""
+    config = read_yaml(DEFAULTS)
+    known_presets = config.pop("presets")
+    if Path(path).resolve() != DEFAULTS:
+        own = read_yaml(path)
+        known_presets |= own.pop("presets", {})
+        merge(config, own, str(path))
+    for name in presets:
+        if name not in known_presets:
+            raise ValueError(f"--preset {name}: no such preset{nearest(name, known_presets)}")
+        merge(config, known_presets[name], f"preset {name}")
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item}: write key=value")
+        nested = yaml.safe_load(value)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        merge(config, nested, f"--set {item}")
+    return config
+
+
+def read_yaml(path):
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys and values")
+    return content
+
+
+def nearest(name, names):
+    near = difflib.get_close_matches(name, names, 1, 0.4)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+
+
+def merge(config, changes, where, prefix=""):
+    """Write `changes` over `config`, in place; every key must exist and every value be of its kind and in its range."""
+    for key, value in changes.items():
+        name = prefix + str(key)
+        if key not in config:
+            raise ValueError(f"{where}: no key {name!r}{nearest(str(key), config)}")
+        if isinstance(config[key], dict):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {name} is a section: set one of {', '.join(config[key])}")
+            merge(config[key], value, where, name + ".")
+        else:
+            config[key] = checked(name, value, config[key], where)
+
+
+def checked(name, value, default, where):
+    """`value` if it is of the default's kind and inside its limits; an int will do for a float."""
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{where}: {name} must be {type(default).__name__}, not {value!r}")
+    limits = LIMITS.get(name)
+    if limits and isinstance(limits[0], str) and value not in limits:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(limits)}, not {value!r}")
+    if limits and not isinstance(limits[0], str) and not limits[0] <= value <= limits[1]:
+        raise ValueError(f"{where}: {name} must lie in {limits[0]} ... {limits[1]}, not {value}")
+    return value
+
+
+def choose_device(gpus):
+    """The device that `--gpus` names: an index of a GPU that is there, or cpu."""
+    if gpus is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if gpus == "cpu":
+        return torch.device("cpu")
+    if not gpus.isdigit():
+        raise ValueError(f"--gpus {gpus}: give one CUDA index, or cpu")
+    if int(gpus) >= torch.cuda.device_count():
+        raise ValueError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", int(gpus))
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary file beside `path` that takes its place when the block ends well."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_torch(state, path):
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def save_text(text, path):
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_image(picture, path):
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def load_people(config):
+    """The dataset as {role: {person: [clip]}} for public, clients and unseen; made first if it is the default one."""
+    settings, root = config["data"], Path(config["data"]["root"])
+    if not root.exists() and str(root) == "datasets/synthetic":
+        s = settings["synthetic"]
+        data.make_synthetic(root, s["public_people"], settings["clients"], settings["unseen"], s["clips_per_public"],
+                            s["clips_per_client"], s["seconds"], settings["size"], s["unreliable"], config["seed"],
+                            progress=True)
+    dataset = data.TalkingHeads(root, settings["size"], progress=True)
+    for path, reason in dataset.skipped:
+        tqdm.write(f"skipped {path}: {reason}")
+    roles = data.split_people(list(dataset.people), settings["clients"], settings["unseen"], config["seed"])
+    return {role: {name: dataset.people[name] for name in names} for role, names in zip(("public", "clients", "unseen"), roles)}
+
+
+@torch.inference_mode()
+def encode_clips(model, clips, device):
+    """Latents [f c h w] of every clip, by path: the autoencoder is frozen by then, so once is enough."""
+    return {clip.path: torch.cat([model.autoencoder.encode(pixels(part, device)).float().cpu()
+                                  for part in np.array_split(clip.frames, -(-len(clip.frames) // 64))]) for clip in clips}
+
+
+def pixels(frames, device):
+    """uint8 [... 3 h w] -> float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(frames)).to(device).float() / 127.5 - 1
+
+
+def drawer(clips, references, latents, window, device):
+    """A function (batch_size, num_frames, generator) -> batch with latents, on the device."""
+
+    def draw(batch_size, num_frames, generator):
+        batch = data.draw_batch(clips, references, batch_size, num_frames, generator, window, latents)
+        return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    return draw
+
+
+# ---------------------------------------------------------------------------------------------- backbone
+
+
+def augment(frames, generator):
+    """Zoom, brighten, tint and light frames [n 3 h w] at random, so that the autoencoder meets cameras it has not seen."""
+    n = len(frames)
+
+    def normal(*shape):
+        return torch.randn(n, *shape, generator=generator)
+
+    zoom = 1 / (1 + 0.3 * torch.rand(n, generator=generator))
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = zoom
+    theta[:, :, 2] = (torch.rand(n, 2, generator=generator) * 2 - 1) * (1 - zoom)[:, None]
+    grid = F.affine_grid(theta, frames.shape, align_corners=False).to(frames.device)
+    x = F.grid_sample((frames + 1) / 2, grid, padding_mode="border", align_corners=False)
+    ramp = torch.linspace(-1, 1, frames.shape[-1])
+    light = torch.exp(0.25 * normal(1, 1, 1) + 0.1 * normal(3, 1, 1))
+    light = light * (1 + 0.25 * normal(1, 1, 1) * ramp + 0.15 * normal(1, 1, 1) * ramp[:, None])
+    x = x.clamp(min=1e-3) ** torch.exp(0.2 * normal(1, 1, 1)).to(x.device) * light.to(x.device)
+    return x.clamp(0, 1) * 2 - 1
+
+
+def schedule(step, num_steps, lr):
+    """Warm-up over 50 steps, then a cosine to zero."""
+    return lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / num_steps))
+
+
+def descend(optimizer, loss, lr):
+    """One clipped optimizer step at learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    optimizer.step()
+
+
+def train_autoencoder(autoencoder, clips, settings, seed, device):
+    """Reconstruction (L1 + L2) and a small KL on single public frames."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(num):
+        picks = torch.randint(len(clips), (num,), generator=generator)
+        frames = [clips[i].frames[int(torch.randint(len(clips[i].frames), (), generator=generator))] for i in picks]
+        return augment(pixels(np.stack(frames), device), generator)
+
+    if autoencoder.linear_in is not None:
+        autoencoder.init_linear_path(draw(512))
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    bar = tqdm(range(settings["autoencoder_steps"]), "autoencoder", mininterval=1)
+    for step in bar:
+        frames = draw(settings["autoencoder_batch"])
+        mean, log_variance = autoencoder.moments(frames)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        error = autoencoder.decode((mean + noise * (log_variance / 2).exp()) * autoencoder.scaling_factor) - frames
+        kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        loss = error.abs().mean() + error.square().mean() + settings["kl_weight"] * kl
+        descend(optimizer, loss, schedule(step, settings["autoencoder_steps"], settings["autoencoder_lr"]))
+        if step % 10 == 0:
+            bar.set_postfix(psnr=f"{10 * np.log10(4 / error.detach().square().mean().item()):.1f} dB")
+
+
+@torch.no_grad()
+def set_spread(model, draw, kept, generator):
+    """Scale the motion latents by (part of) their own spread; `kept` is the share of the log spectrum that stays."""
+    batch = draw(128, 8, generator)
+    difference = batch["latents"] - batch["reference_latents"][:, None]
+    spread = difference.std(dim=(0, 1, 3, 4)) ** (1 - kept) * difference.std() ** kept
+    model.spread.copy_(spread.view(-1, 1, 1))
+    model.reference_spread.copy_(batch["reference_latents"].std(dim=(0, 2, 3)).view(-1, 1, 1).clamp(min=model.spread.max()))
+
+
+def train_unet(model, public, settings, window, seed, device):
+    """Diffusion loss on public clips; returns the moving average of the model and the loss curve."""
+    clips = [clip for own in public.values() for clip in own]
+    draw = drawer(clips, public, encode_clips(model, clips, device), window, device)
+    generator = torch.Generator().manual_seed(seed)
+    set_spread(model, draw, settings["spectrum_kept"], generator)
+    model.autoencoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01)
+    average, losses = talking.EMA(model, settings["ema_decay"]), []
+    bar = tqdm(range(settings["steps"]), "backbone", mininterval=1)
+    for step in bar:
+        batch = draw(settings["batch_size"], settings["num_frames"], generator)
+        loss, terms = fed.objective(model, batch, dict(tdc=0, identity=0, perceptual=0, sync=0), None, generator,
+                                    settings["speech_dropout"])
+        descend(optimizer, loss, schedule(step, settings["steps"], settings["lr"]))
+        average.update(model)
+        losses.append(terms["diffusion"])
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
+    return average.module, losses
+
+
+def backbone(config, people, device, cache):
+    """The judges and the pretrained model, from the cache if the same public data and settings made them before."""
+    recipe = {k: config[k] for k in ("seed", "data", "model", "judges", "backbone")}
+    clips = [(c.path.name, c.path.stat().st_size) for own in people["public"].values() for c in own]
+    key = hashlib.sha256(json.dumps([recipe, clips], sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(cache) / f"backbone-{key}.pt"
+    if not path.exists():
+        seconds, started = {}, time.perf_counter()
+        judges = metrics.train_judges(people["public"], config["judges"]["steps"], float("inf"), config["seed"])
+        seconds["judges"] = time.perf_counter() - started
+        torch.manual_seed(config["seed"])
+        model = build_model(config).to(device)
+        clips = [clip for own in people["public"].values() for clip in own]
+        train_autoencoder(model.autoencoder, clips, config["backbone"], config["seed"], device)
+        seconds["autoencoder"] = time.perf_counter() - started - sum(seconds.values())
+        model, losses = train_unet(model, people["public"], config["backbone"], config["data"]["window"], config["seed"], device)
+        seconds["backbone"] = time.perf_counter() - started - sum(seconds.values())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_torch({"model": model.state_dict(), "judges": judges.state_dict(), "losses": losses, "seconds": seconds}, path)
+    return load_backbone(config, path, device)
+
+
+def load_backbone(config, path, device):
+    """Model and judges, frozen, and the file's whole content."""
+    state = load_state(path, device)
+    model, judges = build_model(config).to(device), metrics.Judges().to(device)
+    model.load_state_dict(state["model"])
+    judges.load_state_dict(state["judges"])
+    return model.eval().requires_grad_(False), judges.eval().requires_grad_(False), state
+
+
+def build_model(config):
+    m = config["model"]
+    speech = m["speech"] | {"window": config["data"]["window"]}
+    return talking.TalkingHead(m["autoencoder"], m["unet"], speech, m["diffusion"]).to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def test_case(clip, reference, settings, window, device):
+    """A batch of one: the first frames of a test clip, its speech, and a reference picture from a training clip."""
+    f = min(len(clip.frames), settings["num_frames"])
+    mel = torch.from_numpy(data.audio_windows(clip.mel, window)[:f]).to(device)
+    return {"frames": pixels(clip.frames[:f], device)[None], "mel": mel[None], "reference": pixels(reference, device)[None]}
+
+
+def generate(model, case, seed, sampling, mel=None):
+    """Frames [f 3 H W] in [0, 1] for a test case; `mel` speaks other words than the case's own."""
+    mel = case["mel"] if mel is None else mel
+    shape = model.latent_shape(1, mel.shape[1], case["reference"].shape[-1])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(mel.device)
+    return fed.unit_range(model.generate(case["reference"], mel, noise, **sampling))[0]
+
+
+@torch.inference_mode()
+def score(judges, frames, case, gallery, own, rival_mels):
+    """Every per-clip metric of generated frames [f 3 H W]; gallery [p d] holds each client's identity, `own` is the row."""
+    truth = fed.unit_range(case["frames"])[0]
+    faces = judges.identity(frames).mean(0)
+    seen = judges.mouth_video(frames[None])[0]
+
+    def heard(mel):
+        return float((seen * judges.mouth_audio(mel)[0]).sum(-1).mean())
+
+    row = {"psnr": float(metrics.psnr(frames, truth).mean()), "ssim": float(metrics.ssim(frames, truth).mean()),
+           "lpips": float(judges.perceptual(frames, truth).mean()),
+           "id_similarity": float(F.cosine_similarity(faces, gallery[own], dim=0)),
+           "id_accuracy": float(int((gallery @ faces).argmax()) == own),
+           "temporal_jitter": float(metrics.temporal_jitter(frames)),
+           "jitter_ratio": float(metrics.jitter_ratio(frames, truth)),
+           "sync": heard(case["mel"]),
+           "sync_accuracy": float(np.mean([heard(case["mel"]) > heard(mel) for mel in rival_mels]))}
+    if judges.has_opening and "opening" in case:
+        row["mouth_correlation"] = float(metrics.mouth_correlation(judges.opening(frames), case["opening"]))
+    return row
+
+
+def adapted(model, vector):
+    """A copy of the adapted `model` with the adapter `vector` folded into its weights: no slower than the backbone."""
+    twin = copy.deepcopy(model)
+    lora.load_adapter_vector(twin, vector)
+    return lora.merge_lora(twin)
+
+
+def evaluate(model, judges, clients, adapters, config, device):
+    """Score every method on the clients' test clips; returns rows, pictures to show and frames generated a second.
+
+    `clients` is {name: {"train", "validation", "test": [clip]}}; `adapters` is {method: {name: vector}}.
+    """
+    settings, window, names = config["evaluate"], config["data"]["window"], list(clients)
+    with torch.inference_mode():
+        faces = [judges.identity(fed.unit_range(pixels(np.concatenate([c.frames[::5] for c in clients[n]["train"]]), device))).mean(0)
+                 for n in names]
+    gallery = F.normalize(torch.stack(faces), dim=1)
+    cases = [(i, clip, test_case(clip, clients[n]["train"][0].frames[0], settings, window, device))
+             for i, n in enumerate(names) for clip in clients[n]["test"][:settings["clips_per_client"]]]
+    for _, clip, case in cases:
+        if clip.opening is not None:
+            case["opening"] = torch.from_numpy(clip.opening[:case["mel"].shape[1]])
+
+    def still(i, clip, case):
+        return fed.unit_range(case["reference"])[0].expand(case["mel"].shape[1], -1, -1, -1)
+
+    def mean_frame(i, clip, case):
+        mean = np.mean([c.frames.mean(0) for c in clients[names[i]]["train"]], axis=0) / 255
+        return torch.from_numpy(mean).float().to(device).expand(case["mel"].shape[1], -1, -1, -1)
+
+    def ceiling(i, clip, case):
+        autoencoder = model.autoencoder
+        with torch.inference_mode():
+            return fed.unit_range(autoencoder.decode(autoencoder.encode(case["frames"][0])))
+
+    methods = {"truth": lambda i, clip, case: fed.unit_range(case["frames"])[0], "copy reference": still,
+               "mean frame": mean_frame, "autoencoder ceiling": ceiling}
+    for method, vectors in adapters.items():
+        twins = {n: adapted(model, v) for n, v in vectors.items()}
+        methods[method] = lambda i, clip, case, twins=twins: generate(twins[names[i]], case, i, config["sampling"])
+    methods["personal adapter, other speech"] = lambda i, clip, case, twins=twins: generate(
+        twins[names[i]], case, i, config["sampling"], rivals_of(cases, i, case)[0])
+    rows, shown, seconds, num_frames = {}, {}, 0.0, 0
+    for method, make in methods.items():
+        scores, features = [], metrics.FeatureStatistics()
+        for i, clip, case in tqdm(cases, method, leave=False):
+            started = time.perf_counter()
+            frames = make(i, clip, case)
+            if method in adapters:
+                seconds, num_frames = seconds + time.perf_counter() - started, num_frames + len(frames)
+            scores.append(score(judges, frames, case, gallery, i, rivals_of(cases, i, case)))
+            with torch.inference_mode():
+                features.update(judges.features(frames))
+            shown.setdefault(clip.path, {"clip": clip, "reference": fed.unit_range(case["reference"])[0]})[method] = frames
+        rows[method] = {k: metrics.mean_ci([s[k] for s in scores]) for k in scores[0]} | {"features": features}
+    return rows, shown, num_frames / seconds
+
+
+def rivals_of(cases, own, case):
+    """Other clients' speech of the same length."""
+    return [c["mel"] for i, _, c in cases if i != own and c["mel"].shape == case["mel"].shape]
+
+
+# ---------------------------------------------------------------------------------------------- pictures and report
+
+
+def to_image(frames):
+    """Frames [f 3 H W] in [0, 1] -> one strip [H, f W, 3] uint8."""
+    return (rearrange(frames.cpu(), "f c h w -> h (f w) c") * 255).round().byte().numpy()
+
+
+def draw_grid(shown, methods, path, num_rows=8, zoom=2):
+    """One row a clip: reference, then every method at a moment when the mouth is open widest (or in the middle)."""
+    columns = ["reference", *methods]
+    size = next(iter(shown.values()))["reference"].shape[-1] * zoom
+    sheet = Image.new("RGB", (size * len(columns), 16 + size * min(num_rows, len(shown))), "white")
+    for j, name in enumerate(columns):
+        ImageDraw.Draw(sheet).text((j * size + 4, 3), name, "black")
+    for i, entry in enumerate(list(shown.values())[:: max(1, len(shown) // num_rows)][:num_rows]):
+        opening, length = entry["clip"].opening, len(entry["truth"])
+        moment = length // 2 if opening is None else int(np.argmax(opening[:length]))
+        for j, name in enumerate(columns):
+            picture = entry[name] if name == "reference" else entry[name][moment]
+            tile = Image.fromarray(to_image(picture[None])).resize((size, size), Image.LANCZOS)
+            sheet.paste(tile, (j * size, 16 + i * size))
+    save_image(sheet, path)
+
+
+def draw_curves(panels, path, width=420, height=260):
+    """Line plots side by side: {title: {label: [(x, y)]}}."""
+    colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+    sheet = Image.new("RGB", (width * len(panels), height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (title, lines) in enumerate(panels.items()):
+        points = np.array([p for line in lines.values() for p in line], dtype=float)
+        low, high = points.min(0), points.max(0)
+        scale = np.array([width - 80, height - 70]) / np.maximum(high - low, 1e-12)
+        pen.text((k * width + 50, 6), title, "black")
+        pen.rectangle((k * width + 50, 30, k * width + width - 30, height - 40), outline="#888888")
+        for value, y in ((high[1], 26), (low[1], height - 48)):
+            pen.text((k * width + 4, y), f"{value:.4g}", "black")
+        for value, x in ((low[0], 50), (high[0], width - 60)):
+            pen.text((k * width + x, height - 36), f"{value:.4g}", "black")
+        for color, (label, line) in zip(colors, lines.items()):
+            xy = (np.array(line, dtype=float) - low) * scale
+            pen.line([(k * width + 50 + x, height - 40 - y) for x, y in xy], fill=color, width=2)
+            pen.text((k * width + 60 + 120 * list(lines).index(label), height - 20), label, color)
+    save_image(sheet, path)
+
+
+def write_samples(shown, methods, folder, num_clips=4):
+    """Side-by-side videos with sound of the first clips: truth and every method, left to right."""
+    folder.mkdir(exist_ok=True)
+    for entry in list(shown.values())[:: max(1, len(shown) // num_clips)][:num_clips]:
+        clip, length = entry["clip"], len(entry["truth"])
+        strips = np.stack([to_image(torch.stack([entry[m][f] for m in methods])) for f in range(length)])
+        strips = strips.repeat(2, 1).repeat(2, 2)
+        data.write_video(folder / f"{clip.person}-{clip.name}.mp4", strips, clip.audio[:length * 640],
+                         {"comment": "synthetic: " + " | ".join(methods)})
+
+
+def report_tables(report):
+    """report.json as Markdown."""
+    names = [k for k in next(iter(report["rows"])) if k != "name"]
+    lines = [f"# {report['name']}", "", "| method | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for row in report["rows"]:
+        cells = [row["name"]]
+        for name in names:
+            cell = row[name]
+            if cell["mean"] is None:
+                cells.append("–")
+            elif cell.get("ci95"):
+                cells.append(f"{cell['mean']:.3f} [{cell['ci95'][0]:.3f}, {cell['ci95'][1]:.3f}]")
+            else:
+                cells.append(f"{cell['mean']:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    for section in ("validation_loss", "judges", "privacy", "communication", "seconds", "hardware", "speed"):
+        lines += ["", f"## {section}", "", "| | |", "|---|---|"]
+        lines += [f"| {k} | {json.dumps(v) if isinstance(v, (dict, list)) else v} |" for k, v in report[section].items()]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+def make_clients(model, people, config, device):
+    """fed.Client and the clip splits of every client."""
+    splits = {name: data.split_clips(own, config["seed"]) for name, own in people["clients"].items()}
+    clients, window, f = {}, config["data"]["window"], config["fed"]["num_frames"]
+    for name, split in splits.items():
+        latents = encode_clips(model, split["train"] + split["validation"], device)
+        references = {name: split["train"]}
+        draw = drawer(split["train"], references, latents, window, device)
+        held_out = drawer(split["validation"], references, latents, window, device)
+        generator = torch.Generator().manual_seed(config["seed"])
+        length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["validation"]))
+        num_samples = sum(len(c.frames) // f for c in split["train"])
+        clients[name] = fed.Client(name, num_samples, draw, held_out(len(split["validation"]), length, generator))
+    return clients, splits
+
+
+def speak(args, config, device):
+    """--action generate: a portrait and a voice become a talking video with sound."""
+    run = Path(args.resume or ".")
+    if not (run / "backbone.pt").exists():
+        raise ValueError(f"--resume {run}: no backbone.pt there; give the directory of a finished run")
+    for flag in ("reference", "speech", "output"):
+        if not getattr(args, flag):
+            raise ValueError(f"--action generate needs --{flag}")
+    picture = data.load_image(args.reference, config["data"]["size"])
+    audio = data.load_speech(args.speech)
+    model, _, _ = load_backbone(config, run / "backbone.pt", device)
+    adapter = args.adapter or (run / "last.pt" if (run / "last.pt").exists() else None)
+    if adapter:
+        state = load_state(adapter, device)
+        add_adapters(model, config)
+        lora.load_adapter_vector(model, state["adapter"])
+        model = lora.merge_lora(model)
+    num_frames = max(6, len(audio) // 640)
+    audio = np.pad(audio, (0, max(0, num_frames * 640 - len(audio))))[:num_frames * 640]
+    mel = torch.from_numpy(data.audio_windows(data.log_mel(audio), config["data"]["window"])).to(device)
+    started = time.perf_counter()
+    frames = generate(model, {"mel": mel[None], "reference": pixels(picture, device)[None]}, config["seed"], config["sampling"])
+    seconds = time.perf_counter() - started
+    data.write_video(args.output, (frames * 255).round().byte().cpu().numpy(), audio, {"comment": "synthetic"})
+    print(f"{args.output}: {num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames a second)")
+
+
+def settings_of(config, public_jitter):
+    """What fed.run_round needs, from the config."""
+    f = config["fed"]
+    train = {k: f[k] for k in ("lr", "batch_size", "num_frames", "proximal")}
+    train |= {"loss_weights": config["loss"], "speech_dropout": config["backbone"]["speech_dropout"]}
+    return {k: f[k] for k in ("sample_rate", "local_epochs", "server_lr", "gamma", "reliability_alpha", "sample_cap")} | {
+        "train": train, "sampling": config["sampling"], "public_jitter": public_jitter}
+
+
+def make_mechanism(config, length):
+    p = config["privacy"]
+    if not p["enabled"]:
+        return None
+    return privacy.Mechanism(p["clip_norm"], p["noise_multiplier"], length, config["data"]["clients"], p["min_honest"],
+                             p["weight_scale"], config["fed"]["min_weight"], noise=p["noise"])
+
+
+def mean_validation_loss(model, clients, vectors, seed):
+    """Validation loss [clips] of every client's clips under its own vector of `vectors` (one a client)."""
+    losses = []
+    for client, vector in zip(clients, vectors):
+        lora.load_adapter_vector(model, vector)
+        losses.append(fed.validation_loss(model, client.validation, seed).cpu())
+    return torch.cat(losses)
+
+
+def federate(model, judges, clients, config, run, public_jitter):
+    """All rounds, resumed from `last.pt` where there is one; writes rounds.jsonl, last.pt and best.pt."""
+    start = lora.adapter_vector(model)
+    state = {"adapter": start, "round": 0, "accountant": [], "best": float("inf")}
+    if (run / "last.pt").exists():
+        state = load_state(run / "last.pt")
+    clients, settings, mechanism = list(clients.values()), settings_of(config, public_jitter), make_mechanism(config, len(start))
+    accountant = privacy.Accountant(state["accountant"])
+    bar = tqdm(range(state["round"], config["fed"]["rounds"]), "rounds", initial=state["round"], total=config["fed"]["rounds"])
+    for index in bar:
+        if mechanism:  # spent before the round, so that a round cut off after its upload stays spent
+            accountant.spend(**mechanism.spending(config["fed"]["sample_rate"]))
+            save_torch(state | {"accountant": accountant.history}, run / "last.pt")
+        adapter, record = fed.run_round(model, judges, clients, state["adapter"], index, config["seed"], mechanism, settings)
+        record["validation_loss"] = float(mean_validation_loss(model, clients, [adapter] * len(clients), config["seed"]).mean())
+        record["epsilon"] = accountant.epsilon(config["privacy"]["delta"]) if mechanism else None
+        state = {"adapter": adapter, "round": index + 1, "accountant": accountant.history,
+                 "best": min(state["best"], record["validation_loss"])}
+        with open(run / "rounds.jsonl", "a") as log:
+            log.write(json.dumps(record) + "\n")
+        save_torch(state, run / "last.pt")
+        if state["best"] == record["validation_loss"]:
+            save_torch(state, run / "best.pt")
+        bar.set_postfix(validation=f"{record['validation_loss']:.4f}", epsilon=record["epsilon"] and f"{record['epsilon']:.4g}")
+    return load_state(run / "best.pt")["adapter"] if (run / "best.pt").exists() else start
+
+
+def personalize(model, judges, clients, adapter, config, run):
+    """Each client's own adapter, trained on from the global one on its own clips; kept in personal/<client>.pt."""
+    settings = settings_of(config, 1.0)["train"] | {"lr": config["personal"]["lr"], "proximal": 0.0}
+    (run / "personal").mkdir(exist_ok=True)
+    vectors = {}
+    for number, (name, client) in enumerate(tqdm(clients.items(), "personal adapters")):
+        path = run / "personal" / f"{name}.pt"
+        if not path.exists():
+            seed = fed.derived_seed(config["seed"], 10**6, number)
+            vector, _ = fed.train_adapter(model, judges, client.draw, adapter, config["personal"]["steps"], seed, **settings)
+            save_torch({"adapter": vector}, path)
+        vectors[name] = load_state(path)["adapter"]
+    return vectors
+
+
+def load_state(path, device="cpu"):
+    """A checkpoint of ours; ValueError if the file is none."""
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises many kinds for files that are no checkpoints
+        raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from None
+
+
+def prepare(config, device, run):
+    """Data, judges, pretrained model with adapters injected, and clients."""
+    started = time.perf_counter()
+    people = load_people(config)
+    seconds = {"data": time.perf_counter() - started}
+    model, judges, trained = backbone(config, people, device, Path(config["runtime"]["directory"]) / "backbones")
+    if run and not (run / "backbone.pt").exists():
+        save_torch(trained, run / "backbone.pt")
+    add_adapters(model, config)
+    clients, splits = make_clients(model, people, config, device)
+    jitter = np.mean([float(metrics.temporal_jitter(fed.unit_range(pixels(c.frames, device))))
+                      for own in people["public"].values() for c in own])
+    return people, model, judges, trained, clients, splits, float(jitter), seconds
+
+
+def add_adapters(model, config):
+    torch.manual_seed(config["seed"])  # A is random: every party must start from the same
+    a = config["lora"]
+    lora.inject_lora(model, a["rank"], a["alpha"], a["dropout"], a["targets"])
+    model.eval()
+
+
+def train(config, device, run):
+    """The whole path: data, backbone, rounds, personal adapters, evaluation, report."""
+    people, model, judges, trained, clients, splits, jitter, seconds = prepare(config, device, run)
+    clock = time.perf_counter()
+
+    def lap(name):
+        nonlocal clock
+        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
+
+    seconds |= trained["seconds"]
+    nothing = torch.zeros_like(lora.adapter_vector(model))
+    start = lora.adapter_vector(model)
+    nothing = start
+    shared = federate(model, judges, clients, config, run, jitter)
+    lap("rounds")
+    own = personalize(model, judges, clients, shared, config, run)
+    lap("personal adapters")
+    names = list(clients)
+    adapters = {"backbone only": dict.fromkeys(names, nothing), "global adapter": dict.fromkeys(names, shared), "personal adapter": own}
+    rows, shown, speed = evaluate(model, judges, splits, adapters, config, device)
+    losses = test_losses(model, splits, adapters, config, device)
+    lap("evaluation")
+    report = make_report(config, rows, losses, judges, seconds, speed, model, run)
+    save_text(json.dumps(report, indent=1), run / "report.json")
+    save_text(report_tables(report), run / "report.md")
+    pictured = [m for m in rows if m not in ("mean frame", "copy reference")]
+    draw_grid(shown, pictured, run / "grid.png")
+    write_samples(shown, [m for m in pictured if "other" not in m], run / "samples")
+    draw_history(run, trained["losses"])
+    print(report_tables(report))
+    print(f"report, pictures and videos: {run}")
+
+
+def test_losses(model, splits, adapters, config, device):
+    """Diffusion loss on every client's test clips under every method: {method: {mean, ci95, n}} and paired gains."""
+    losses, window = {}, config["data"]["window"]
+    for method, vectors in adapters.items():
+        losses[method] = []
+        for name, split in splits.items():
+            clips = split["test"]
+            latents = encode_clips(model, clips + split["train"], device)
+            length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
+            batch = drawer(clips, {name: split["train"]}, latents, window, device)(
+                2 * len(clips), length, torch.Generator().manual_seed(config["seed"]))
+            lora.load_adapter_vector(model, vectors[name])
+            losses[method] += fed.validation_loss(model, batch, config["seed"]).tolist()
+    table = {m: metrics.mean_ci(v) for m, v in losses.items()}
+    methods = list(losses)
+    for better, worse in zip(methods[1:], methods):
+        table[f"{better} minus {worse}, paired"] = metrics.mean_ci(np.subtract(losses[better], losses[worse]))
+    return table
+
+
+def make_report(config, rows, losses, judges, seconds, speed, model, run):
+    """report.json as DESIGN describes it."""
+    truth = rows["truth"]["features"]
+    table = []
+    for name, row in rows.items():
+        features = row.pop("features")
+        fid = {"mean": metrics.frechet_distance(truth, features), "n": features.n} if name != "truth" else {"mean": 0.0, "n": features.n}
+        kid = {"mean": metrics.kernel_distance(truth, features)[0], "n": features.n} if name != "truth" else {"mean": 0.0, "n": features.n}
+        table.append({"name": name} | row | {"fid*": fid, "kid*": kid})
+    d, whole = len(lora.adapter_vector(model)), sum(p.numel() for p in model.parameters())
+    mechanism = make_mechanism(config, d)
+    epsilon = None
+    if mechanism:
+        accountant = privacy.Accountant(load_state(run / "last.pt")["accountant"])
+        epsilon = accountant.epsilon(config["privacy"]["delta"])
+    return {"name": config["name"], "rows": table, "validation_loss": losses, "judges": judges.scores,
+            "privacy": config["privacy"] | {"epsilon": epsilon, "rounds": config["fed"]["rounds"]},
+            "communication": {"adapter_parameters": d, "model_parameters": whole, "bytes_up_plain": 4 * (d + 1),
+                              "bytes_up_secure": mechanism and mechanism.coordinates * 4, "bytes_down": 4 * d},
+            "seconds": {k: round(v, 1) for k, v in seconds.items()}, "speed": {"generated_frames_per_second": round(speed, 1)},
+            "hardware": {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+                         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}}
+
+
+def draw_history(run, backbone_losses):
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()] if (run / "rounds.jsonl").exists() else []
+    smooth = np.convolve(backbone_losses, np.ones(25) / 25, "valid")
+    panels = {"backbone: diffusion loss by step": {"training": list(enumerate(smooth))}}
+    if rounds:
+        panels["validation loss by round"] = {"global adapter": [(r["round"] + 1, r["validation_loss"]) for r in rounds]}
+        if rounds[0]["epsilon"] is not None:
+            panels["epsilon spent by round"] = {"epsilon": [(r["round"] + 1, r["epsilon"]) for r in rounds]}
+    draw_curves(panels, run / "curves.png")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", default="config.yaml", help="YAML file; what it leaves out has the default")
+    parser.add_argument("--preset", nargs="*", default=[], help="named sets of overrides from the config's `presets`")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="single overrides, e.g. fed.rounds=20")
+    parser.add_argument("--gpus", help="CUDA index, or cpu; left out: a GPU if there is one")
+    parser.add_argument("--resume", metavar="RUN", help="go on in this run directory, with its own config")
+    parser.add_argument("--action", default="train", choices=["train", "generate"])
+    parser.add_argument("--reference", help="generate: a picture of a face")
+    parser.add_argument("--speech", help="generate: a sound or video file")
+    parser.add_argument("--output", default="talk.mp4", help="generate: the video to write")
+    parser.add_argument("--adapter", help="generate: personal/<client>.pt of the person")
+    args = parser.parse_args(argv)
+    try:
+        device = choose_device(args.gpus)
+        config = load_config(Path(args.resume) / "config.yaml" if args.resume else args.config, args.preset, args.set)
+        torch.set_num_threads(config["runtime"]["threads"])
+        if args.action == "generate":
+            return speak(args, config, device)
+        run = Path(args.resume or f"{config['runtime']['directory']}/{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}")
+        run.mkdir(parents=True, exist_ok=True)
+        save_text(yaml.safe_dump(config, sort_keys=False), run / "config.yaml")
+        train(config, device, run)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -348,7 +348,7 @@ def _person(seed, name):
         spread=1, blinks=u(.3, .5))
     if client:
         p.background, p.clothes, p.zoom = _hue(hue, u(.35, .6), u(.4, .6)), _hue(u(), u(.5, .8), u(.3, .5)), u(1.15, 1.22)
-        p.light, p.motion, p.tempo, p.nod = (choose([-1, 1]) * u(.5, .9), u(-.5, 0)), u(1.1, 2), u(.7, 1.5), u(.3, 1.6)
+        p.light, p.motion, p.tempo, p.nod = (choose([-1, 1]) * u(.5, .9), u(-.5, 0)), u(.9, 1.5), u(.7, 1.3), u(.3, 1.4)
         p.articulation, p.smile, p.spread, p.blinks = u(.78, 1.1), u(-.3, .7), u(.6, 1.5), u(.2, .9)
     return p
 
@@ -411,8 +411,9 @@ def _motion(rng, p, curve, num_frames, prompt):
     while blink < t[-1] + .2:
         lids *= 1 - np.exp(-((t - blink) / .06) ** 2)
         blink += .4 + rng.exponential(1 / p.blinks)
-    m = dict(x=wander(1.3 * p.motion), y=wander(.8 * p.motion) + p.nod * stress, roll=wander(.035 * p.motion),
-             yaw=wander(1.2 * p.motion), gaze=.9 * np.tanh(wander(1.2)), lids=lids * wide, slant=slant + 0 * t,
+    # Small movements: face tracks, as LRS3 cuts them, follow the head.
+    m = dict(x=wander(.6 * p.motion), y=wander(.4 * p.motion) + .6 * p.nod * stress, roll=wander(.02 * p.motion),
+             yaw=wander(.7 * p.motion), gaze=.9 * np.tanh(wander(1.2)), lids=lids * wide, slant=slant + 0 * t,
              brows=lift + wander(.25) + .6 * stress, smile=.8 * smile + p.smile + wander(.08),
              opening=np.clip(opening * p.articulation, 0, 1), spread=.5 + (spread - .5) * p.spread + .25 * max(smile, 0))
     return SimpleNamespace(**{key: torch.from_numpy(value).float()[:, None, None] for key, value in m.items()})

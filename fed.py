@@ -55,7 +55,7 @@ def stratified_timesteps(model, num, generator):
 def objective(model, batch, weights, judges, generator, speech_dropout):
     """Eq. 12: the loss to minimise and its terms by name.
 
-    L_diff is the squared error of what the network states (`Diffusion.loss`). For v and x0 this is Eq. 6 divided by
+    L_diff is the squared error of what the network states (`TalkingHead.loss`). For v and x0 this is Eq. 6 divided by
     alpha_bar_t, which keeps the step of pure noise in the loss. `weights` holds tdc, identity, perceptual and sync.
     """
     device = batch["latents"].device
@@ -63,7 +63,7 @@ def objective(model, batch, weights, judges, generator, speech_dropout):
     eps = torch.randn(batch["latents"].shape, generator=generator).to(device)
     keep = torch.rand(len(t), generator=generator).to(device) >= speech_dropout
     output, target, x0_hat, eps_hat = noised(model, batch, t, eps, keep)
-    terms = {"diffusion": model.diffusion.loss(output, target, t).mean()}
+    terms = {"diffusion": model.loss(output, target, t).mean()}
     if weights["tdc"]:
         terms["tdc"] = tdc_loss(eps_hat, eps)
     if weights["identity"] or weights["perceptual"] or weights["sync"]:
@@ -101,7 +101,7 @@ def validation_loss(model, batch, seed, num_levels=8):
         t = torch.full((len(batch["latents"]),), int((level + 0.5) / num_levels * model.diffusion.num_steps), device=device)
         eps = torch.randn(batch["latents"].shape, generator=generator).to(device)
         output, target, _, _ = noised(model, batch, t, eps)
-        losses.append(model.diffusion.loss(output, target, t))
+        losses.append(model.loss(output, target, t))
     return torch.stack(losses).mean(0)
 
 

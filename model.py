@@ -213,7 +213,7 @@ class SpeechEncoder(nn.Module):
         self.null = nn.Parameter(torch.zeros(window + 1, dim))  # "no speech", for guidance
 
     def forward(self, mel, keep=None):
-        """mel [b f n m] -> tokens [b f window+1 d]; where keep [b] is False the speech is withheld."""
+        """mel [b f n m] -> tokens [b f window+1 d], the last a summary; where keep [b] is False the speech is withheld."""
         h = self.conv(rearrange(mel, "b f n m -> (b f) m n"))  # (b f) d window
         tokens = rearrange(h, "n d w -> n w d") + self.position
         summary = self.proj(rearrange(tokens, "n w d -> n 1 (w d)"))  # a token that sees the whole window
@@ -318,7 +318,9 @@ class TalkingUNet(nn.Module):
         super().__init__()
         temb = 4 * channels[0]
         self.frequencies = channels[0]
-        self.time_mlp = nn.Sequential(nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb), nn.SiLU())
+        self.time_mlp = nn.Sequential(nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb))
+        self.speech_mlp = nn.Linear(speech_dim, temb)
+        self.position = nn.Parameter(torch.randn(1, channels[0], 8, 8) * 0.02)
         self.conv_in = nn.Conv2d(2 * latent_channels, channels[0], 3, padding=1)
 
         def block(i, o, level):
@@ -338,8 +340,10 @@ class TalkingUNet(nn.Module):
         num_frames = xt.shape[1]
         temb = repeat(self.time_mlp(sinusoid(1000 * t, self.frequencies)), "b d -> (b f) d", f=num_frames)
         speech = rearrange(speech, "b f n d -> (b f) n d")
+        temb = F.silu(temb + self.speech_mlp(speech[:, -1]))
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
         x = self.conv_in(rearrange(torch.cat([xt, reference], dim=2), "b f c h w -> (b f) c h w"))
+        x = x + F.interpolate(self.position, size=x.shape[-2:], mode="bilinear", align_corners=False)
         skips = []
         for block, shrink in zip(self.down, self.shrink):
             skips.append(block(x, temb, speech, identity, num_frames))
@@ -394,11 +398,6 @@ class Diffusion:
             return output, (xt - signal * output) / noise
         return signal * xt - noise * output, noise * xt + signal * output
 
-    def loss(self, output, target, t):
-        """Squared error [b] of b ... ; for x0 times 1 / (1 - alpha_bar), as if v had been said, but at most 25."""
-        error = (output - target).square().flatten(1).mean(1)
-        return error / (1 - self.alpha_bar.to(error.device)[t]).clamp(min=0.04) if self.prediction == "x0" else error
-
     def timesteps(self, num_steps):
         """Trailing timesteps T-1 ... (Lin et al. 2024, Tab. 2): sampling starts at the noisiest step of training."""
         return torch.linspace(self.num_steps, 0, num_steps + 1)[:-1].round().long() - 1
@@ -445,18 +444,29 @@ def noise_schedule(num_steps, schedule, zero_terminal_snr):
 class TalkingHead(nn.Module):
     """Autoencoder, condition encoders, UNet and diffusion in one: what is pretrained, adapted and sampled.
 
-    The diffused variable is x0 = (latent(frame) - latent(reference)) / spread: what moves, at about unit variance.
+    The diffused variable is x0 = (latent(frame) - latent(reference)) / spread: what moves, at unit variance over all.
+    Where it moves how much, `prior` tells: the standard deviation of x0 at every place of the latent grid.
     """
 
-    def __init__(self, autoencoder, unet, speech, diffusion):
+    def __init__(self, autoencoder, unet, speech, diffusion, size):
         super().__init__()
         self.autoencoder = AutoencoderKL(**autoencoder)
         self.speech_encoder = SpeechEncoder(**speech)
         self.identity_encoder = IdentityEncoder(speech["dim"])
         self.unet = TalkingUNet(autoencoder["latent_channels"], **unet, speech_dim=speech["dim"], identity_dim=speech["dim"])
         self.diffusion = Diffusion(**diffusion)
-        self.register_buffer("spread", torch.ones(autoencoder["latent_channels"], 1, 1))
+        side = size // self.autoencoder.factor
+        self.register_buffer("spread", torch.ones(()))
         self.register_buffer("reference_spread", torch.ones(autoencoder["latent_channels"], 1, 1))
+        self.register_buffer("prior", torch.ones(autoencoder["latent_channels"], side, side))
+
+    @torch.no_grad()
+    def set_statistics(self, latents, reference_latents):
+        """Measure spread, prior and the reference's spread on latents [b f c h w] and references [b c h w]."""
+        difference = latents - reference_latents[:, None]
+        self.spread.copy_(difference.square().mean().sqrt())
+        self.prior.copy_((difference / self.spread).square().mean(dim=(0, 1)).sqrt().clamp(min=0.05))
+        self.reference_spread.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
 
     def motion_latents(self, latents, reference_latents):
         """latents [b f c h w], reference [b c h w] -> x0 [b f c h w]."""
@@ -473,9 +483,26 @@ class TalkingHead(nn.Module):
         return self.speech_encoder(mel, keep_speech), self.identity_encoder(reference)
 
     def forward(self, xt, t, speech, identity, reference_latents):
-        """Network output for integer t [b]; see `TalkingUNet` for the shapes."""
+        """What the network states, in the diffusion's parametrisation, for integer t [b]; see `TalkingUNet` for shapes.
+
+        For x0 the UNet only corrects the best linear guess under the prior N(0, prior^2), and its own output has unit
+        variance at every noise level and place (Karras et al. 2022, Sec. 5, with a data deviation per place).
+        """
         time = (t.float() + 1) / self.diffusion.num_steps
-        return self.unet(xt, time, speech, identity, reference_latents / self.reference_spread)
+        signal, noise = self.diffusion.coefficients(t, xt)
+        total = (signal * self.prior) ** 2 + noise**2  # variance of xt
+        output = self.unet(xt * total.rsqrt(), time, speech, identity, reference_latents / self.reference_spread)
+        if self.diffusion.prediction != "x0":
+            return output
+        return signal * self.prior**2 / total * xt + self.prior * noise * total.rsqrt() * output
+
+    def loss(self, output, target, t):
+        """Squared error [b]; for x0 weighted by 1 + SNR prior^2, which is the UNet's own error times prior^2."""
+        error = (output - target).square()
+        if self.diffusion.prediction == "x0":
+            signal, noise = self.diffusion.coefficients(t, target)
+            error = error * (1 + (signal * self.prior / noise) ** 2)
+        return error.flatten(1).mean(1)
 
     @torch.inference_mode()
     def generate(self, reference, mel, noise, num_steps, guidance=1.0, solver="dpm"):
@@ -501,7 +528,7 @@ class TalkingHead(nn.Module):
     def latent_shape(self, num_clips, num_frames, size):
         """Shape [b f c h w] of the noise for `generate` at a picture size of `size` pixels."""
         side = size // self.autoencoder.factor
-        return num_clips, num_frames, self.spread.shape[0], side, side
+        return num_clips, num_frames, len(self.prior), side, side
 
 
 class EMA:

@@ -37,7 +37,7 @@ LIMITS = {
     "model.diffusion.num_steps": (2, 10**5), "model.diffusion.schedule": ("cosine", "linear"),
     "model.diffusion.prediction": ("x0", "v", "eps"), "judges.steps": (1, 10**7), "backbone.autoencoder_steps": (0, 10**7),
     "backbone.steps": (0, 10**7), "backbone.num_frames": (5, 10**4), "backbone.batch_size": (1, 10**4),
-    "backbone.ema_decay": (0, 1), "backbone.speech_dropout": (0, 1), "backbone.spectrum_kept": (0, 1),
+    "backbone.ema_decay": (0, 1), "backbone.speech_dropout": (0, 1),
     "lora.rank": (1, 4096), "lora.dropout": (0, 0.99), "loss.tdc": (0, 1e3), "loss.identity": (0, 1e3),
     "loss.perceptual": (0, 1e3), "loss.sync": (0, 1e3), "fed.rounds": (0, 10**7), "fed.sample_rate": (0, 1),
     "fed.local_epochs": (0, 10**4), "fed.batch_size": (1, 10**4), "fed.num_frames": (5, 10**4), "fed.lr": (0, 10),
@@ -265,22 +265,13 @@ def train_autoencoder(autoencoder, clips, settings, seed, device):
             bar.set_postfix(psnr=f"{10 * np.log10(4 / error.detach().square().mean().item()):.1f} dB")
 
 
-@torch.no_grad()
-def set_spread(model, draw, kept, generator):
-    """Scale the motion latents by (part of) their own spread; `kept` is the share of the log spectrum that stays."""
-    batch = draw(128, 8, generator)
-    difference = batch["latents"] - batch["reference_latents"][:, None]
-    spread = difference.std(dim=(0, 1, 3, 4)) ** (1 - kept) * difference.std() ** kept
-    model.spread.copy_(spread.view(-1, 1, 1))
-    model.reference_spread.copy_(batch["reference_latents"].std(dim=(0, 2, 3)).view(-1, 1, 1).clamp(min=model.spread.max()))
-
-
 def train_unet(model, public, settings, window, seed, device):
     """Diffusion loss on public clips; returns the moving average of the model and the loss curve."""
     clips = [clip for own in public.values() for clip in own]
     draw = drawer(clips, public, encode_clips(model, clips, device), window, device)
     generator = torch.Generator().manual_seed(seed)
-    set_spread(model, draw, settings["spectrum_kept"], generator)
+    batch = draw(256, settings["num_frames"], generator)
+    model.set_statistics(batch["latents"], batch["reference_latents"])
     model.autoencoder.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01)
     average, losses = talking.EMA(model, settings["ema_decay"]), []
@@ -331,7 +322,7 @@ def load_backbone(config, path, device):
 def build_model(config):
     m = config["model"]
     speech = m["speech"] | {"window": config["data"]["window"]}
-    return talking.TalkingHead(m["autoencoder"], m["unet"], speech, m["diffusion"]).to(memory_format=torch.channels_last)
+    return talking.TalkingHead(m["autoencoder"], m["unet"], speech, m["diffusion"], config["data"]["size"]).to(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -641,21 +632,6 @@ def load_state(path, device="cpu"):
         raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from None
 
 
-def prepare(config, device, run):
-    """Data, judges, pretrained model with adapters injected, and clients."""
-    started = time.perf_counter()
-    people = load_people(config)
-    seconds = {"data": time.perf_counter() - started}
-    model, judges, trained = backbone(config, people, device, Path(config["runtime"]["directory"]) / "backbones")
-    if run and not (run / "backbone.pt").exists():
-        save_torch(trained, run / "backbone.pt")
-    add_adapters(model, config)
-    clients, splits = make_clients(model, people, config, device)
-    jitter = np.mean([float(metrics.temporal_jitter(fed.unit_range(pixels(c.frames, device))))
-                      for own in people["public"].values() for c in own])
-    return people, model, judges, trained, clients, splits, float(jitter), seconds
-
-
 def add_adapters(model, config):
     torch.manual_seed(config["seed"])  # A is random: every party must start from the same
     a = config["lora"]
@@ -665,23 +641,28 @@ def add_adapters(model, config):
 
 def train(config, device, run):
     """The whole path: data, backbone, rounds, personal adapters, evaluation, report."""
-    people, model, judges, trained, clients, splits, jitter, seconds = prepare(config, device, run)
-    clock = time.perf_counter()
+    seconds, clock = {}, time.perf_counter()
 
     def lap(name):
         nonlocal clock
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
-    seconds |= trained["seconds"]
-    nothing = torch.zeros_like(lora.adapter_vector(model))
-    start = lora.adapter_vector(model)
-    nothing = start
-    shared = federate(model, judges, clients, config, run, jitter)
+    people = load_people(config)  # refuses what it must before anything is written
+    run.mkdir(parents=True, exist_ok=True)
+    save_text(yaml.safe_dump(config, sort_keys=False), run / "config.yaml")
+    lap("data")
+    model, judges, trained = backbone(config, people, device, Path(config["runtime"]["directory"]) / "backbones")
+    seconds |= trained["seconds"]  # of the run that trained it, should this one have found it in the cache
+    save_torch(trained, run / "backbone.pt")
+    add_adapters(model, config)
+    clients, splits = make_clients(model, people, config, device)
+    untouched, clock = lora.adapter_vector(model), time.perf_counter()
+    shared = federate(model, judges, clients, config, run, public_jitter(people["public"]))
     lap("rounds")
     own = personalize(model, judges, clients, shared, config, run)
     lap("personal adapters")
-    names = list(clients)
-    adapters = {"backbone only": dict.fromkeys(names, nothing), "global adapter": dict.fromkeys(names, shared), "personal adapter": own}
+    adapters = {"backbone only": dict.fromkeys(clients, untouched), "global adapter": dict.fromkeys(clients, shared),
+                "personal adapter": own}
     rows, shown, speed = evaluate(model, judges, splits, adapters, config, device)
     losses = test_losses(model, splits, adapters, config, device)
     lap("evaluation")
@@ -694,6 +675,12 @@ def train(config, device, run):
     draw_history(run, trained["losses"])
     print(report_tables(report))
     print(f"report, pictures and videos: {run}")
+
+
+def public_jitter(public):
+    """Mean temporal jitter of the public clips: what stability is measured by."""
+    return float(np.mean([float(metrics.temporal_jitter(torch.from_numpy(c.frames / np.float32(255))))
+                          for own in public.values() for c in own]))
 
 
 def test_losses(model, splits, adapters, config, device):
@@ -774,8 +761,6 @@ def main(argv=None):
         if args.action == "generate":
             return speak(args, config, device)
         run = Path(args.resume or f"{config['runtime']['directory']}/{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}")
-        run.mkdir(parents=True, exist_ok=True)
-        save_text(yaml.safe_dump(config, sort_keys=False), run / "config.yaml")
         train(config, device, run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -19,7 +19,7 @@ def small_model(prediction="v"):
     torch.manual_seed(0)
     model = talking.TalkingHead(SMALL_AE, dict(channels=[16, 32], heads=2, reach=3), dict(num_mels=40, window=5, dim=16),
                                 dict(num_steps=100, schedule="cosine", prediction=prediction,
-                                     zero_terminal_snr=prediction != "eps"))
+                                     zero_terminal_snr=prediction != "eps"), size=32)
     for parameter in model.parameters():  # wake up the layers that start at zero
         torch.nn.init.normal_(parameter, std=0.1) if not parameter.any() else None
     return model.eval()

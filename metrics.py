@@ -1,0 +1,751 @@
+"""Metrics for talking heads, the standard networks that judge, and the small judges that are trained here.
+
+Frames are float tensors in [0, 1] at 25 Hz, clips `b f c h w` and pictures `n c h w`; speech is 16 kHz. No network
+judges before it is trained: the standard ones read the standard files (`load_weights`), and `train_judges` makes the
+stand-ins, which tables mark with a star.
+
+    python metrics.py real/ fake/ --weights DIR --json out.json
+"""
+import argparse
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import scipy.fft
+import torch
+import torch.nn.functional as F
+import torchvision
+from einops import rearrange
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
+from torch import nn
+from torchvision.models import inception
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- pictures and clips
+
+def _check(x, y):
+    if x.shape != y.shape:
+        raise ValueError(f"the frames to compare differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("the frames hold NaN or infinite pixels")
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of each frame [..., c, h, w] -> [...]; equal frames give 100, a finite cap."""
+    _check(x, y)
+    return -10 * torch.log10((x - y).square().mean((-3, -2, -1), dtype=torch.float64).clamp(min=1e-10))
+
+
+def _gaussian(n, device):
+    """Matrix [n - 10, n] that weighs every valid run of 11 pixels with a Gaussian of sigma 1.5."""
+    distance = torch.arange(n, device=device) - torch.arange(5, n - 5, device=device)[:, None]
+    weights = torch.exp(-distance.double().square() / (2 * 1.5 ** 2)) * (distance.abs() <= 5)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def ssim(x, y):
+    """Structural similarity of each frame [..., c, h, w] -> [...] (Wang et al. 2004): 11 x 11 Gaussian of sigma 1.5, valid
+    region, population covariance, data range 1, mean over channels; ValueError below 11 pixels."""
+    _check(x, y)
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs frames of at least 11 x 11 pixels, not {tuple(x.shape[-2:])}")
+    # float64: E[x^2] - E[x]^2 would cancel in flat regions
+    a, b = (v.double().reshape(-1, 1, *v.shape[-2:]) for v in (x, y))                     # [(n c), 1, h, w]
+    moments = torch.cat([a, b, a * a, b * b, a * b], dim=1)                               # [(n c), 5, h, w]
+    moments = _gaussian(a.shape[-2], a.device) @ moments @ _gaussian(a.shape[-1], a.device).T  # [(n c), 5, h - 10, w - 10]
+    mean_a, mean_b, aa, bb, ab = moments.unbind(1)
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    score = (2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2)
+    score = score / ((mean_a ** 2 + mean_b ** 2 + c1) * (aa - mean_a ** 2 + bb - mean_b ** 2 + c2))
+    return score.mean((-2, -1)).view(x.shape[:-2]).mean(-1)
+
+
+def _changes(frames):
+    """Mean absolute difference of consecutive frames [..., f, c, h, w] -> [..., f - 1]; ValueError for a single frame."""
+    if frames.shape[-4] < 2:
+        raise ValueError("motion needs at least two frames")
+    return frames.diff(dim=-4).abs().mean((-3, -2, -1))
+
+
+def temporal_jitter(frames):
+    """Mean absolute difference of consecutive frames [..., f, c, h, w] -> [...], in units of the pixel range."""
+    return _changes(frames).mean(-1)
+
+
+def jitter_ratio(generated, truth):
+    """Temporal jitter of generated clips over that of the true ones, [..., f, c, h, w] -> [...]; 1 is best."""
+    return temporal_jitter(generated) / temporal_jitter(truth).clamp(min=1e-8)
+
+
+def tlp(distance, generated, truth):
+    """Flow-free flicker of a clip [f, c, h, w] -> scalar (tLP, Chu et al. 2020): mean difference between the perceptual
+    `distance(x, y) -> [n]` of consecutive generated frames and that of the true ones."""
+    _check(generated, truth)
+    return (distance(generated[:-1], generated[1:]) - distance(truth[:-1], truth[1:])).abs().mean()
+
+
+def mouth_region(frames):
+    """The lower middle of face tracks [..., h, w], where the mouth is: 9/16 of the height, 5/8 of the width."""
+    h, w = frames.shape[-2:]
+    return frames[..., h - 9 * h // 16:, 3 * w // 16:w - 3 * w // 16]
+
+
+def mouth_motion(frames):
+    """Mean absolute change of the mouth region, [..., f, c, h, w] -> [..., f - 1]: needs no network and no landmarks."""
+    return _changes(mouth_region(frames))
+
+
+def mouth_correlation(predicted, true):
+    """Pearson correlation over time [..., f] -> [...] in [-1, 1]; a mouth that never moves correlates with nothing: 0."""
+    p, t = (torch.as_tensor(v).double() for v in (predicted, true))
+    p, t = (v - v.mean(-1, keepdim=True) for v in (p, t))
+    return (p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1)).clamp(min=1e-12)
+
+
+def mean_ci(values, seed=0, num_resamples=2000):
+    """Mean over clips [n] with its 95 % percentile-bootstrap interval: {"mean", "ci95": [low, high], "n"}; `ci95` is None
+    for a single clip; ValueError for none."""
+    values = np.asarray(values, dtype=np.float64).ravel()
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError("a mean needs at least one value, all of them finite")
+    picks = np.random.default_rng(seed).integers(0, len(values), (num_resamples, len(values)))
+    interval = np.percentile(values[picks].mean(1), [2.5, 97.5]).tolist()
+    return {"mean": float(values.mean()), "ci95": interval if len(values) > 1 else None, "n": len(values)}
+
+
+# ---------------------------------------------------------------- distributions of features
+
+class FeatureStatistics:
+    """Features of any number of frames in bounded memory: float64 sums for the Frechet distance, and a uniform sample of
+    at most `capacity` rows (Vitter 1985, Algorithm R), which holds all of them while they are few."""
+
+    def __init__(self, capacity=5000, seed=0):
+        self.n, self.capacity, self.generator = 0, capacity, torch.Generator().manual_seed(seed)
+
+    def update(self, features):
+        """Add the features [n, d] of some frames; ValueError if they are not finite."""
+        features = torch.as_tensor(features).detach().cpu().double()
+        if features.ndim != 2 or not features.isfinite().all():
+            raise ValueError("features must be a finite matrix [n, d]")
+        if self.n == 0:
+            d = features.shape[1]
+            self.shift = features.mean(0)            # sums about a point near the mean lose no digits
+            self.sum, self.outer = features.new_zeros(d), features.new_zeros(d, d)
+            self.rows = features.new_empty(self.capacity, d)
+        centred = features - self.shift
+        self.sum += centred.sum(0)
+        self.outer.addmm_(centred.T, centred)
+        place = torch.arange(self.n, self.n + len(features))
+        draws = (torch.rand(len(features), generator=self.generator, dtype=torch.float64) * (place + 1)).long()
+        for row, place in enumerate(torch.where(place < self.capacity, place, draws).tolist()):
+            if place < self.capacity:
+                self.rows[place] = features[row]
+        self.n += len(features)
+        self.sample = self.rows[:self.n]                                                   # [min(n, capacity), d]
+        self.mean = self.shift + self.sum / self.n
+        return self
+
+    def covariance(self):
+        """Unbiased covariance [d, d] (n - 1)."""
+        return (self.outer - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
+
+    def factor(self):
+        """A matrix M with M^T M = covariance: the centred features [n, d] while they are few, else [d, d]."""
+        if self.n <= min(self.capacity, len(self.mean)):
+            return (self.sample - self.mean) / (self.n - 1) ** 0.5
+        root, failed = torch.linalg.cholesky_ex(self.covariance())
+        if not failed:
+            return root.T
+        values, vectors = torch.linalg.eigh(self.covariance())          # slower, but singular covariances have it too
+        return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def _two_sides(*sides):
+    sides = [s if isinstance(s, FeatureStatistics) else FeatureStatistics(len(s)).update(s) for s in sides]
+    if min(side.n for side in sides) < 2:
+        raise ValueError("a distance of distributions needs at least two frames on each side")
+    return sides
+
+
+def frechet_distance(real_features, fake_features):
+    """Frechet distance (FID, Heusel et al. 2017) of two feature matrices [n, d] or FeatureStatistics -> float; warns where
+    frames are fewer than dimensions, ValueError below two."""
+    real, fake = _two_sides(real_features, fake_features)
+    if min(real.n, fake.n) < len(real.mean):
+        warnings.warn(f"FID of {min(real.n, fake.n)} frames in {len(real.mean)} dimensions is biased upwards: "
+                      "compare only values of equal n")
+    # tr (S1 S2)^(1/2) is the nuclear norm of M1 M2^T: exact, and a small matrix where frames are few
+    cross = torch.linalg.svdvals(real.factor() @ fake.factor().T).sum()
+    trace = real.covariance().trace() + fake.covariance().trace() - 2 * cross
+    return max(0.0, float((real.mean - fake.mean).square().sum() + trace))
+
+
+def kernel_distance(real_features, fake_features, num_subsets=100, subset_size=1000, seed=0):
+    """Kernel distance (KID, Binkowski et al. 2018) of [n, d] features or FeatureStatistics -> (mean, deviation) over subsets
+    of the unbiased squared MMD, kernel (x.y/d + 1)^3; with fewer frames than `subset_size` it warns and takes half."""
+    sides = [side.sample for side in _two_sides(real_features, fake_features)]
+    fewest = min(map(len, sides))
+    if fewest < subset_size:
+        subset_size = max(2, fewest // 2)
+        warnings.warn(f"KID from {fewest} frames only, in subsets of {subset_size}")
+    generator = torch.Generator().manual_seed(seed)
+    picks = [[torch.randperm(len(s), generator=generator)[:subset_size] for s in sides] for _ in range(num_subsets)]
+    scores = torch.zeros(num_subsets, dtype=torch.float64)
+    for a, b in ((0, 0), (1, 1), (0, 1)):            # one kernel matrix at a time bounds the memory
+        kernel = (sides[a] @ sides[b].T / sides[a].shape[1] + 1) ** 3
+        weight = -2 / subset_size ** 2
+        if a == b:                                   # unbiased: no pair of a frame with itself
+            kernel.fill_diagonal_(0)
+            weight = 1 / (subset_size * (subset_size - 1))
+        scores += weight * torch.stack([kernel[pick[a]][:, pick[b]].sum() for pick in picks])
+    return float(scores.mean()), float(scores.std(correction=0))
+
+
+# ---------------------------------------------------------------- the standard networks
+
+def _resize(frames, size):
+    if frames.shape[-2:] == (size, size):
+        return frames
+    return F.interpolate(frames, (size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def load_weights(module, path, prefix=""):
+    """Load the tensors below `prefix` of a standard weight file, unchanged -> the file's SHA-256; ValueError for a file
+    that is none, or naming the first key that does not fit."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a file of weights ({type(error).__name__})") from None
+    own = module.state_dict()
+    for key in [*own, *state]:
+        if key not in state and key.endswith("num_batches_tracked"):               # older files lack these counters
+            state[key] = own[key]
+        if key not in state or key not in own or state[key].shape != own[key].shape:
+            raise ValueError(f"{path} does not fit {type(module).__name__}: first misfit {prefix}{key}")
+    module.load_state_dict(state)
+    module.eval().requires_grad_(False)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+class _FIDPool:
+    """Pooled branches of the 2015-12-05 graph: averages leave the padding out."""
+    pool = staticmethod(partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False))
+
+    def _forward(self, x):
+        return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
+
+
+class _BlockA(_FIDPool, inception.InceptionA): pass
+class _BlockC(_FIDPool, inception.InceptionC): pass
+class _BlockE(_FIDPool, inception.InceptionE): pass
+
+
+class InceptionFID(inception.Inception3):
+    """FID's Inception: frames [n, 3, h, w] -> pool3 features [n, 2048]; reads pt_inception-2015-12-05-6726825d.pth."""
+
+    def __init__(self):
+        blocks = [inception.BasicConv2d, _BlockA, inception.InceptionB, _BlockC, inception.InceptionD, _BlockE, None]
+        super().__init__(1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
+        self.Mixed_7c.pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)     # the graph's own oddity
+        self.eval().to(memory_format=torch.channels_last)                                  # 1.5 times faster on a CPU
+
+    def forward(self, frames):
+        x = F.interpolate(frames.contiguous(memory_format=torch.channels_last), (299, 299), mode="bilinear") * 2 - 1
+        for name, layer in self.named_children():
+            if name == "avgpool":
+                return x.mean((-2, -1))
+            x = layer(x)
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 (Zhang et al. 2018), net "alex" or "vgg": frames [n, 3, h, w] twice -> distance [n]; torchvision's
+    backbone file goes into `features` (prefix "features."), LPIPS's own alex.pth or vgg.pth into `lins`."""
+
+    taps = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}                   # the ReLUs that are compared
+    channels = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
+
+    def __init__(self, net="alex"):
+        super().__init__()
+        with torch.device("meta"):                   # no time on random numbers that the files replace
+            backbone = torchvision.models.alexnet() if net == "alex" else torchvision.models.vgg16()
+        self.tapped, self.features = self.taps[net], backbone.features.to_empty(device="cpu")
+        self.lins = nn.ModuleDict({f"lin{i}": nn.ModuleDict({"model": nn.Sequential(
+            nn.Dropout(), nn.Conv2d(c, 1, 1, bias=False))}) for i, c in enumerate(self.channels[net])})
+        self.eval()
+
+    def forward(self, x, y):
+        shift, scale = (x.new_tensor(v).view(3, 1, 1) for v in ([-.030, -.088, -.188], [.458, .448, .450]))
+        x, y, total = (2 * x - 1 - shift) / scale, (2 * y - 1 - shift) / scale, 0
+        for i, layer in enumerate(self.features[:self.tapped[-1] + 1]):
+            x, y = layer(x), layer(y)
+            if i in self.tapped:
+                difference = (F.normalize(x, eps=1e-10) - F.normalize(y, eps=1e-10)).square()
+                total = total + self.lins[f"lin{self.tapped.index(i)}"]["model"](difference).mean((1, 2, 3))
+        return total
+
+
+class _FaceBlock(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
+        self.bn2, self.prelu = nn.BatchNorm2d(outputs), nn.PReLU(outputs)
+        self.conv2, self.bn3 = nn.Conv2d(outputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.downsample = shortcut if stride == 2 else nn.Identity()
+
+    def forward(self, x):
+        return self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x)))))) + self.downsample(x)
+
+
+class ArcFace(nn.Module):
+    """ArcFace's iresnet (Deng et al. 2019), depth 50 or 100: aligned faces [n, 3, h, w] -> [n, 512] of unit norm."""
+
+    def __init__(self, depth=50):
+        super().__init__()
+        self.conv1, self.bn1, self.prelu = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
+        for i, blocks in enumerate({50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}[depth]):
+            c = 64 * 2 ** i
+            layer = [_FaceBlock(max(64, c // 2), c, 2), *(_FaceBlock(c, c, 1) for _ in range(blocks - 1))]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*layer))
+        self.bn2, self.fc, self.features = nn.BatchNorm2d(512), nn.Linear(512 * 49, 512), nn.BatchNorm1d(512)
+        self.eval()
+
+    def forward(self, frames):
+        x = self.prelu(self.bn1(self.conv1(2 * _resize(frames, 112) - 1)))
+        x = self.bn2(self.layer4(self.layer3(self.layer2(self.layer1(x)))))                # [n, 512, 7, 7]
+        return F.normalize(self.features(self.fc(x.flatten(1))), dim=-1)
+
+
+def mfcc(audio):
+    """13 MFCC at 100 Hz of 16 kHz samples on the int16 scale, [n] -> float64 [t, 13] (python_speech_features' ways:
+    rectangular 25 ms frames, 26 HTK-mel triangles on whole FFT bins, lifter 22, log energy first)."""
+    audio = np.asarray(audio, dtype=np.float64)
+    audio = np.append(audio[:1], audio[1:] - 0.97 * audio[:-1])
+    audio = np.pad(audio, (0, max(400 - len(audio), -(len(audio) - 400) % 160)))
+    frames = np.lib.stride_tricks.sliding_window_view(audio, 400)[::160]
+    power = np.abs(np.fft.rfft(frames, 512)) ** 2 / 512                                    # [t, 257]
+    mels = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)
+    edges = np.floor(513 * 700 * (10 ** (mels / 2595) - 1) / 16000)
+    low, peak, high = (edges[i:i + 26, None] for i in range(3))
+    bins = np.arange(257)
+    rising, falling = (bins - low) / np.maximum(peak - low, 1), (high - bins) / np.maximum(high - peak, 1)
+    triangles = np.where(bins < peak, rising, falling).clip(0)                             # [26, 257]
+    bank, energy = power @ triangles.T, power.sum(1)
+    floor = lambda x: np.log(np.where(x == 0, np.finfo(float).eps, x))
+    cepstra = scipy.fft.dct(floor(bank), norm="ortho")[:, :13] * (1 + 11 * np.sin(np.pi * np.arange(13) / 22))
+    cepstra[:, 0] = floor(energy)
+    return cepstra
+
+
+def sync_offset(video, audio, max_shift=15, outside=0.0):
+    """LSE of window embeddings [t, d] -> {"lse_d", "lse_c", "offset"} (Chung & Zisserman 2016): mean distance at the best
+    of all shifts within +-max_shift, median minus that minimum, and how many frames the sound comes late (SyncNet's sign);
+    beyond the clip the audio counts as `outside`: 0 in SyncNet, NaN to leave those windows out."""
+    t = len(video)
+    padded = F.pad(audio[:t], (0, 0, max_shift, max_shift), value=outside)
+    shifted = padded.unfold(0, 2 * max_shift + 1, 1).mT                                        # [t, shifts, d]
+    distance = (video[:, None] - shifted + 1e-6).norm(dim=-1).nanmean(0)      # 1e-6: as torch's pairwise_distance
+    best = int(distance.nan_to_num(float("inf")).argmin())
+    return {"lse_d": float(distance[best]), "lse_c": float(distance.nanmedian() - distance[best]),
+            "offset": max_shift - best}
+
+
+class SyncNet(nn.Module):
+    """SyncNet v2 (Chung & Zisserman 2016); reads syncnet_v2.model."""
+
+    def __init__(self):
+        super().__init__()
+        unit = lambda conv, norm: (conv, norm(conv.weight.shape[0]), nn.ReLU())
+        sound = lambda i, o, *k: unit(nn.Conv2d(i, o, *k), nn.BatchNorm2d)
+        sight = lambda i, o, *k: unit(nn.Conv3d(i, o, *k), nn.BatchNorm3d)
+        pool = lambda pad=0: nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, pad, pad))
+        head = lambda: nn.Sequential(*unit(nn.Linear(512, 512), nn.BatchNorm1d), nn.Linear(512, 1024))
+        self.netcnnaud = nn.Sequential(
+            *sound(1, 64, 3, 1, 1), nn.Identity(), *sound(64, 192, 3, 1, 1), nn.MaxPool2d(3, (1, 2)),
+            *sound(192, 384, 3, 1, 1), *sound(384, 256, 3, 1, 1), *sound(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2),
+            *sound(256, 512, (5, 4)))
+        self.netcnnlip = nn.Sequential(
+            *sight(3, 96, (5, 7, 7), (1, 2, 2)), pool(), *sight(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), pool(1),
+            *(layer for _ in range(3) for layer in sight(256, 256, (1, 3, 3), 1, (0, 1, 1))), pool(),
+            *sight(256, 512, (1, 6, 6)))
+        self.netfcaud, self.netfclip = head(), head()
+        self.eval()
+
+    def forward(self, frames, cepstra):
+        """Frames [f, 3, h, w] and their MFCC [4 f, 13] -> window embeddings of picture and sound, [f - 4, 1024] each."""
+        x = 255 * _resize(frames, 224).flip(1)[None].transpose(1, 2)                       # BGR, [1, 3, f, 224, 224]
+        lips = self.netcnnlip(x)[0, :, :, 0, 0].T        # later layers see single times: every window in one pass
+        windows = cepstra.unfold(0, 20, 4)[:, None]                                        # [f - 4, 1, 13, 20]
+        return self.netfclip(lips), self.netfcaud(self.netcnnaud(windows).flatten(1))
+
+
+@torch.no_grad()
+def lse(syncnet, video_frames, audio, chunk=20):
+    """LSE-D, LSE-C and AV offset of frames [f, 3, h, w] at 25 Hz and int16 audio [n] at 16 kHz -> as `sync_offset`;
+    ValueError below 6 frames with sound."""
+    num_windows = min(len(video_frames), len(audio) // 640) - 5                            # SyncNet leaves out the last
+    if num_windows < 1:
+        raise ValueError("lip sync needs at least 6 frames with their sound")
+    cepstra = torch.from_numpy(mfcc(audio)).to(video_frames)
+    cepstra = F.pad(cepstra, (0, 0, 0, max(0, 4 * (num_windows + 4) - len(cepstra))))
+    spans = [(i, min(i + chunk, num_windows) + 4) for i in range(0, num_windows, chunk)]
+    sides = zip(*(syncnet(video_frames[i:j], cepstra[4 * i:4 * j]) for i, j in spans))
+    return sync_offset(*(torch.cat(side) for side in sides))
+
+
+# ---------------------------------------------------------------- the small judges that train here
+
+def _conv(inputs, outputs, stride=2):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Judges(nn.Module):
+    """Small networks, trained by `train_judges` on public people only, that stand in for the standard ones: a face embedder
+    whose layers also give the perceptual distance and the features of FID* and KID*, and a sync network whose frame
+    features also give the mouth's opening. They see 64 x 64 pixels; other sizes are resampled.
+
+    `scores` says how well they judge people they never saw; `has_opening` whether openings were known."""
+
+    def __init__(self, width=16, dim=64):
+        super().__init__()
+        w, m = width, 24
+        self.face = nn.ModuleList([_conv(3, w), nn.Sequential(_conv(w, 2 * w), _conv(2 * w, 2 * w, 1)), _conv(2 * w, 4 * w),
+                                   nn.Sequential(_conv(4 * w, 8 * w), _conv(8 * w, 8 * w, 1))])
+        self.face_head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(8 * w * 16, dim), nn.BatchNorm1d(dim))
+        self.view_head = nn.Linear(15 * w, 10)      # training only: which view `_augment` made
+        self.mouth = nn.Sequential(_conv(3, m), _conv(m, 2 * m), _conv(2 * m, 4 * m), nn.Flatten(),
+                                   nn.Linear(4 * m * 25, 128), nn.BatchNorm1d(128), nn.ReLU())
+        self.opening_head, self.trace_head = nn.Linear(128, 1), nn.Linear(dim, 5)
+        self.motion = nn.Sequential(nn.Conv1d(128, 128, 3, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Conv1d(128, dim, 3))
+        self.speech = nn.Sequential(nn.BatchNorm1d(40), nn.Conv1d(40, 96, 4, 2, 1), nn.BatchNorm1d(96), nn.ReLU(),
+                                    nn.Conv1d(96, 128, 4, 2, 1), nn.BatchNorm1d(128), nn.ReLU(), nn.Flatten(),
+                                    nn.Dropout(0.2), nn.Linear(128 * 5, dim))
+        self.scores, self.has_opening = {}, False
+
+    def get_extra_state(self):
+        return {"scores": self.scores, "has_opening": self.has_opening}
+
+    def set_extra_state(self, state):
+        self.scores, self.has_opening = state["scores"], state["has_opening"]
+
+    def _layers(self, frames):
+        x, layers = _resize(frames, 64) - 0.5, []
+        for stage in self.face:
+            layers.append(x := stage(x))            # [n, w, 32, 32], [n, 2w, 16, 16], [n, 4w, 8, 8], [n, 8w, 4, 4]
+        return layers
+
+    def identity(self, frames):
+        """Face embeddings of unit norm: frames [n, 3, h, w] -> [n, d]; their inner product is the similarity."""
+        return F.normalize(self.face_head(self._layers(frames)[-1]), dim=-1)
+
+    def perceptual(self, x, y):
+        """LPIPS*: distance [n] >= 0 of frames [n, 3, h, w]: squared difference of unit-normalised features, averaged over
+        the picture and the face network's four scales (after Zhang et al. 2018)."""
+        unit = lambda layer: layer / (layer.square().sum(1, keepdim=True) + 1e-8).sqrt()
+        pairs = zip(self._layers(x), self._layers(y))
+        return sum((unit(a) - unit(b)).square().sum(1).mean((-2, -1)) for a, b in pairs) / 4
+
+    def features(self, frames):
+        """Features for FID* and KID*: frames [n, 3, h, w] -> [n, d], the mean activation of every channel."""
+        return torch.cat([layer.mean((-2, -1)) for layer in self._layers(frames)], dim=1)
+
+    def _mouth(self, frames):
+        return self.mouth(mouth_region(_resize(frames, 64)) - 0.5)                         # [n, 128]
+
+    def opening(self, frames):
+        """Mouth opening, in the unit of the training clips: frames [n, 3, h, w] -> [n]; ValueError if none was known."""
+        if not self.has_opening:
+            raise ValueError("these judges saw no clips whose mouth opening is known")
+        return self.opening_head(self._mouth(frames)).squeeze(-1)
+
+    def mouth_video(self, frames):
+        """Mouth motion in windows of 5 frames: [b, f, 3, h, w] -> [b, f - 4, d] of unit norm."""
+        return self._motion(self._mouth(frames.flatten(0, 1)), len(frames))
+
+    def _motion(self, features, b):
+        return F.normalize(self.motion(rearrange(features, "(b f) d -> b d f", b=b)), dim=1).mT
+
+    def mouth_audio(self, mel):
+        """Speech in the same windows: log-mel [b, f, 20, 40], 20 steps of 10 ms centred on each frame, -> [b, f - 4, d]."""
+        return self._speech(mel[:, 2:-2])
+
+    def _speech(self, windows):
+        x = self.speech(rearrange(windows, "b f n m -> (b f) m n"))
+        return F.normalize(rearrange(x, "(b f) d -> b f d", b=len(windows)), dim=-1)
+
+
+def _augment(clips, view, mirror, generator, region=lambda x: x):
+    """Clips [b, f, 3, h, w], each zoomed, moved, mirrored, lit, tinted, blurred or made noisy as its `view` [b, 10] in [-1, 1]
+    says, and cut to a region."""
+    zoom, dx, dy, roll, bright, gamma, warm, side, top, spoilt = view.T
+    scale, angle = torch.exp(-0.1 - 0.2 * zoom), 0.15 * roll
+    theta = torch.stack([scale * mirror * angle.cos(), -scale * angle.sin(), 0.1 * dx,
+                         scale * mirror * angle.sin(), scale * angle.cos(), 0.1 * dy], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, (len(clips), 3, *clips.shape[-2:]), align_corners=False)
+    grid = region(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                            # [b, h, w, 2]
+    x = F.grid_sample(clips.flatten(1, 2), grid, padding_mode="reflection", align_corners=False)
+    light = 1 + 0.35 * side.view(-1, 1, 1) * grid[..., 0] + 0.2 * top.view(-1, 1, 1) * grid[..., 1]
+    tint = 0.08 * torch.randn(len(clips), 3, generator=generator) + 0.2 * warm[:, None] * torch.tensor([1.0, 0, -1])
+    gain = torch.exp(0.3 * bright[:, None] + tint)[..., None, None] * light[:, None]       # [b, 3, h, w]
+    x = torch.addcmul(x, 0.6 * gamma.view(-1, 1, 1, 1) * x, 1 - x)
+    x = rearrange(x, "b (f c) h w -> b f c h w", c=3) * gain[:, None]
+    for clip, amount in zip(x, spoilt.tolist()):    # half of the clips blurred, the others noisy
+        if amount < 0:
+            clip.lerp_(F.avg_pool2d(clip, 3, 1, 1, count_include_pad=False), min(1, -1.5 * amount))
+        else:
+            clip.add_(torch.rand(clip.shape, generator=generator) - 0.5, alpha=0.2 * amount)
+    return x.clamp_(0, 1)
+
+
+def _windows(mel):
+    """The 20 mel steps around each video frame but the outer two: [4 f, m] -> [f - 4, 20, m]."""
+    return torch.from_numpy(np.array(mel)).unfold(0, 20, 4).mT
+
+
+def _draw(clips, batch_size, num_frames, generator):
+    """Random stretches: labels [b], frames [b, f, 3, h, w], mel windows [b, f - 4, 20, 40], opening [b, f], NaN if unknown."""
+    batch = []
+    for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
+        label, clip = clips[index]
+        first = int(torch.randint(len(clip.frames) - num_frames + 1, (), generator=generator))
+        stretch, mels = slice(first, first + num_frames), slice(4 * first, 4 * (first + num_frames))
+        opening = np.full(num_frames, np.nan, np.float32) if clip.opening is None else np.array(clip.opening[stretch])
+        batch.append((torch.tensor(label), _resize(torch.from_numpy(np.array(clip.frames[stretch])) / 255, 64),
+                      _windows(clip.mel[mels]), torch.from_numpy(opening)))
+    return [torch.stack(part) for part in zip(*batch)]
+
+
+def _losses(judges, prototypes, labels, faces, mouths, windows, opening, view):
+    """The training losses; `faces` [b, k, 3, 64, 64] and `mouths` [b, f, 3, 36, 40] are views of the same clips."""
+    b, f, k = *mouths.shape[:2], faces.shape[1]
+    layers = judges._layers(faces.flatten(0, 1))
+    cosine = F.normalize(judges.face_head(layers[-1]), dim=-1) @ F.normalize(prototypes, dim=-1).T     # [(b k), people]
+    person = labels.repeat_interleave(k)
+    margin = 0.25 * F.one_hot(person, len(prototypes))                                     # CosFace (Wang et al. 2018)
+    pooled = torch.cat([layer.mean((-2, -1)) for layer in layers], dim=1)
+    features = judges.mouth(mouths.flatten(0, 1) - 0.5)                                    # [(b f), 128]
+    video, audio = judges._motion(features, b), judges._speech(windows)
+    # InfoNCE both ways: each window against all times of all clips in the batch
+    logits, target = 12 * video.flatten(0, 1) @ audio.flatten(0, 1).T, torch.arange(b * (f - 4))
+    losses = {"identity": F.cross_entropy(16 * (cosine - margin), person),
+              "view": F.mse_loss(judges.view_head(pooled), view.repeat_interleave(k, 0)),
+              "sync": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2}
+    known = ~opening.isnan().any(1)
+    if known.any():
+        error = judges.opening_head(features).view(b, f)[known] - opening[known]
+        level = error.mean(1, keepdim=True)         # how it moves counts more than where the lips rest
+        trace = opening.unfold(1, 5, 1)[known]                                             # [b, f - 4, 5]
+        # sound and mouth meet much sooner when both must also tell the opening
+        traces = sum((judges.trace_head(side[known]) - trace).square().mean() for side in (video, audio))
+        losses["opening"] = 30 * (error - level).square().mean() + 3 * level.square().mean() + 10 * traces
+    return losses
+
+
+def _fit(judges, num_people, clips, steps, seconds, seed, num_frames, batch_size, progress):
+    generator, start = torch.Generator().manual_seed(seed), time.monotonic()
+    prototypes = nn.Parameter(torch.randn(num_people, judges.face_head[-1].num_features))
+    optimiser = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
+    for step in range(steps):
+        share = max(step / steps, (time.monotonic() - start) / seconds)
+        if share >= 1:
+            break
+        optimiser.param_groups[0]["lr"] = 3e-3 * min(1, 20 * share + 0.05) * (1 - share)
+        labels, frames, windows, opening = _draw(clips, batch_size, num_frames, generator)
+        view = torch.rand(batch_size, 10, generator=generator) * 2 - 1
+        mirror = torch.where(torch.rand(batch_size, generator=generator) < 0.5, -1.0, 1.0)
+        faces = _augment(frames[:, ::num_frames // 3][:, :3], view, mirror, generator)
+        mouths = _augment(frames, view, mirror, generator, mouth_region)
+        losses = _losses(judges, prototypes, labels, faces, mouths, windows, opening, view)
+        optimiser.zero_grad()
+        sum(losses.values()).backward()
+        optimiser.step()
+        if progress:
+            progress(share, {name: loss.item() for name, loss in losses.items()})
+
+
+def train_judges(people, steps=320, seconds=75.0, seed=0, num_frames=16, batch_size=16, progress=None):
+    """Train Judges on public people {name: [clip, ...]} and score them on every eighth person, who is held out; at most
+    `steps` steps or `seconds`, whichever ends first (bit-reproducible if the steps do).
+
+    A clip has `frames` uint8 [f, 3, h, w], `mel` [4 f, 40] and `opening` [f] or None; `progress(share, losses)` is called
+    after each step. ValueError with fewer than four people or no clip of `num_frames` frames."""
+    names = sorted(people)
+    trained = [name for i, name in enumerate(names) if i % 8]
+    clips = [(label, c) for label, name in enumerate(trained) for c in people[name] if len(c.frames) >= num_frames]
+    if len(names) < 4 or not clips:
+        raise ValueError(f"the judges need four people with clips of {num_frames} frames; here are {len(names)} people")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judges = Judges()
+        _fit(judges, len(trained), clips, steps, seconds, seed, num_frames, batch_size, progress)
+    judges.eval().requires_grad_(False)
+    judges.has_opening = any(clip.opening is not None for _, clip in clips)
+    judges.scores = score_judges(judges, {name: people[name] for name in names[::8]})
+    return judges
+
+
+@torch.no_grad()
+def score_judges(judges, people, num_windows=38):
+    """How well judges do on people they never saw {name: [clip, ...]} -> dict: identity verification (AUC, accuracy) and
+    rank-1 between clips, right against other speech over 1.5 s, AV offset within a frame, and opening correlation."""
+    clips = [(name, clip) for name in sorted(people) for clip in people[name] if len(clip.frames) >= num_windows + 4]
+    owner, scores = np.array([name for name, _ in clips]), {"people": len({name for name, _ in clips}), "clips": len(clips)}
+    if len(clips) < 2:
+        return scores
+    frames = [torch.from_numpy(np.array(clip.frames)) / 255 for _, clip in clips]
+    faces = F.normalize(torch.stack([judges.identity(x[::5]).mean(0) for x in frames]), dim=-1)
+    same, other = (torch.from_numpy(m) for m in (owner[:, None] == owner, owner[:, None] != owner))
+    similarity = (faces @ faces.T).fill_diagonal_(-2)
+    right, wrong = similarity[same.fill_diagonal_(False)], similarity[other]
+    if len(right) and len(wrong):
+        rates = [(right >= cut).float().mean() + (wrong < cut).float().mean() for cut in torch.cat([right, wrong])]
+        nearest = similarity.argmax(1)[same.any(1)].numpy()
+        scores |= {"verification_auc": float((right[:, None] > wrong).float().mean()),
+                   "verification_accuracy": float(max(rates)) / 2,
+                   "rank1": float((owner[nearest] == owner[same.any(1).numpy()]).mean())}
+    video = [judges.mouth_video(x[None])[0] for x in frames]
+    audio = [judges._speech(_windows(clip.mel)[None])[0] for _, clip in clips]
+    v, a = (torch.stack([x[:num_windows] for x in side]) for side in (video, audio))
+    match = torch.einsum("i t d, j t d -> i j", v, a)                                      # [clips, clips]
+    if other.any():
+        scores["sync_accuracy"] = float((match.diagonal()[:, None] > match)[other].float().mean())
+    offsets = [sync_offset(x, y, outside=float("nan"))["offset"] for x, y in zip(video, audio)]
+    scores["offset_accuracy"] = float(np.mean(np.abs(offsets) <= 1))
+    known = [(x, clip.opening) for x, (_, clip) in zip(frames, clips) if clip.opening is not None]
+    if judges.has_opening and known:
+        scores["opening_correlation"] = float(np.mean([mouth_correlation(judges.opening(x), np.array(o)) for x, o in known]))
+    return scores
+
+
+# ---------------------------------------------------------------- command line: two folders in, one table out
+
+PICTURES, VIDEOS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}, {".mp4", ".avi", ".mov", ".mkv", ".webm"}
+STANDARD = {  # metric: the network and its files, each with the part that it fills and the prefix of its keys
+    "fid": (InceptionFID, [("pt_inception-2015-12-05*.pth", "", "")]),
+    "lpips": (LPIPS, [("alexnet-owt-*.pth", "features", "features."), ("alex.pth", "lins", "")]),
+    "id_similarity": (ArcFace, [("*r50*.pth", "", "")]), "id_similarity_r100": (partial(ArcFace, 100), [("*r100*.pth", "", "")]),
+    "lse": (SyncNet, [("syncnet_v2.model", "", "")])}
+
+
+def load_standard(folder):
+    """The standard networks whose files lie in a folder -> ({metric: network}, {file name: SHA-256})."""
+    networks, hashes = {}, {}
+    for metric, (make, parts) in STANDARD.items():
+        paths = [min(Path(folder).glob(pattern), default=None) for pattern, _, _ in parts]
+        if all(paths):
+            networks[metric] = make()
+            for path, (_, part, prefix) in zip(paths, parts):
+                hashes[path.name] = load_weights(networks[metric].get_submodule(part), path, prefix)
+    return networks, hashes
+
+
+def _read(path):
+    """Frames [f, 3, h, w] in [0, 1] and int16 audio at 16 kHz (empty for a picture); ValueError if unreadable."""
+    try:
+        if path.suffix.lower() in PICTURES:
+            with Image.open(path) as picture:
+                frames, audio = np.asarray(picture.convert("RGB"))[None], np.zeros(0, np.int16)
+        else:
+            frames = imageio.imread(path, plugin="FFMPEG")                                 # [f, h, w, 3]
+            command = [get_ffmpeg_exe(), "-v", "error", "-i", path, "-ac", "1", "-ar", "16000", "-f", "s16le", "-"]
+            audio = np.frombuffer(subprocess.run(command, capture_output=True).stdout, np.int16)
+    except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read {path} ({type(error).__name__})") from None
+    return rearrange(torch.from_numpy(frames.copy()), "f h w c -> f c h w").float() / 255, audio
+
+
+def _score_pair(real, fake, audio, networks):
+    """Every metric of a pair of clips [f, 3, h, w], cut to the shorter one -> {name: value}."""
+    n = min(len(real), len(fake))
+    real, fake = real[:n], fake[:n]
+    scores = {"frames": n, "psnr": psnr(fake, real).mean(), "ssim": ssim(fake, real).mean()}
+    if n > 1:
+        scores |= {"temporal_jitter": temporal_jitter(fake), "jitter_ratio": jitter_ratio(fake, real),
+                   "mouth_motion_correlation": mouth_correlation(mouth_motion(fake), mouth_motion(real))}
+    for metric, network in networks.items():
+        if metric == "lpips":
+            scores |= {"lpips": network(fake, real).mean()} | ({"tlp": tlp(network, fake, real)} if n > 1 else {})
+        elif metric.startswith("id"):
+            scores[metric] = (network(fake) * network(real)).sum(-1).mean()
+        elif metric == "lse" and min(n, len(audio) // 640) > 5:
+            scores |= lse(network, fake, audio)
+    return {name: float(value) for name, value in scores.items()}
+
+
+@torch.no_grad()
+def compare(real_folder, fake_folder, networks):
+    """Score two folders of videos or pictures, pairs by name -> ({metric: mean_ci and frames}, notes on what is left out)."""
+    folders, statistics, clips, notes = [], (FeatureStatistics(), FeatureStatistics(seed=1)), [], []
+    for folder in map(Path, (real_folder, fake_folder)):
+        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES | VIDEOS]
+        if not files:
+            raise ValueError(f"no pictures or videos in {folder}" if folder.is_dir() else f"no such folder: {folder}")
+        folders.append({str(path.relative_to(folder).with_suffix("")): path for path in files})
+    for name in tqdm(sorted(folders[0] | folders[1]), unit="file", disable=None):
+        pair = []
+        try:
+            for files, side in zip(folders, statistics):
+                if name in files:
+                    pair.append(_read(files[name]))
+                    for batch in pair[-1][0].split(32) if "fid" in networks else ():
+                        side.update(networks["fid"](batch))
+            if len(pair) < 2:
+                raise ValueError("it has no partner of that name")
+            clips.append(_score_pair(pair[0][0], *pair[1], networks))
+        except ValueError as error:
+            notes.append(f"{name}: {error}")
+    rows = {}
+    for metric in dict.fromkeys(key for clip in clips for key in clip if key != "frames"):
+        own = [clip for clip in clips if metric in clip]
+        rows[metric] = mean_ci([clip[metric] for clip in own]) | {"frames": int(sum(clip["frames"] for clip in own))}
+    if "fid" in networks and min(side.n for side in statistics) > 1:
+        n = min(side.n for side in statistics)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rows["fid"] = {"mean": frechet_distance(*statistics), "ci95": None, "n": n, "frames": n}
+            kid, deviation = kernel_distance(*statistics)
+            rows["kid"] = {"mean": kid, "deviation": deviation, "ci95": None, "n": n, "frames": n}
+        notes += [str(warning.message) for warning in caught]
+    if not rows:
+        raise ValueError("nothing could be scored: " + "; ".join(notes))
+    return rows, notes
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Compare two folders of videos or pictures, pairs by name.")
+    parser.add_argument("real")
+    parser.add_argument("fake")
+    wanted = ", ".join(pattern.replace("%", "%%") for _, parts in STANDARD.values() for pattern, _, _ in parts)
+    parser.add_argument("--weights", metavar="DIR", help=f"folder with any of {wanted}")
+    parser.add_argument("--json", metavar="FILE", help="write the table there too")
+    args = parser.parse_args(argv)
+    try:
+        networks, hashes = load_standard(args.weights) if args.weights else ({}, {})
+        rows, notes = compare(args.real, args.fake, networks)
+        if args.json:
+            Path(args.json).write_text(json.dumps({"rows": rows, "weights": hashes, "notes": notes}, indent=1))
+    except (ValueError, OSError) as error:
+        print(f"metrics.py: {error}", file=sys.stderr)
+        return 2
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print("| metric | mean | 95 % interval | n | frames |\n|---|---|---|---|---|")
+    for name, row in rows.items():
+        interval = "{:.4f} .. {:.4f}".format(*row["ci95"]) if row["ci95"] else "–"
+        print(f"| {name} | {row['mean']:.4f} | {interval} | {row['n']} | {row['frames']} |")
+    print(f"judged with {hashes}" if hashes else "no weights given, so no network judged")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,388 @@
+"""metrics.py against closed forms, definitions and, where they are installed, the public packages."""
+import copy
+import json
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import metrics  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def frames(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(network, seed=0):
+    """Weights that keep activations at a natural size, so that a wrong layer shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.randn(value.shape, generator=generator))
+            if value.ndim > 1:
+                value.mul_((2 / value[0].numel()) ** 0.5)
+            elif "running_var" in name or "weight" in name:
+                value.mul_(0.1).add_(1)
+            else:
+                value.mul_(0.1)
+    return network.eval()
+
+
+# ---------------------------------------------------------------- pictures and clips
+
+
+def test_psnr_is_its_definition():
+    x = torch.full((2, 3, 8, 8), 0.5)
+    np.testing.assert_allclose(metrics.psnr(x, x + 0.1), [20, 20], atol=1e-5)
+    assert metrics.psnr(x, x).tolist() == [100, 100]
+
+
+def test_ssim_is_its_definition():
+    x, y = frames(1, 1, 11, 11).double(), frames(1, 1, 11, 11, seed=1).double()
+    g = np.exp(-np.arange(-5, 6) ** 2 / 4.5)
+    w = torch.from_numpy(np.outer(g, g) / g.sum() ** 2)                  # an 11 x 11 frame has a single valid window
+    mx, my = (w * x).sum(), (w * y).sum()
+    vx, vy, cov = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    expected = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4))
+    assert abs(metrics.ssim(x, y).item() - expected.item()) < 1e-12
+    assert metrics.ssim(frames(2, 5, 3, 16, 17), frames(2, 5, 3, 16, 17)).allclose(torch.ones(2, 5).double())
+
+
+def test_ssim_against_scikit_image():
+    peer = pytest.importorskip("skimage.metrics").structural_similarity
+    x, y = frames(3, 40, 37), (frames(3, 40, 37) + 0.2 * frames(3, 40, 37, seed=1)).clamp(0, 1)
+    expected = peer(x.double().numpy(), y.double().numpy(), channel_axis=0, gaussian_weights=True, sigma=1.5,
+                    use_sample_covariance=False, data_range=1)
+    assert abs(metrics.ssim(x, y).item() - expected) < 1e-6
+
+
+def test_jitter_flicker_and_correlation():
+    ramp = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(2, 5, 3, 4, 4) / 10
+    assert metrics.temporal_jitter(ramp).tolist() == pytest.approx([0.1, 0.1])
+    assert metrics.jitter_ratio(ramp * 2, ramp).tolist() == pytest.approx([2, 2])
+    change = lambda x, y: (x - y).abs().mean((1, 2, 3))
+    assert metrics.tlp(change, ramp[0] * 3, ramp[0]).item() == pytest.approx(0.2)
+    t = torch.linspace(0, 6, 50)
+    assert metrics.mouth_correlation(3 * t.sin() + 1, t.sin()).item() == pytest.approx(1)
+    assert metrics.mouth_correlation(torch.ones(50), t.sin()).item() == 0
+    a, b = np.random.default_rng(0).normal(size=(2, 50))
+    assert metrics.mouth_correlation(a, b).item() == pytest.approx(np.corrcoef(a, b)[0, 1])
+    still = torch.zeros(1, 4, 3, 64, 64)
+    moved = still.clone()
+    moved[:, 2, :, 50, 32] = 1
+    assert metrics.mouth_motion(still).sum() == 0 and (metrics.mouth_motion(moved)[0] > 0).tolist() == [False, True, True]
+
+
+def test_mean_ci_covers_the_mean_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for seed in range(300):
+        low, high = metrics.mean_ci(rng.normal(3, 2, 40), seed, num_resamples=500)["ci95"]
+        hits += low <= 3 <= high
+    assert 0.89 <= hits / 300 <= 0.98
+    assert metrics.mean_ci([2.0]) == {"mean": 2.0, "ci95": None, "n": 1}
+
+
+@pytest.mark.parametrize("x, y, says", [
+    (frames(2, 3, 16, 16), frames(2, 3, 16, 17), "differ in shape"),
+    (frames(2, 3, 16, 16), frames(2, 3, 16, 16) * float("nan"), "NaN"),
+    (frames(2, 3, 9, 16), frames(2, 3, 9, 16), "at least 11")])
+def test_frames_that_cannot_be_compared(x, y, says):
+    with pytest.raises(ValueError, match=says):
+        metrics.ssim(x, y)
+    with pytest.raises(ValueError, match="two frames"):
+        metrics.temporal_jitter(x[:1])
+
+
+# ---------------------------------------------------------------- distributions
+
+
+def rows_with(mean, covariance, n, seed):
+    """n rows whose sample mean and covariance are exactly the given ones."""
+    x = np.random.default_rng(seed).normal(size=(n, len(mean)))
+    x -= x.mean(0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+    return x @ np.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_known_gaussians():
+    a, b = np.diag([1.0, 4, 9]), np.diag([4.0, 1, 16])
+    real, fake = rows_with(np.zeros(3), a, 50, 0), rows_with(np.array([1.0, 2, 0]), b, 80, 1)
+    assert metrics.frechet_distance(real, fake) == pytest.approx(5 + 1 + 1 + 1, abs=1e-6)
+
+
+def test_frechet_distance_of_few_rows_equals_the_matrix_square_root():
+    from scipy.linalg import sqrtm
+    rng = np.random.default_rng(0)
+    for n, m in ((12, 9), (12, 200), (200, 300)):
+        x, y = rng.normal(size=(n, 30)), rng.normal(size=(m, 30)) * 1.5 + 0.3
+        s, t = np.cov(x.T), np.cov(y.T)
+        expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert metrics.frechet_distance(x, y) == pytest.approx(expected, rel=1e-5)
+        assert len(caught) == (min(n, m) < 30)                           # fewer rows than dimensions: said loudly
+
+
+def test_streamed_statistics_equal_those_of_all_rows():
+    x = np.random.default_rng(0).normal(size=(500, 6)) + 1e4
+    stream = metrics.FeatureStatistics(capacity=50)
+    for part in np.array_split(x, 13):
+        stream.update(part)
+    np.testing.assert_allclose(stream.covariance(), np.cov(x.T), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(stream.mean, x.mean(0), rtol=1e-12)
+    kept = {tuple(row) for row in stream.sample.tolist()}
+    assert len(kept) == 50 and kept <= {tuple(row) for row in x.tolist()}
+    order = {tuple(row): i for i, row in enumerate(x.tolist())}
+    assert 180 < np.mean([order[row] for row in kept]) < 320             # a uniform sample, not the first or last rows
+
+
+def test_kernel_distance_is_the_unbiased_mmd():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 5)), rng.normal(size=(20, 5)) + 0.5
+    k = lambda a, b: (a @ b / 5 + 1) ** 3
+    expected = (sum(k(x[i], x[j]) + k(y[i], y[j]) for i in range(20) for j in range(20) if i != j) / 380
+                - 2 * sum(k(a, b) for a in x for b in y) / 400)
+    mean, deviation = metrics.kernel_distance(x, y, subset_size=20)
+    assert mean == pytest.approx(expected, abs=1e-9) and deviation < 1e-12
+    with pytest.warns(UserWarning, match="KID from 20 frames only"):
+        assert metrics.kernel_distance(x, y)[1] > 0
+    with pytest.raises(ValueError, match="at least two"):
+        metrics.frechet_distance(x[:1], y)
+
+
+def test_kernel_distance_against_torch_fidelity():
+    peer = pytest.importorskip("torch_fidelity.metric_kid")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 16)), rng.normal(size=(60, 16)) + 0.3
+    expected = peer.kernel_mmd(x, y, kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None,
+                               kid_kernel_poly_coef0=1)
+    assert metrics.kernel_distance(x, y, subset_size=60)[0] == pytest.approx(float(expected), abs=1e-9)
+
+
+# ---------------------------------------------------------------- the standard networks
+
+
+def test_inception_against_pytorch_fid(monkeypatch):
+    peer = pytest.importorskip("pytorch_fid.inception")
+    ours = randomise(metrics.InceptionFID())
+    monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *a, **k: ours.state_dict())
+    theirs, x = peer.InceptionV3().eval(), frames(1, 3, 64, 80)
+    with torch.no_grad():
+        expected, got = theirs(x)[0].flatten(1), ours(x)
+    assert got.shape == (1, 2048) and (got - expected).norm() / expected.norm() < 1e-4
+
+
+def test_inception_pools_leave_the_padding_out():
+    block = randomise(metrics._BlockA(8, pool_features=4))
+    x = torch.ones(1, 8, 5, 5)
+    pooled = block(x)[:, -4:]
+    assert pooled.allclose(pooled[..., 2:3, 2:3].expand_as(pooled), atol=1e-6)     # a constant stays constant at the rim
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_against_lpips(net, tmp_path):
+    peer = pytest.importorskip("lpips")
+    theirs = peer.LPIPS(net=net, pnet_rand=True, verbose=False).eval()              # carries the true linear layers
+    backbone = {"features." + key.split(".", 1)[1]: value for key, value in theirs.net.state_dict().items()}
+    torch.save(backbone | {"classifier.1.weight": torch.zeros(1)}, tmp_path / "backbone.pth")
+    ours = metrics.LPIPS(net)
+    metrics.load_weights(ours.features, tmp_path / "backbone.pth", "features.")
+    metrics.load_weights(ours.lins, Path(peer.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
+    x, y = frames(2, 3, 64, 70), frames(2, 3, 64, 70, seed=1)
+    with torch.no_grad():
+        assert (ours(x, y) - theirs(2 * x - 1, 2 * y - 1).flatten()).abs().max() < 1e-5
+
+
+def test_lpips_by_hand():
+    ours = randomise(metrics.LPIPS("alex"))
+    x, y = frames(1, 3, 64, 64), frames(1, 3, 64, 64, seed=1)
+    shift, scale = torch.tensor([-.030, -.088, -.188]).view(3, 1, 1), torch.tensor([.458, .448, .450]).view(3, 1, 1)
+    with torch.no_grad():
+        total = 0
+        for i, tap in enumerate((2, 5, 8, 10, 12)):
+            a, b = (ours.features[:tap]((2 * v - 1 - shift) / scale) for v in (x, y))
+            difference = (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)) ** 2
+            total += (ours.lins[f"lin{i}"]["model"][1].weight * difference).sum(1).mean()
+        assert ours(x, y).item() == pytest.approx(total.item(), rel=1e-4)
+        assert ours(x, x).item() == 0
+
+
+def test_mfcc_against_python_speech_features():
+    peer = pytest.importorskip("python_speech_features")
+    for n in (100, 400, 401, 16000):
+        audio = (np.random.default_rng(n).normal(size=n) * 3000).astype(np.int16)
+        assert np.abs(peer.mfcc(audio, 16000) - metrics.mfcc(audio)).max() < 1e-4
+
+
+def test_mfcc_energy_and_rate():
+    audio = np.zeros(16000)
+    audio[8000] = 1000                                                   # after pre-emphasis: 1000, then -970
+    cepstra = metrics.mfcc(audio)
+    assert cepstra.shape == (99, 13) and cepstra[:, 0].argmax() in (48, 49, 50)
+    # half the spectrum's energy: Parseval, with the ends counted once
+    spectrum = np.abs(np.fft.rfft([1000, -970], 512)) ** 2 / 512
+    assert cepstra[49, 0] == pytest.approx(np.log(spectrum.sum()))
+
+
+def test_syncnet_windows_and_arcface_names():
+    syncnet, clip = randomise(metrics.SyncNet()), frames(7, 3, 224, 224)
+    cepstra = torch.randn(28, 13, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        lips, sound = syncnet(clip, cepstra)
+        bgr = (clip[1:6, [2, 1, 0]] * 255).transpose(0, 1)[None]                       # window 1 alone
+        np.testing.assert_allclose(syncnet.netfclip(syncnet.netcnnlip(bgr).flatten(1))[0], lips[1], rtol=1e-3, atol=1e-2)
+        alone = syncnet.netfcaud(syncnet.netcnnaud(cepstra[4:24].T[None, None]).flatten(1))
+        np.testing.assert_allclose(alone[0], sound[1], rtol=1e-4, atol=1e-4)
+    assert lips.shape == sound.shape == (3, 1024)
+    keys = metrics.ArcFace(50).state_dict()
+    assert keys["layer3.13.conv2.weight"].shape == (256, 256, 3, 3) and keys["fc.weight"].shape == (512, 25088)
+    assert "layer2.0.downsample.1.running_mean" in keys and "layer2.1.downsample.1.running_mean" not in keys
+
+
+def test_sync_offset_finds_a_shift_and_follows_syncnet():
+    video = F.normalize(torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    for shift in (-7, 0, 4):
+        audio = torch.roll(video, shift, 0)                              # the sound comes `shift` frames late
+        for outside in (0.0, float("nan")):
+            assert metrics.sync_offset(video, audio, outside=outside)["offset"] == -shift
+    padded = F.pad(audio, (0, 0, 15, 15))
+    mean = torch.stack([F.pairwise_distance(video, padded[k:k + 60]) for k in range(31)], 1).mean(0)
+    scores = metrics.sync_offset(video, audio)
+    assert scores["lse_d"] == pytest.approx(mean.min().item(), abs=1e-6)
+    assert scores["lse_c"] == pytest.approx((mean.median() - mean.min()).item(), abs=1e-6)
+
+
+def test_wrong_weight_files_are_refused(tmp_path):
+    network = metrics.SyncNet()
+    state = {key: value for key, value in network.state_dict().items() if "num_batches" not in key}
+    torch.save(state, tmp_path / "good")
+    assert len(metrics.load_weights(network, tmp_path / "good")) == 64
+    torch.save(state | {"netcnnaud.4.weight": torch.zeros(3)}, tmp_path / "bad")
+    (tmp_path / "text").write_text("no weights")
+    for name, says in (("bad", "netcnnaud.4.weight"), ("text", "not a file of weights"), ("none", "not a file of weights")):
+        with pytest.raises(ValueError, match=says):
+            metrics.load_weights(network, tmp_path / name)
+    with pytest.raises(ValueError, match="first misfit conv1.weight"):
+        metrics.load_weights(metrics.ArcFace(50), tmp_path / "good")
+
+
+# ---------------------------------------------------------------- the small judges
+
+
+def talkers(num_people=4, num_clips=2, num_frames=44):
+    """People of plain colours whose dark mouth opens as loud as the mel is."""
+    people = {}
+    for p in range(num_people):
+        rng = np.random.default_rng(p)
+        for c in range(num_clips):
+            opening = np.clip(np.convolve(rng.normal(size=num_frames + 4), np.ones(5) / 2, "valid"), 0, 1).astype(np.float32)
+            clip = np.tile(rng.integers(60, 255, (1, 3, 1, 1), dtype=np.uint8), (num_frames, 1, 64, 64))
+            for t, o in enumerate(opening):
+                clip[t, :, 44:46 + int(12 * o), 24:40] = 20
+            mel = np.repeat(opening, 4)[:, None] * np.ones((1, 40), np.float32)
+            people.setdefault(f"p{p}", []).append(SimpleNamespace(frames=clip, mel=mel, opening=opening))
+    return people
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return metrics.train_judges(talkers(), steps=12, seconds=1e9, batch_size=4)
+
+
+def test_judges_shapes_norms_and_gradients(judges):
+    for size in (64, 128):
+        clip = frames(2, 7, 3, size, size).requires_grad_()
+        seen = judges.mouth_video(clip)
+        heard = judges.mouth_audio(torch.randn(2, 7, 20, 40))
+        faces = judges.identity(clip[0])
+        assert seen.shape == heard.shape == (2, 3, 64) and judges.features(clip[0]).shape[0] == 7
+        for embedding in (seen, heard, faces):
+            assert embedding.norm(dim=-1).allclose(torch.ones(()), atol=1e-5)
+        distance = judges.perceptual(clip[0], clip[1])
+        assert distance.shape == (7,) and (distance > 0).all() and judges.perceptual(clip[0], clip[0]).max() < 1e-6
+        (seen.sum() + faces.sum() + distance.sum() + judges.opening(clip[0]).sum()).backward()
+        assert clip.grad.isfinite().all() and clip.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in judges.parameters()) and not judges.training
+
+
+def test_mouth_windows_see_their_five_frames_only(judges):
+    clip = frames(1, 9, 3, 64, 64)
+    changed = clip.clone()
+    changed[:, 5] = 0
+    moved = (judges.mouth_video(clip) - judges.mouth_video(changed)).abs().sum(-1)[0] > 1e-6
+    assert moved.tolist() == [False, True, True, True, True]              # windows 1..4 hold frame 5
+    mel = torch.arange(24.0)[:, None].expand(24, 40)
+    assert metrics._windows(mel)[1, :, 0].tolist() == list(range(4, 24))  # 20 mel frames around frame 3
+
+
+def test_training_is_reproducible_and_leaves_the_global_generator_alone(judges):
+    torch.manual_seed(5)
+    again = metrics.train_judges(talkers(), steps=12, seconds=1e9, batch_size=4)
+    drawn = torch.rand(())
+    torch.manual_seed(5)
+    assert drawn == torch.rand(())
+    assert all(torch.equal(a, b) for a, b in zip(judges.parameters(), again.parameters()))
+    fresh = metrics.Judges()
+    fresh.load_state_dict(copy.deepcopy(judges.state_dict()))
+    assert fresh.scores == judges.scores and fresh.has_opening
+    assert judges.scores["people"] == 1 and judges.scores["clips"] == 2    # the held-out person
+
+
+def test_judges_learn():
+    losses = []
+    metrics.train_judges(talkers(), steps=30, seconds=60, batch_size=4, progress=lambda share, loss: losses.append(loss))
+    first, last = ({k: np.mean([x[k] for x in part]) for k in losses[0]} for part in (losses[:5], losses[-5:]))
+    assert last["opening"] < 0.5 * first["opening"] and last["view"] < first["view"]
+
+
+def test_judges_refuse_too_little():
+    with pytest.raises(ValueError, match="four people"):
+        metrics.train_judges(talkers(2))
+    with pytest.raises(ValueError, match="opening"):
+        metrics.Judges().opening(frames(1, 3, 64, 64))
+
+
+# ---------------------------------------------------------------- command line
+
+
+def save_picture(path, mode="RGB", size=(20, 24), seed=0):
+    path.parent.mkdir(exist_ok=True)
+    data = np.random.default_rng(seed).integers(0, 256, (*size, len(mode)), dtype=np.uint8)
+    Image.fromarray(data.squeeze(), mode).save(path)
+
+
+def test_folders_in_table_out(tmp_path, capsys):
+    real, fake = tmp_path / "real", tmp_path / "fake"
+    for name, mode, size in (("grey", "L", (20, 24)), ("alpha", "RGBA", (20, 24)), ("odd", "RGB", (21, 13))):
+        save_picture(real / f"{name}.png", mode, size)
+        save_picture(fake / f"{name}.png", mode, size)
+    save_picture(real / "alone.png")
+    save_picture(real / "small.png", size=(8, 8)), save_picture(fake / "small.png", size=(8, 8))
+    save_picture(real / "corrupt.png"), (fake / "corrupt.png").write_bytes(b"no picture")
+    assert metrics.main([str(real), str(fake), "--json", str(tmp_path / "out.json")]) == 0
+    out, err = capsys.readouterr()
+    assert "| psnr | 100.0000 |" in out and "| ssim | 1.0000 |" in out and "no network judged" in out
+    for says in ("alone: it has no partner", "small: SSIM needs", "corrupt: cannot read"):
+        assert says in err
+    assert json.loads((tmp_path / "out.json").read_text())["rows"]["psnr"]["n"] == 3
+
+
+def test_bad_folders_are_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    save_picture(tmp_path / "full" / "a.png")
+    for arguments in (["empty", "full"], ["full", "absent"]):
+        assert metrics.main([str(tmp_path / a) for a in arguments]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "syncnet_v2.model").write_text("no")
+    assert metrics.main([str(tmp_path / "full")] * 2 + ["--weights", str(tmp_path / "weights")]) == 2
+    assert "not a file of weights" in capsys.readouterr().err

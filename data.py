@@ -347,7 +347,7 @@ def _person(seed, name):
         light=(u(-.3, .3), -.3), motion=u(.7, 1.1), tempo=1, nod=u(.3, 1), articulation=u(.82, .92), smile=u(-.1, .25),
         spread=1, blinks=u(.3, .5))
     if client:
-        p.background, p.clothes, p.zoom = _hue(hue, u(.35, .6), u(.4, .6)), _hue(u(), u(.5, .8), u(.3, .5)), u(1.15, 1.22)
+        p.background, p.clothes, p.zoom = _hue(hue, u(.35, .6), u(.4, .6)), _hue(u(), u(.5, .8), u(.3, .5)), u(1.02, 1.08)
         p.light, p.motion, p.tempo, p.nod = (choose([-1, 1]) * u(.5, .9), u(-.5, 0)), u(.9, 1.5), u(.7, 1.3), u(.3, 1.4)
         p.articulation, p.smile, p.spread, p.blinks = u(.78, 1.1), u(-.3, .7), u(.6, 1.5), u(.2, .9)
     return p
@@ -412,8 +412,8 @@ def _motion(rng, p, curve, num_frames, prompt):
         lids *= 1 - np.exp(-((t - blink) / .06) ** 2)
         blink += .4 + rng.exponential(1 / p.blinks)
     # Small movements: face tracks, as LRS3 cuts them, follow the head.
-    m = dict(x=wander(.6 * p.motion), y=wander(.4 * p.motion) + .6 * p.nod * stress, roll=wander(.02 * p.motion),
-             yaw=wander(.7 * p.motion), gaze=.9 * np.tanh(wander(1.2)), lids=lids * wide, slant=slant + 0 * t,
+    m = dict(x=wander(.35 * p.motion), y=wander(.25 * p.motion) + .35 * p.nod * stress, roll=wander(.012 * p.motion),
+             yaw=wander(.5 * p.motion), gaze=.9 * np.tanh(wander(1.2)), lids=lids * wide, slant=slant + 0 * t,
              brows=lift + wander(.25) + .6 * stress, smile=.8 * smile + p.smile + wander(.08),
              opening=np.clip(opening * p.articulation, 0, 1), spread=.5 + (spread - .5) * p.spread + .25 * max(smile, 0))
     return SimpleNamespace(**{key: torch.from_numpy(value).float()[:, None, None] for key, value in m.items()})

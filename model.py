@@ -329,7 +329,8 @@ class TalkingUNet(nn.Module):
         self.down = nn.ModuleList(block(channels[max(i - 1, 0)], c, i) for i, c in enumerate(channels))
         self.shrink = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in channels[:-1])
         self.middle = block(channels[-1], channels[-1], len(channels))
-        self.up = nn.ModuleList(block(channels[i + 1] + c, c, i) for i, c in reversed(list(enumerate(channels[:-1]))))
+        self.grow = nn.ModuleList(nn.Conv2d(channels[i + 1], c, 1) for i, c in reversed(list(enumerate(channels[:-1]))))
+        self.up = nn.ModuleList(block(c, c, i) for i, c in reversed(list(enumerate(channels[:-1]))))
         self.norm_out = nn.GroupNorm(8, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -349,8 +350,8 @@ class TalkingUNet(nn.Module):
             skips.append(block(x, temb, speech, identity, num_frames))
             x = shrink(skips[-1])
         x = self.middle(self.down[-1](x, temb, speech, identity, num_frames), temb, speech, identity, num_frames)
-        for block in self.up:
-            x = torch.cat([F.interpolate(x, scale_factor=2.0), skips.pop()], dim=1)
+        for grow, block in zip(self.grow, self.up):
+            x = skips.pop() + F.interpolate(grow(x), scale_factor=2.0)
             x = block(x, temb, speech, identity, num_frames)
         return rearrange(self.conv_out(F.silu(self.norm_out(x))), "(b f) c h w -> b f c h w", f=num_frames)
 
@@ -441,32 +442,88 @@ def noise_schedule(num_steps, schedule, zero_terminal_snr):
 # ---------------------------------------------------------------------------------------------- the whole
 
 
+class GaussianPrior(nn.Module):
+    """Clips x0 [b f c h w] as a zero-mean Gaussian: how x0 varies together over places and times, and the best linear
+    denoiser that follows from it.
+
+    Cov = K (x) (modes diag(variance) modes^T + rest (I - modes modes^T)), K the autocorrelation over frames.
+    """
+
+    def __init__(self, num_values, num_modes, num_lags=25):
+        super().__init__()
+        self.register_buffer("modes", torch.eye(num_values, num_modes))
+        self.register_buffer("variance", torch.ones(num_modes))
+        self.register_buffer("rest", torch.ones(()))
+        self.register_buffer("correlation", torch.ones(num_lags))
+
+    @torch.no_grad()
+    def fit(self, x0):
+        """Measure the covariance on clips x0 [b f c h w] of at least two frames."""
+        flat = rearrange(x0, "b f c h w -> (b f) (c h w)")
+        _, scale, modes = torch.pca_lowrank(flat, q=self.modes.shape[1], center=False, niter=4)
+        self.modes.copy_(modes)
+        self.variance.copy_(scale**2 / len(flat))
+        left = flat.square().sum() / len(flat) - self.variance.sum()
+        self.rest.copy_((left / max(1, flat.shape[1] - len(scale))).clamp(min=1e-6))
+        lags = [(x0[:, lag:] * x0[:, :x0.shape[1] - lag]).mean() / x0.square().mean() for lag in range(x0.shape[1])]
+        lags += [lags[-1]] * len(self.correlation)  # slower than a window: as if it stayed
+        self.correlation.copy_(torch.stack(lags[: len(self.correlation)]))
+
+    def mean_variance(self):
+        """Variance of x0, averaged over places."""
+        num_values, num_modes = self.modes.shape
+        return (self.variance.sum() + (num_values - num_modes) * self.rest) / num_values
+
+    def denoise(self, xt, signal, noise):
+        """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b 1 1 1 1]), and the deviation [b 1 c h w] left per place."""
+        frame = torch.arange(xt.shape[1], device=xt.device)
+        lag = (frame[None] - frame[:, None]).abs().clamp(max=len(self.correlation) - 1)
+        slowness, times = torch.linalg.eigh(self.correlation[lag])
+        slowness = slowness.clamp(min=1e-3)[:, None]  # f 1
+        signal, noise = signal.flatten(2), noise.flatten(2)  # b 1 1
+        flat = torch.einsum("fg,bfd->bgd", times, xt.flatten(2))
+
+        def gain(variance):  # Wiener's: signal v / (signal^2 v + noise^2)
+            return signal * variance * slowness / (signal**2 * variance * slowness + noise**2)
+
+        mean = gain(self.rest) * flat + ((gain(self.variance) - gain(self.rest)) * (flat @ self.modes)) @ self.modes.T
+        left, rest = (v * noise**2 / (signal**2 * v + noise**2) for v in (self.variance, self.rest))  # b 1 k, b 1 1
+        deviation = (rest + (left - rest) @ (self.modes**2).T).sqrt()  # b 1 (c h w)
+        return torch.einsum("fg,bgd->bfd", times, mean).view_as(xt), deviation.view(len(xt), 1, *xt.shape[2:])
+
+
 class TalkingHead(nn.Module):
     """Autoencoder, condition encoders, UNet and diffusion in one: what is pretrained, adapted and sampled.
 
     The diffused variable is x0 = (latent(frame) - latent(reference)) / spread: what moves, at unit variance over all.
-    Where it moves how much, `prior` tells: the standard deviation of x0 at every place of the latent grid.
     """
 
-    def __init__(self, autoencoder, unet, speech, diffusion, size):
+    def __init__(self, autoencoder, unet, speech, diffusion, size, prior_modes):
         super().__init__()
         self.autoencoder = AutoencoderKL(**autoencoder)
         self.speech_encoder = SpeechEncoder(**speech)
         self.identity_encoder = IdentityEncoder(speech["dim"])
         self.unet = TalkingUNet(autoencoder["latent_channels"], **unet, speech_dim=speech["dim"], identity_dim=speech["dim"])
         self.diffusion = Diffusion(**diffusion)
-        side = size // self.autoencoder.factor
+        self.side = size // self.autoencoder.factor
+        num_values = autoencoder["latent_channels"] * self.side**2
+        self.prior = GaussianPrior(num_values, min(prior_modes, num_values))
         self.register_buffer("spread", torch.ones(()))
         self.register_buffer("reference_spread", torch.ones(autoencoder["latent_channels"], 1, 1))
-        self.register_buffer("prior", torch.ones(autoencoder["latent_channels"], side, side))
 
     @torch.no_grad()
     def set_statistics(self, latents, reference_latents):
-        """Measure spread, prior and the reference's spread on latents [b f c h w] and references [b c h w]."""
+        """Measure spread and prior on latents [b f c h w] and references [b c h w].
+
+        The spread is that of a typical mode, not of a typical number: numbers that move together outshout the noise
+        together, and half of the noise levels would find nothing left to say (Hoogeboom et al. 2023, Sec. 3.1).
+        """
         difference = latents - reference_latents[:, None]
-        self.spread.copy_(difference.square().mean().sqrt())
-        self.prior.copy_((difference / self.spread).square().mean(dim=(0, 1)).sqrt().clamp(min=0.05))
         self.reference_spread.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
+        self.prior.fit(difference)
+        variance = self.prior.variance
+        self.spread.copy_((variance.square().sum() / variance.sum()).sqrt())
+        self.prior.fit(difference / self.spread)
 
     def motion_latents(self, latents, reference_latents):
         """latents [b f c h w], reference [b c h w] -> x0 [b f c h w]."""
@@ -485,24 +542,23 @@ class TalkingHead(nn.Module):
     def forward(self, xt, t, speech, identity, reference_latents):
         """What the network states, in the diffusion's parametrisation, for integer t [b]; see `TalkingUNet` for shapes.
 
-        For x0 the UNet only corrects the best linear guess under the prior N(0, prior^2), and its own output has unit
-        variance at every noise level and place (Karras et al. 2022, Sec. 5, with a data deviation per place).
+        For x0 the UNet sees the prior's linear guess and corrects it, by as much as the prior leaves open at each place
+        (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is zero.
         """
         time = (t.float() + 1) / self.diffusion.num_steps
-        signal, noise = self.diffusion.coefficients(t, xt)
-        total = (signal * self.prior) ** 2 + noise**2  # variance of xt
-        output = self.unet(xt * total.rsqrt(), time, speech, identity, reference_latents / self.reference_spread)
+        reference = reference_latents / self.reference_spread
         if self.diffusion.prediction != "x0":
-            return output
-        return signal * self.prior**2 / total * xt + self.prior * noise * total.rsqrt() * output
+            return self.unet(xt, time, speech, identity, reference)
+        guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
+        return guess + deviation * self.unet(guess, time, speech, identity, reference)
 
     def loss(self, output, target, t):
-        """Squared error [b]; for x0 weighted by 1 + SNR prior^2, which is the UNet's own error times prior^2."""
-        error = (output - target).square()
+        """Squared error [b]; that of x0 as a share of x0's variance, times 1 / (1 - alpha_bar), as if v had been said."""
+        error = (output - target).square().flatten(1).mean(1)
         if self.diffusion.prediction == "x0":
-            signal, noise = self.diffusion.coefficients(t, target)
-            error = error * (1 + (signal * self.prior / noise) ** 2)
-        return error.flatten(1).mean(1)
+            _, noise = self.diffusion.coefficients(t, target)
+            error = error / self.prior.mean_variance() / noise.flatten().square().clamp(min=0.05)
+        return error
 
     @torch.inference_mode()
     def generate(self, reference, mel, noise, num_steps, guidance=1.0, solver="dpm"):
@@ -528,7 +584,7 @@ class TalkingHead(nn.Module):
     def latent_shape(self, num_clips, num_frames, size):
         """Shape [b f c h w] of the noise for `generate` at a picture size of `size` pixels."""
         side = size // self.autoencoder.factor
-        return num_clips, num_frames, len(self.prior), side, side
+        return num_clips, num_frames, len(self.reference_spread), side, side
 
 
 class EMA:

@@ -36,7 +36,7 @@ LIMITS = {
     "data.synthetic.public_people": (2, 10**6), "data.synthetic.clips_per_public": (1, 10**4),
     "model.diffusion.num_steps": (2, 10**5), "model.diffusion.schedule": ("cosine", "linear"),
     "model.diffusion.prediction": ("x0", "v", "eps"), "judges.steps": (1, 10**7), "backbone.autoencoder_steps": (0, 10**7),
-    "backbone.steps": (0, 10**7), "backbone.num_frames": (5, 10**4), "backbone.batch_size": (1, 10**4),
+    "backbone.steps": (1, 10**7), "backbone.speech_steps": (0, 10**6), "model.prior_modes": (1, 4096), "backbone.num_frames": (5, 10**4), "backbone.batch_size": (1, 10**4),
     "backbone.ema_decay": (0, 1), "backbone.speech_dropout": (0, 1),
     "lora.rank": (1, 4096), "lora.dropout": (0, 0.99), "loss.tdc": (0, 1e3), "loss.identity": (0, 1e3),
     "loss.perceptual": (0, 1e3), "loss.sync": (0, 1e3), "fed.rounds": (0, 10**7), "fed.sample_rate": (0, 1),
@@ -157,6 +157,13 @@ def save_text(text, path):
         temporary.write_text(text)
 
 
+def say(run, text):
+    """Print a line beside the progress bars and keep it in log.txt."""
+    tqdm.write(text)
+    with open(run / "log.txt", "a") as log:
+        log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+
 def save_image(picture, path):
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
@@ -265,13 +272,27 @@ def train_autoencoder(autoencoder, clips, settings, seed, device):
             bar.set_postfix(psnr=f"{10 * np.log10(4 / error.detach().square().mean().item()):.1f} dB")
 
 
+def train_speech(model, batches, settings, generator):
+    """Warm the speech encoder up: regress how the lower half of the face differs from its mean over the clip."""
+    motion = torch.cat([b["latents"] - b["latents"].mean(1, keepdim=True) for b in batches]).flatten(0, 1)  # n c h w
+    target = motion[:, :, motion.shape[2] // 2:].flatten(1)
+    target, mel = target / target.std(), torch.cat([b["mel"] for b in batches]).flatten(0, 1)
+    head = torch.nn.Linear(model.speech_encoder.proj.out_features, target.shape[1]).to(target.device)
+    optimizer = torch.optim.AdamW([*model.speech_encoder.parameters(), *head.parameters()], weight_decay=0.01)
+    for step in tqdm(range(settings["speech_steps"]), "speech", mininterval=1):
+        picks = torch.randint(len(target), (256,), generator=generator)
+        summary = model.speech_encoder(mel[picks][None])[0, :, -1]
+        descend(optimizer, (head(summary) - target[picks]).square().mean(), schedule(step, settings["speech_steps"], settings["lr"]))
+
+
 def train_unet(model, public, settings, window, seed, device):
     """Diffusion loss on public clips; returns the moving average of the model and the loss curve."""
     clips = [clip for own in public.values() for clip in own]
     draw = drawer(clips, public, encode_clips(model, clips, device), window, device)
     generator = torch.Generator().manual_seed(seed)
-    batch = draw(256, settings["num_frames"], generator)
-    model.set_statistics(batch["latents"], batch["reference_latents"])
+    batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
+    model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("latents", "reference_latents")))
+    train_speech(model, batches, settings, generator)
     model.autoencoder.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01)
     average, losses = talking.EMA(model, settings["ema_decay"]), []
@@ -322,7 +343,7 @@ def load_backbone(config, path, device):
 def build_model(config):
     m = config["model"]
     speech = m["speech"] | {"window": config["data"]["window"]}
-    return talking.TalkingHead(m["autoencoder"], m["unet"], speech, m["diffusion"], config["data"]["size"]).to(memory_format=torch.channels_last)
+    return talking.TalkingHead(m["autoencoder"], m["unet"], speech, m["diffusion"], config["data"]["size"], m["prior_modes"]).to(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -354,15 +375,15 @@ def score(judges, frames, case, gallery, own, rival_mels):
         return float((seen * judges.mouth_audio(mel)[0]).sum(-1).mean())
 
     row = {"psnr": float(metrics.psnr(frames, truth).mean()), "ssim": float(metrics.ssim(frames, truth).mean()),
-           "lpips": float(judges.perceptual(frames, truth).mean()),
-           "id_similarity": float(F.cosine_similarity(faces, gallery[own], dim=0)),
-           "id_accuracy": float(int((gallery @ faces).argmax()) == own),
+           "lpips*": float(judges.perceptual(frames, truth).mean()),
+           "id_similarity*": float(F.cosine_similarity(faces, gallery[own], dim=0)),
+           "id_accuracy*": float(int((gallery @ faces).argmax()) == own),
            "temporal_jitter": float(metrics.temporal_jitter(frames)),
            "jitter_ratio": float(metrics.jitter_ratio(frames, truth)),
-           "sync": heard(case["mel"]),
-           "sync_accuracy": float(np.mean([heard(case["mel"]) > heard(mel) for mel in rival_mels]))}
+           "sync*": heard(case["mel"]),
+           "sync_accuracy*": float(np.mean([heard(case["mel"]) > heard(mel) for mel in rival_mels]))}
     if judges.has_opening and "opening" in case:
-        row["mouth_correlation"] = float(metrics.mouth_correlation(judges.opening(frames), case["opening"]))
+        row["mouth_correlation*"] = float(metrics.mouth_correlation(judges.opening(frames), case["opening"]))
     return row
 
 
@@ -537,6 +558,8 @@ def speak(args, config, device):
             raise ValueError(f"--action generate needs --{flag}")
     picture = data.load_image(args.reference, config["data"]["size"])
     audio = data.load_speech(args.speech)
+    if len(audio) > 20 * data.SAMPLE_RATE:  # attention over time grows with the square of it
+        raise ValueError(f"--speech {args.speech}: {len(audio) / data.SAMPLE_RATE:.0f} s long; at most 20 s in one go")
     model, _, _ = load_backbone(config, run / "backbone.pt", device)
     adapter = args.adapter or (run / "last.pt" if (run / "last.pt").exists() else None)
     if adapter:
@@ -598,13 +621,17 @@ def federate(model, judges, clients, config, run, public_jitter):
         record["epsilon"] = accountant.epsilon(config["privacy"]["delta"]) if mechanism else None
         state = {"adapter": adapter, "round": index + 1, "accountant": accountant.history,
                  "best": min(state["best"], record["validation_loss"])}
+        for gone in record["dropouts"]:
+            say(run, f"round {index}: {gone['client']} dropped out: {gone['reason']}")
+        if "skipped" in record:
+            say(run, f"round {index}: nothing aggregated: {record['skipped']}")
         with open(run / "rounds.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         save_torch(state, run / "last.pt")
         if state["best"] == record["validation_loss"]:
             save_torch(state, run / "best.pt")
         bar.set_postfix(validation=f"{record['validation_loss']:.4f}", epsilon=record["epsilon"] and f"{record['epsilon']:.4g}")
-    return load_state(run / "best.pt")["adapter"] if (run / "best.pt").exists() else start
+    return state["adapter"]  # the last: choosing the best would look at the clients' losses outside of the guarantee
 
 
 def personalize(model, judges, clients, adapter, config, run):
@@ -646,6 +673,7 @@ def train(config, device, run):
     def lap(name):
         nonlocal clock
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
+        say(run, f"{name}: {seconds[name]:.0f} s")
 
     people = load_people(config)  # refuses what it must before anything is written
     run.mkdir(parents=True, exist_ok=True)
@@ -705,21 +733,21 @@ def test_losses(model, splits, adapters, config, device):
 
 def make_report(config, rows, losses, judges, seconds, speed, model, run):
     """report.json as DESIGN describes it."""
-    truth = rows["truth"]["features"]
-    table = []
+    truth, table = rows["truth"]["features"], []
     for name, row in rows.items():
         features = row.pop("features")
-        fid = {"mean": metrics.frechet_distance(truth, features), "n": features.n} if name != "truth" else {"mean": 0.0, "n": features.n}
-        kid = {"mean": metrics.kernel_distance(truth, features)[0], "n": features.n} if name != "truth" else {"mean": 0.0, "n": features.n}
-        table.append({"name": name} | row | {"fid*": fid, "kid*": kid})
+        row["fid*"] = {"mean": metrics.frechet_distance(truth, features), "ci95": None, "n": features.n}
+        row["kid*"] = {"mean": metrics.kernel_distance(truth, features)[0], "ci95": None, "n": features.n}
+        missing = {"mean": None, "reason": "needs SyncNet's weights"}
+        table.append({"name": name} | row | {"lse_c": missing, "lse_d": missing})
     d, whole = len(lora.adapter_vector(model)), sum(p.numel() for p in model.parameters())
-    mechanism = make_mechanism(config, d)
-    epsilon = None
+    mechanism, guarantee = make_mechanism(config, d), {"private": False, "epsilon": None, "reason": "privacy.enabled is false"}
     if mechanism:
         accountant = privacy.Accountant(load_state(run / "last.pt")["accountant"])
-        epsilon = accountant.epsilon(config["privacy"]["delta"])
-    return {"name": config["name"], "rows": table, "validation_loss": losses, "judges": judges.scores,
-            "privacy": config["privacy"] | {"epsilon": epsilon, "rounds": config["fed"]["rounds"]},
+        guarantee = privacy.privacy_report(mechanism, accountant, config["privacy"]["delta"], config["fed"]["rounds"])
+    judged = {name: {"network": "self-trained on the public split", "held-out people": judges.scores}
+              for name in ("lpips*", "fid*", "kid*", "id_similarity*", "id_accuracy*", "sync*", "sync_accuracy*", "mouth_correlation*")}
+    return {"name": config["name"], "rows": table, "validation_loss": losses, "judges": judged, "privacy": guarantee,
             "communication": {"adapter_parameters": d, "model_parameters": whole, "bytes_up_plain": 4 * (d + 1),
                               "bytes_up_secure": mechanism and mechanism.coordinates * 4, "bytes_down": 4 * d},
             "seconds": {k: round(v, 1) for k, v in seconds.items()}, "speed": {"generated_frames_per_second": round(speed, 1)},
@@ -738,6 +766,23 @@ def draw_history(run, backbone_losses):
     draw_curves(panels, run / "curves.png")
 
 
+def dry_run(config):
+    """--action dry-run: what the run is, sends and spends, without doing it."""
+    model = build_model(config)
+    whole = sum(p.numel() for p in model.parameters())
+    add_adapters(model, config)
+    d = len(lora.adapter_vector(model))
+    mechanism = make_mechanism(config, d)
+    print(yaml.safe_dump(config, sort_keys=False))
+    print(f"parameters: model {whole:,}, adapter {d:,}")
+    print(f"bytes a client and round: down {4 * d:,}, up {4 * (mechanism.coordinates if mechanism else d + 1):,} "
+          f"(the whole model: {4 * whole:,})")
+    if mechanism:
+        accountant = privacy.Accountant()
+        accountant.spend(**mechanism.spending(config["fed"]["sample_rate"]), rounds=config["fed"]["rounds"])
+        print(f"epsilon {accountant.epsilon(config['privacy']['delta']):.4g} at delta {config['privacy']['delta']}")
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -748,7 +793,7 @@ def main(argv=None):
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="single overrides, e.g. fed.rounds=20")
     parser.add_argument("--gpus", help="CUDA index, or cpu; left out: a GPU if there is one")
     parser.add_argument("--resume", metavar="RUN", help="go on in this run directory, with its own config")
-    parser.add_argument("--action", default="train", choices=["train", "generate"])
+    parser.add_argument("--action", default="train", choices=["train", "generate", "dry-run"])
     parser.add_argument("--reference", help="generate: a picture of a face")
     parser.add_argument("--speech", help="generate: a sound or video file")
     parser.add_argument("--output", default="talk.mp4", help="generate: the video to write")
@@ -760,6 +805,8 @@ def main(argv=None):
         torch.set_num_threads(config["runtime"]["threads"])
         if args.action == "generate":
             return speak(args, config, device)
+        if args.action == "dry-run":
+            return dry_run(config)
         run = Path(args.resume or f"{config['runtime']['directory']}/{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}")
         train(config, device, run)
     except (ValueError, FileNotFoundError) as error:

@@ -19,7 +19,7 @@ def small_model(prediction="v"):
     torch.manual_seed(0)
     model = talking.TalkingHead(SMALL_AE, dict(channels=[16, 32], heads=2, reach=3), dict(num_mels=40, window=5, dim=16),
                                 dict(num_steps=100, schedule="cosine", prediction=prediction,
-                                     zero_terminal_snr=prediction != "eps"), size=32)
+                                     zero_terminal_snr=prediction != "eps"), size=32, prior_modes=8)
     for parameter in model.parameters():  # wake up the layers that start at zero
         torch.nn.init.normal_(parameter, std=0.1) if not parameter.any() else None
     return model.eval()
@@ -92,6 +92,36 @@ def test_samplers_reach_a_known_gaussian_and_dpm_is_of_higher_order():
              for solver in ("ddim", "dpm") for n in (10, 40)}
     assert error["dpm", 40] < error["ddim", 40] / 2 and error["dpm", 10] < error["ddim", 10]
     assert error["dpm", 40] < 0.02
+
+
+def test_prior_is_the_conditional_mean_of_a_gaussian():
+    torch.manual_seed(0)
+    prior = talking.GaussianPrior(num_values=6, num_modes=3, num_lags=4)
+    modes, _ = torch.linalg.qr(torch.randn(6, 3))
+    prior.modes.copy_(modes), prior.variance.copy_(torch.tensor([3.0, 1.0, 0.5])), prior.rest.fill_(0.1)
+    prior.correlation.copy_(torch.tensor([1.0, 0.8, 0.5, 0.3]))
+    places = modes @ torch.diag(prior.variance) @ modes.T + 0.1 * (torch.eye(6) - modes @ modes.T)
+    times = prior.correlation[(torch.arange(4)[None] - torch.arange(4)[:, None]).abs()]
+    covariance = torch.kron(times, places)  # of x0 flattened as (f, values)
+    xt, signal, noise = torch.randn(1, 4, 6, 1, 1), 0.6, 0.8
+    gain = signal * covariance @ torch.linalg.inv(signal**2 * covariance + noise**2 * torch.eye(24))
+    guess, deviation = prior.denoise(xt, torch.full((1, 1, 1, 1, 1), signal), torch.full((1, 1, 1, 1, 1), noise))
+    assert torch.allclose(guess.flatten(), gain @ xt.flatten(), atol=1e-4)
+    left = places - signal * places @ torch.linalg.inv(signal**2 * places + noise**2 * torch.eye(6)) @ places * signal
+    assert torch.allclose(deviation.flatten() ** 2, left.diagonal(), atol=1e-5)
+
+
+def test_prior_finds_the_covariance_that_made_the_data():
+    torch.manual_seed(0)
+    modes, _ = torch.linalg.qr(torch.randn(8, 2))
+    walk = torch.randn(4000, 2, 2).cumsum(1) / torch.tensor([1.0, 2.0**0.5])[:, None]  # two frames, correlation 1 / sqrt 2
+    x0 = (walk * torch.tensor([2.0, 1.0])) @ modes.T + 0.1 * torch.randn(4000, 2, 8)
+    prior = talking.GaussianPrior(8, 2, num_lags=2)
+    prior.fit(x0.view(4000, 2, 8, 1, 1))
+    assert torch.allclose(prior.variance, torch.tensor([4.01, 1.01]), rtol=0.06)
+    assert float(prior.rest) == pytest.approx(0.01, rel=0.06) and float(prior.correlation[1]) == pytest.approx(0.70, abs=0.03)
+    assert float(prior.mean_variance()) == pytest.approx(float(x0.square().mean()), rel=1e-3)
+    assert float((prior.modes.T @ modes).square().sum()) == pytest.approx(2, rel=1e-3)
 
 
 def test_sampling_starts_at_the_noisiest_step():

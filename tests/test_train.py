@@ -1,0 +1,161 @@
+"""The command line: one-line errors, and the whole path on a handful of tiny talkers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import data
+import train
+
+TINY = ["runtime.threads=1", "data.size=32", "data.clients=3", "data.unseen=1", "judges.steps=2", "model.unet.channels=[16, 32]",
+        "model.autoencoder.block_out_channels=[8, 16]", "model.prior_modes=8", "backbone.autoencoder_steps=2",
+        "backbone.speech_steps=2", "backbone.steps=2", "backbone.batch_size=2", "lora.rank=1", "fed.rounds=2",
+        "fed.sample_rate=1.0", "fed.local_epochs=0.2", "personal.steps=1", "sampling.num_steps=1", "evaluate.num_frames=10",
+        "evaluate.clips_per_client=1"]
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(arguments))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(error.splitlines()) == 1, error
+    return error
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--set", "fed.ronds=3"], "did you mean 'rounds'"),
+    (["--set", "lora.rank=0"], "lora.rank must lie in 1"),
+    (["--set", "lora.rank=two"], "lora.rank must be int"),
+    (["--set", "sampling.solver=euler"], "one of dpm, ddim"),
+    (["--set", "fed=3"], "is a section"),
+    (["--set", "seed"], "key=value"),
+    (["--preset", "fedavgg"], "did you mean 'fedavg'"),
+    (["--config", "missing.yaml"], "missing.yaml"),
+    (["--gpus", "333"], "--gpus 333"),
+    (["--gpus", "one"], "--gpus one"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--set", "data.root=nowhere"], "nowhere"),
+])
+def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tmp_path):
+    directory = [] if "--resume" in arguments else ["--set", f"runtime.directory={tmp_path / 'runs'}"]
+    if arguments[0] == "--set" and directory:
+        arguments, directory = arguments + directory[1:], []
+    assert words in fails(capsys, *arguments, *directory)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_broken_yaml_is_named(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("fed: [1, 2")
+    assert "mine.yaml" in fails(capsys, "--config", str(path))
+
+
+def test_later_presets_and_settings_win(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"fed": {"rounds": 7}, "presets": {"mine": {"fed": {"rounds": 8, "gamma": 1}}}}))
+    config = train.load_config(path, ["fedavg", "mine"], ["fed.lr=1e-3"])
+    assert (config["fed"]["rounds"], config["fed"]["gamma"], config["fed"]["lr"]) == (8, 1.0, 0.001)
+    defaults = train.load_config(train.DEFAULTS)
+    assert "presets" not in config and set(config) == set(defaults)
+
+
+def test_every_preset_is_valid():
+    for name in train.read_yaml(train.DEFAULTS)["presets"]:
+        train.load_config(train.DEFAULTS, [name])
+
+
+def test_every_limit_names_a_key_and_holds_for_the_default():
+    config = train.load_config(train.DEFAULTS)
+    for name in train.LIMITS:
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        assert train.checked(name, value, value, "default") == value
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    with pytest.raises(RuntimeError):
+        with train.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    train.save_text("whole", path)
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the whole path at the smallest size."""
+    folder = tmp_path_factory.mktemp("path")
+    data.make_synthetic(folder / "people", 3, 3, 1, 2, 4, 0.8, size=32)
+    settings = TINY + [f"data.root={folder / 'people'}", f"runtime.directory={folder / 'runs'}"]
+    train.main(["--gpus", "cpu", "--set", *settings])
+    return folder, next((folder / "runs").glob("*-talkers"))
+
+
+def test_the_whole_path_leaves_what_it_promises(finished):
+    _, run = finished
+    assert {"config.yaml", "log.txt", "rounds.jsonl", "backbone.pt", "last.pt", "best.pt", "report.json", "report.md",
+            "curves.png", "grid.png", "samples", "personal"} <= {p.name for p in run.iterdir()}
+    report = json.loads((run / "report.json").read_text())
+    names = [row["name"] for row in report["rows"]]
+    assert names[:4] == ["truth", "copy reference", "mean frame", "autoencoder ceiling"]
+    assert {"backbone only", "global adapter", "personal adapter"} <= set(names)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["truth"]["psnr"]["mean"] == 100 and rows["copy reference"]["temporal_jitter"]["mean"] == 0
+    assert rows["truth"]["jitter_ratio"]["mean"] == pytest.approx(1)
+    assert all(cell["n"] >= 3 for row in report["rows"] for cell in row.values() if isinstance(cell, dict))
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    assert [r["round"] for r in rounds] == [0, 1] and rounds[0]["epsilon"] < rounds[1]["epsilon"] == report["privacy"]["epsilon"]
+    assert sorted(p.stem for p in (run / "personal").iterdir()) == ["client-000", "client-001", "client-002"]
+    video = next((run / "samples").glob("*.mp4"))
+    assert data.load_speech(video).any()  # with sound
+
+
+def test_a_finished_run_speaks(finished):
+    folder, run = finished
+    clip = next((folder / "people" / "client-000").glob("*.mp4"))
+    output = folder / "talk.mp4"
+    train.main(["--gpus", "cpu", "--action", "generate", "--resume", str(run), "--reference", str(run / "grid.png"), "--speech", str(clip),
+                "--output", str(output), "--adapter", str(run / "personal" / "client-000.pt")])
+    (folder / "spoken" / "somebody").mkdir(parents=True)
+    output.rename(folder / "spoken" / "somebody" / "1.mp4")
+    talk = data.TalkingHeads(folder / "spoken", 32, cache=folder / "spoken-cache").clips[0]
+    assert talk.frames.shape == (20, 3, 32, 32) and talk.audio.any()
+
+
+def test_generation_refuses_what_it_cannot_use(finished, capsys, tmp_path):
+    folder, run = finished
+    clip = str(next((folder / "people" / "client-000").glob("*.mp4")))
+    text, empty = tmp_path / "face.png", tmp_path / "empty.wav"
+    text.write_text("no picture"), empty.write_bytes(b"")
+    base = ["--gpus", "cpu", "--action", "generate", "--resume", str(run), "--output", str(tmp_path / "talk.mp4")]
+    assert "face.png" in fails(capsys, *base, "--reference", str(text), "--speech", clip)
+    assert "empty.wav" in fails(capsys, *base, "--reference", str(run / "grid.png"), "--speech", str(empty))
+    assert "face.png" in fails(capsys, *base, "--reference", str(run / "grid.png"), "--speech", clip, "--adapter", str(text))
+    assert not (tmp_path / "talk.mp4").exists()
+
+
+def test_resuming_a_finished_run_repeats_no_round_and_changes_nothing(finished):
+    _, run = finished
+    adapter, history = train.load_state(run / "last.pt")["adapter"], (run / "rounds.jsonl").read_text()
+    train.main(["--gpus", "cpu", "--resume", str(run)])
+    assert torch.equal(train.load_state(run / "last.pt")["adapter"], adapter) and (run / "rounds.jsonl").read_text() == history
+
+
+def test_one_person_is_no_dataset(tmp_path, capsys):
+    data.make_synthetic(tmp_path / "one", 1, 0, 0, 3, 3, 0.8, size=32)
+    assert "1 people" in fails(capsys, "--set", f"data.root={tmp_path / 'one'}", f"runtime.directory={tmp_path / 'runs'}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_and_dry_run_work_from_a_shell():
+    root = Path(train.__file__).parent
+    out = subprocess.run([sys.executable, "train.py", "--action", "dry-run"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "epsilon" in out and "adapter" in out

@@ -107,8 +107,9 @@ def merge(config, changes, where, prefix=""):
 
 def checked(name, value, default, where):
     """`value` if it is of the default's kind and inside its limits; an int will do for a float."""
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
+    if isinstance(default, float) and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # also of 1e-3, which YAML 1.1 reads as a word
     if type(value) is not type(default):
         raise ValueError(f"{where}: {name} must be {type(default).__name__}, not {value!r}")
     limits = LIMITS.get(name)

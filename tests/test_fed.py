@@ -78,7 +78,7 @@ def test_objective_is_the_weighted_sum_of_its_terms():
     batch = drawer(model)(3, 6, torch.Generator().manual_seed(0))
     loss, terms = fed.objective(model, batch, weights, judges, torch.Generator().manual_seed(0), 0.1)
     assert set(terms) == {"diffusion", "tdc", "identity", "perceptual", "sync"} and min(terms.values()) > 0
-    assert float(loss) == pytest.approx(terms["diffusion"] + sum(weights[k] * terms[k] for k in weights), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(terms["diffusion"] + sum(weights[k] * terms[k] for k in weights), rel=1e-5)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora.adapter_parameters(model) if p.shape[-1] == 2)
 

@@ -43,7 +43,7 @@ LIMITS = {
     "fed.local_epochs": (0, 10**4), "fed.batch_size": (1, 10**4), "fed.num_frames": (5, 10**4), "fed.lr": (0, 10),
     "fed.server_lr": (0, 100), "fed.gamma": (0, 100), "fed.reliability_alpha": (0, 1), "fed.sample_cap": (1, 10**9),
     "fed.min_weight": (1e-6, 1e9), "fed.proximal": (0, 1e3), "privacy.clip_norm": (1e-9, 1e9),
-    "privacy.noise_multiplier": (0, 1e3), "privacy.weight_scale": (0, 1e3), "privacy.delta": (1e-300, 0.5),
+    "privacy.noise_multiplier": (0, 1e3), "privacy.target_epsilon": (0, 1e6), "privacy.weight_scale": (0, 1e3), "privacy.delta": (1e-300, 0.5),
     "privacy.noise": ("distributed", "server", "local"), "privacy.min_honest": (1, 10**6), "personal.steps": (0, 10**6),
     "sampling.num_steps": (1, 1000), "sampling.solver": ("dpm", "ddim"), "sampling.guidance": (0, 100),
     "evaluate.num_frames": (6, 10**5), "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (1, 1024),
@@ -318,7 +318,9 @@ def backbone(config, people, device, cache):
     path = Path(cache) / f"backbone-{key}.pt"
     if not path.exists():
         seconds, started = {}, time.perf_counter()
-        judges = metrics.train_judges(people["public"], config["judges"]["steps"], float("inf"), config["seed"])
+        with tqdm(total=100, desc="judges", unit="%") as bar:
+            judges = metrics.train_judges(people["public"], config["judges"]["steps"], float("inf"), config["seed"],
+                                          progress=lambda share, losses: bar.update(round(100 * share) - bar.n))
         seconds["judges"] = time.perf_counter() - started
         torch.manual_seed(config["seed"])
         model = build_model(config).to(device)
@@ -588,11 +590,15 @@ def settings_of(config, public_jitter):
 
 
 def make_mechanism(config, length):
-    p = config["privacy"]
+    """The DP mechanism for adapters of `length` numbers, or None; `target_epsilon`, if any, chooses its noise."""
+    p, f = config["privacy"], config["fed"]
     if not p["enabled"]:
         return None
-    return privacy.Mechanism(p["clip_norm"], p["noise_multiplier"], length, config["data"]["clients"], p["min_honest"],
-                             p["weight_scale"], config["fed"]["min_weight"], noise=p["noise"])
+    noise_multiplier = p["noise_multiplier"]
+    if p["target_epsilon"]:
+        noise_multiplier = privacy.find_noise_multiplier(p["target_epsilon"], p["delta"], f["sample_rate"], f["rounds"])
+    return privacy.Mechanism(p["clip_norm"], noise_multiplier, length, config["data"]["clients"], p["min_honest"],
+                             p["weight_scale"], f["min_weight"], noise=p["noise"])
 
 
 def mean_validation_loss(model, clients, vectors, seed):
@@ -614,6 +620,10 @@ def federate(model, judges, clients, config, run, public_jitter):
     accountant = privacy.Accountant(state["accountant"])
     bar = tqdm(range(state["round"], config["fed"]["rounds"]), "rounds", initial=state["round"], total=config["fed"]["rounds"])
     for index in bar:
+        target, delta = config["privacy"]["target_epsilon"], config["privacy"]["delta"]
+        if mechanism and target and accountant.would_exceed(target, delta, **mechanism.spending(settings["sample_rate"])):
+            say(run, f"stopped before round {index}: it would pass epsilon {target} at delta {delta}")
+            break
         if mechanism:  # spent before the round, so that a round cut off after its upload stays spent
             accountant.spend(**mechanism.spending(config["fed"]["sample_rate"]))
             save_torch(state | {"accountant": accountant.history}, run / "last.pt")

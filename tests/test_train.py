@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import data
+import privacy
 import train
 
 TINY = ["runtime.threads=1", "data.size=32", "data.clients=3", "data.unseen=1", "judges.steps=2", "model.unet.channels=[16, 32]",
@@ -76,6 +77,16 @@ def test_every_limit_names_a_key_and_holds_for_the_default():
         for part in name.split("."):
             value = value[part]
         assert train.checked(name, value, value, "default") == value
+
+
+def test_a_target_epsilon_chooses_the_noise():
+    config = train.load_config(train.DEFAULTS, overrides=["privacy.target_epsilon=8", "fed.rounds=20"])
+    mechanism, accountant = train.make_mechanism(config, 100), privacy.Accountant()
+    accountant.spend(**mechanism.spending(0.75), rounds=20)
+    assert 7.9 < accountant.epsilon(1e-5) <= 8.0
+    assert accountant.would_exceed(8.0, 1e-5, **mechanism.spending(0.75))
+    config["privacy"]["enabled"] = False
+    assert train.make_mechanism(config, 100) is None
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):

@@ -2,10 +2,11 @@
 
 Protects against an honest-but-curious server with some curious clients, and against all who see released models; not
 against a server that deviates (forged rosters, Sybils, unequal survivor lists), poisoned updates, timing side channels,
-sums of overlapping cohorts (only noise covers those), or what leaves a client outside the masked vector. Cohorts are
-public: the server knows who took part, so amplification by sampling holds against everybody but the server.
+sums of overlapping cohorts (only noise covers those), or what leaves a client outside the masked vector. The server and
+the clients of a round know who took part: amplification by sampling holds only against others.
 
     python privacy.py --clients 1000 --rate 0.01 --noise 1.1 --rounds 1000 --delta 1e-6    (or --target-epsilon 8)
+    python privacy.py --clients 1000 --rate 0.01 --noise 1.1 --skellam 100000              (Skellam's epsilon beside it)
 """
 import argparse
 import functools
@@ -37,11 +38,6 @@ def release_rdp(orders, z, skellam=None):
     (l1, l2), variance = skellam, (z * skellam[1]) ** 2  # Agarwal et al. 2021, Cor. 4.1, arXiv:2110.04995
     return rdp + np.minimum(((2 * orders - 1) * l2 ** 2 + 6 * l1) / (4 * variance ** 2), 1.5 * l1 / variance)
 
-def _log1p_sum_exp(log_terms):
-    """log(1 + sum of exp) along the last axis."""
-    top = log_terms.max(axis=-1, keepdims=True)
-    return np.logaddexp(0, top[..., 0] + np.log(np.exp(log_terms - top).sum(axis=-1)))
-
 def _integer_moment(q, z, orders, skellam):
     """(order - 1) * RDP, Poisson-sampled, at integer orders, a sum of positive terms: nothing cancels.
 
@@ -56,7 +52,8 @@ def _integer_moment(q, z, orders, skellam):
     log_gain = moment + np.log(factor - np.exp(-moment)) + k * math.log(q) - log_factorial[k]
     rest = orders[:, None] - k
     log_terms = log_gain + rest * math.log1p(-q) + log_factorial[orders][:, None] - log_factorial[np.maximum(rest, 0)]
-    return np.minimum(_log1p_sum_exp(np.where(rest >= 0, log_terms, -math.inf)), unsampled)
+    log_terms = np.where(rest >= 0, log_terms, -math.inf)
+    return np.minimum(np.logaddexp.reduce(log_terms, axis=-1, initial=0.0), unsampled)  # initial: log(1 + their sum)
 
 def _fractional_rdp(q, z, orders):
     """Poisson-sampled Gaussian RDP at any order (Mironov et al. 2019, Thm. 4): log E[(1 + u)^order] / (order - 1).
@@ -73,7 +70,7 @@ def _fractional_rdp(q, z, orders):
     excess = np.where(power > 1, high + np.log1p(-(1 + order * np.maximum(u, 0)) * np.exp(-high)),
                       np.log(np.maximum(np.expm1(low) - order * u, 1e-300)))
     log_weight = -0.5 * (x / z) ** 2 + math.log(width / (z * math.sqrt(2 * math.pi)))
-    return _log1p_sum_exp(excess + log_weight) / (orders - 1)
+    return np.logaddexp.reduce(excess + log_weight, axis=-1, initial=0.0) / (orders - 1)
 
 @functools.lru_cache(maxsize=64)
 def _round_rdp(q, z, orders, skellam):
@@ -149,7 +146,8 @@ def find_noise_multiplier(target_epsilon, delta, sample_rate, rounds, sampling="
 # ---- clip, weight, noise ---------------------------------------------------------------------------------
 
 NOISE_TAIL = 12  # standard deviations of room on the ring; beyond (once in 1e33) a sum wraps and stays private
-TRUSTED = {"distributed": "nobody alone: server and other clients may be curious, min_honest survivors add their noise",
+TRUSTED = {"distributed": "nobody alone: min_honest survivors of each round add their noise and keep it to themselves, "
+                          "and fewer of a client's share holders than the threshold help a curious server",
            "server": "the server, which sees the exact sum and adds the noise",
            "local": "nobody: every client adds all of the noise"}
 
@@ -197,8 +195,11 @@ class Mechanism:
     """From a client's update to a vector on the ring, and from the ring's sum to the mean; ValueError if unsafe.
 
     clip_norm = C (L2); noise_multiplier = z; length of an update; num_clients = most clients in a sum; min_honest =
-    fewest honest survivors; weight_scale = s / C; min_weight = floor of the sum of weights; bit_scale > 0 adds adaptive
-    clipping's bit; noise in TRUSTED; mechanism gaussian or skellam; sampling in ADJACENCY; ring of 32 or 64 bits.
+    fewest honest survivors; weight_scale = s / C; min_weight = floor of the sum of weights; noise in TRUSTED; sampling
+    in ADJACENCY; ring of 32 or 64 bits. mechanism = "skellam" is exact on the ring and needs nothing else:
+    `spending` carries its sensitivities. bit_scale > 0 (say 0.5) adds adaptive clipping's bit to the noised vector and
+    to the sensitivity: after a round, `decode` gives the fraction of unclipped updates, and the next round's mechanism
+    is replace(mechanism, clip_norm=next_clip_norm(clip_norm, fraction, quantile, rate)).
     """
     clip_norm: float
     noise_multiplier: float
@@ -219,6 +220,7 @@ class Mechanism:
         require(self.mechanism in ("gaussian", "skellam"), f"mechanism is gaussian or skellam, not {self.mechanism!r}.")
         require(self.sampling in ADJACENCY and self.ring in (32, 64), "sampling is poisson or fixed, ring 32 or 64.")
         require(1 <= self.min_honest <= self.num_clients, f"min_honest is from 1 to {self.num_clients} clients.")
+        require(self.length >= 1, f"An update has 1 value or more, not {self.length}.")
         require(min(self.clip_norm, self.weight_scale, self.min_weight) > 0
                 and min(self.noise_multiplier, self.bit_scale) >= 0,
                 "clip_norm, weight_scale and min_weight are above 0, noise_multiplier and bit_scale not below.")
@@ -306,12 +308,13 @@ def x25519(scalar, point):
         a, b = x2 + z2, x2 - z2
         da, cb, aa, bb = (x3 - z3) * a, (x3 + z3) * b, a * a, b * b
         s, d = da + cb, da - cb
-        # 2^255 = 19: folding is three times cheaper than % where a few spare bits do no harm.
+        # 2^255 = 19: folding is three times cheaper than %, and leaves % little to do.
         s, d = (s & low) + 19 * (s >> 255), (d & low) + 19 * (d >> 255)
-        d, aa, bb = d * d, (aa & low) + 19 * (aa >> 255), (bb & low) + 19 * (bb >> 255)
-        e = aa - bb
-        x3, z3 = s * s % _P, u * ((d & low) + 19 * (d >> 255)) % _P
-        x2, z2 = aa * bb % _P, e * (aa + 121665 * e) % _P
+        aa, bb = (aa & low) + 19 * (aa >> 255), (bb & low) + 19 * (bb >> 255)
+        x3, z3, x2, e = s * s, d * d, aa * bb, aa - bb
+        z3, z2 = u * ((z3 & low) + 19 * (z3 >> 255)), e * (aa + 121665 * e)
+        x2, z2 = ((x2 & low) + 19 * (x2 >> 255)) % _P, ((z2 & low) + 19 * (z2 >> 255)) % _P
+        x3, z3 = ((x3 & low) + 19 * (x3 >> 255)) % _P, ((z3 & low) + 19 * (z3 >> 255)) % _P
     require(z2, "A public key of small order was refused.")
     return (x2 * pow(z2, -1, _P) % _P).to_bytes(32, "little")
 
@@ -569,65 +572,82 @@ def gaussian_epsilon(z, delta):
         return math.inf
     return 0.0 if excess(0) <= 0 else float(optimize.brentq(excess, 0, 0.5 / z ** 2 + 40 / z))
 
-def canary_directions(num, length, seed=None):
-    """Random unit vectors [num, length], float32."""
-    directions = np.random.default_rng(seed).standard_normal((num, length), np.float32)
-    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+def measured_noise(observed, unobserved, confidence):
+    """(lower bound, estimate, upper bound) of noise / sensitivity, from canaries' scores in and out of the data.
 
-def audit_epsilon(observed, unobserved, delta, confidence=0.99):
-    """Epsilon measured from canaries' scores (release . direction) with and without them in the data.
-
-    Andrew et al. 2024 (arXiv:2302.03098), Sec. 4: both are Gaussian, so their distance over their spread is a noise
+    Andrew et al. 2024 (arXiv:2302.03098), Sec. 4: both are Gaussian, so their spread over their distance is a noise
     multiplier; its bounds join Student's interval for the distance and a chi-square one for the spread.
     """
     n, m = len(observed), len(unobserved)
     shift, freedom, tail = np.mean(observed) - np.mean(unobserved), n + m - 2, (1 - confidence) / 4
     spread = math.sqrt((n * np.var(observed) + m * np.var(unobserved)) / freedom)
     margin = stats.t.isf(tail, freedom) * spread * math.sqrt(1 / n + 1 / m)
-    high, low = (spread * math.sqrt(freedom / stats.chi2.ppf(p, freedom)) for p in (tail, 1 - tail))
+    low, high = (spread * math.sqrt(freedom / stats.chi2.ppf(p, freedom)) for p in (1 - tail, tail))
+    distances = shift + margin, shift, shift - margin
+    return tuple(float(s / max(d, 1e-100)) for s, d in zip((low, spread, high), distances))
 
-    def epsilon(spread, shift):
-        return gaussian_epsilon(spread / shift, delta) if shift > 0 else 0.0
-    return {"epsilon": epsilon(spread, shift), "lower": epsilon(high, shift - margin),
-            "upper": epsilon(low, shift + margin)}
+def canary_audit(mechanism, delta, num_canaries=None, confidence=0.99, defect=None, seed=None):
+    """One round of canaries, huge updates with the largest weight, through the mechanism or one with a defect.
 
-def canary_audit(mechanism, delta, num_canaries=256, confidence=0.99, defect=None, seed=None):
-    """One round of canaries with huge updates and the largest weight through the mechanism, or a defective one.
-
-    Flagged: the measured epsilon's lower bound is above what the mechanism is accounted for in such a round.
+    Flagged: with this confidence, the noise beside a canary is less than the mechanism must add. A canary is a random
+    direction, disjoint from the others so that they do not disturb each other; num_canaries (None: about 300 z^2, from
+    256 to 4096) go in and as many stay out, or, for fixed-size cohorts, have their opposite in. ValueError if an update
+    is too short. Epsilons are of this one round, without sampling; what is `expected` of a canary is below `accounted`,
+    which also covers weights and rounding.
     """
+    z, swapped = mechanism.noise_multiplier, mechanism.sampling == "fixed"
+    n = num_canaries or min(max(256, math.ceil(300 * z ** 2)), 4096, mechanism.length // 2)
     require(defect in DEFECTS, f"defect is one of {DEFECTS}.")
-    swapped = mechanism.sampling == "fixed"  # then a canary that is absent was replaced by its opposite
-    audited = replace(mechanism, num_clients=num_canaries * (1 + swapped), min_honest=num_canaries * (1 + swapped))
-    noise = {"noise off": 0.0, "half the noise": 0.5}.get(defect, 1.0) * mechanism.noise_multiplier
-    real = replace(audited, noise_multiplier=noise)
-    directions = canary_directions(2 * num_canaries, mechanism.length, seed)
-    clip = replace(real, clip_norm=mechanism.clip_norm * (10 if defect == "clipping bypassed" else 1))
-    total = 0
+    require(2 <= n <= mechanism.length // 2, f"{n} canaries do not fit an update of {mechanism.length} values.")
+    audited = replace(mechanism, num_clients=n * (1 + swapped), min_honest=n * (1 + swapped))
+    real = replace(audited, noise_multiplier=z * {"noise off": 0.0, "half the noise": 0.5}.get(defect, 1.0))
+    client = replace(real, clip_norm=mechanism.clip_norm * (10 if defect == "clipping bypassed" else 1))
+    rng = np.random.default_rng(seed)
+    signs, total = rng.choice((-1.0, 1.0), mechanism.length), 0
+    places = np.array_split(rng.permutation(mechanism.length), 2 * n)  # of each canary's values
     for k in range(audited.num_clients):
-        sign = 1 if k < num_canaries else -1
-        vector, _ = clip.contribution(sign * 1e3 * mechanism.clip_norm * directions[k], 1.0)
+        update = np.zeros(mechanism.length)
+        update[places[k]] = 1e3 * mechanism.clip_norm * signs[places[k]] * (1 if k < n else -1)
+        vector, _ = client.contribution(update, 1.0)
         total = total + real.encode(vector * (5 if defect == "weights uncapped" else 1), "audit", k)
     mean, weight, _ = real.decode(total, audited.num_clients, "audit")
-    scores = directions @ (mean * max(weight, mechanism.min_weight)).astype(np.float32) / mechanism.clip_norm
-    result = audit_epsilon(scores[:num_canaries], scores[num_canaries:], delta, confidence)
-    accounted = gaussian_epsilon(mechanism.noise_multiplier, delta) if mechanism.noise_multiplier else math.inf
-    return {"defect": defect, **result, "accounted": accounted, "flagged": result["lower"] > accounted}
+    released = mean * max(weight, mechanism.min_weight) / mechanism.clip_norm
+    scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
+    low, noise, high = measured_noise(scores[:n], scores[n:], confidence)
+    expected = z * audited.grid_sensitivity * audited.step / (mechanism.clip_norm * (1 + swapped))
+    why = (f"noise is {low:.4g} to {high:.4g} of a canary's norm, the mechanism must add {expected:.4g}"
+           + ("; too few canaries to notice half of it" if high > 4 * expected else ""))
+    return {"defect": defect, "num_canaries": n, "confidence": confidence, "delta": delta,
+            "accounted_epsilon": gaussian_epsilon(z, delta), "expected_epsilon": gaussian_epsilon(expected, delta),
+            "measured_epsilon": gaussian_epsilon(noise, delta), "epsilon_lower_bound": gaussian_epsilon(high, delta),
+            "epsilon_upper_bound": gaussian_epsilon(low, delta), "flagged": high < expected, "why": why}
 
 def privacy_report(mechanism, accountant, delta, participations):
     """The report's privacy section, plain values; participations = most rounds that one client took part in."""
-    private = mechanism.insecure_seed is None and mechanism.noise_multiplier > 0
-    known = compute_epsilon(1.0, mechanism.noise_multiplier, participations, delta) if private else None
-    return {**asdict(mechanism), "rounds": sum(row[2] for row in accountant.history), "history": accountant.history,
-            "sensitivity": mechanism.sensitivity, "rounded_sensitivity": mechanism.grid_sensitivity * mechanism.step,
-            "accountant": "Renyi DP", "orders": list(ORDERS), "adjacency": ADJACENCY[mechanism.sampling],
-            "unit": "one client with all of its clips", "delta": delta, "trusted": TRUSTED[mechanism.noise],
-            "private": private, "epsilon": accountant.epsilon(delta) if private else None,
-            "epsilon_known_cohorts": known,
-            "no_privacy_because": None if private else "seeded noise" if mechanism.noise_multiplier else "no noise",
-            "not_covered": ["personal adapters, which stay with the client", "logs, cohort sizes and timing",
-                            "a server that deviates from the protocol", "what the public pretraining split reveals",
-                            "scores, reliability or checkpoint choices that leave a client outside the masked vector"]}
+    epsilon = accountant.epsilon(delta)
+    # Who knows the cohorts is not held up by sampling, but learns only from the rounds that a client was in.
+    known = Accountant([[1.0, z, min(rounds, participations), *rest] for _, z, rounds, *rest in accountant.history])
+    reason = ("the noise is seeded" if mechanism.insecure_seed is not None
+              else "a round had no noise" if epsilon == math.inf else None)
+    best_order = min(ORDERS, key=lambda order: accountant.epsilon(delta, (order,)))
+    fields = {k: v for k, v in asdict(mechanism).items() if k not in ("bit_scale", "insecure_seed")}
+    return {**fields, "adaptive_clipping": mechanism.bit_scale > 0, "sensitivity": mechanism.sensitivity,
+            "rounded_sensitivity": mechanism.grid_sensitivity * mechanism.step,
+            "rounds": sum(row[2] for row in accountant.history), "history": accountant.history,
+            "sample_rate": max((row[0] for row in accountant.history), default=0.0), "accountant": "Renyi DP",
+            "orders": f"{len(ORDERS)} from {min(ORDERS)} to {max(ORDERS)}", "best_order": best_order,
+            "adjacency": ADJACENCY[mechanism.sampling], "unit": "one client with all of its clips", "delta": delta,
+            "trusted": TRUSTED[mechanism.noise], "private": reason is None, "no_privacy_because": reason,
+            "epsilon": epsilon if reason is None else None,
+            "epsilon_protects_from": "whoever sees released models, but not who or how many took part in a round",
+            "epsilon_known_cohorts": known.epsilon(delta) if reason is None else None,
+            "epsilon_known_cohorts_protects_from": "whoever also knows who took part, as the clients of a round do"
+                                                   + (" and the server" if mechanism.noise != "server" else ""),
+            "known_cohorts_adjacency": "one client's vectors, or zeros in their place",
+            "not_covered": ["personal adapters, which stay with the client and are trained without noise",
+                            "logs and figures that leave a client outside of the masked vector: losses, norms, timing",
+                            "a malicious server: forged rosters, invented clients, unequal survivor lists",
+                            "poisoned updates", "what the public pretraining split reveals"]}
 
 # ---- command line ----------------------------------------------------------------------------------------
 
@@ -639,21 +659,29 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--delta", type=float, default=1e-6, help="below 1 / clients")
     parser.add_argument("--sampling", choices=ADJACENCY, default="poisson")
+    parser.add_argument("--skellam", type=int, metavar="LENGTH", help="also Skellam noise, for updates of this length")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--noise", type=float, help="noise multiplier z = noise / sensitivity")
-    choice.add_argument("--target-epsilon", type=float, help="print the smallest z that keeps it")
+    choice.add_argument("--target-epsilon", type=float, help="print the smallest z that keeps it (Gaussian noise)")
     args = parser.parse_args(arguments)
     try:
         require(args.clients >= 1 and args.rounds >= 1, "--clients and --rounds are at least 1.")
         require(args.delta < 1 / args.clients, f"--delta must be below 1 / clients = {1 / args.clients:g}.")
         z = args.noise if args.target_epsilon is None else find_noise_multiplier(
             args.target_epsilon, args.delta, args.rate, args.rounds, args.sampling)
-        table = [f"{n:8d} {compute_epsilon(args.rate, z, n, args.delta, sampling=args.sampling):10.4f}"
-                       for n in sorted({max(1, args.rounds * i // 10) for i in range(11)})]
+        columns = {"epsilon": None}
+        if args.skellam is not None:
+            skellam = Mechanism(1.0, z, args.skellam, args.clients, max(1, round(args.clients * args.rate / 2)),
+                                mechanism="skellam", sampling=args.sampling)  # half of a mean cohort survives
+            columns["skellam"] = tuple(skellam.spending(args.rate)["skellam"])
+        table = [f"{n:8d} " + " ".join(f"{compute_epsilon(args.rate, z, n, args.delta, ORDERS, args.sampling, c):10.4f}"
+                                       for c in columns.values())
+                 for n in sorted({max(1, args.rounds * i // 10) for i in range(11)})]
     except ValueError as error:
         parser.error(str(error))
     print(f"noise multiplier {z:.4f}, {args.clients * args.rate:g} of {args.clients} clients a round ({args.sampling}: "
-          f"{ADJACENCY[args.sampling]}), delta {args.delta:g}\n   round    epsilon", *table, sep="\n")
+          f"{ADJACENCY[args.sampling]}), delta {args.delta:g}\n   round " + " ".join(f"{c:>10}" for c in columns),
+          *table, sep="\n")
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,7 @@ from scipy import integrate, special, stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import privacy
 from privacy import AggregationAborted, SecureAggregationClient, SecureAggregationServer, Terms
+from proof_dropouts import check, every_fate, every_subset, toy_agreement
 
 BASE = (9).to_bytes(32, "little")
 
@@ -290,14 +291,19 @@ def test_decode_is_the_weighted_mean():
 
 
 def test_adaptive_clipping_finds_the_quantile_and_pays_for_its_bit():
-    norms, clip_norm = np.random.default_rng(3).lognormal(0, 0.5, 2000), 10.0
-    for _ in range(200):
-        clip_norm = privacy.next_clip_norm(clip_norm, np.mean(norms <= clip_norm), 0.5, 0.2)
-    assert clip_norm == pytest.approx(np.median(norms), rel=0.02)
+    updates = np.random.default_rng(3).lognormal(0, 0.5, (100, 1)) * np.eye(4)[0]
+    m = mechanism(length=4, bit_scale=0.5, clip_norm=10.0, num_clients=100, min_honest=51)
+    clip_norms = []
+    for _ in range(80):
+        total = sum(m.encode(m.contribution(update, 1.0)[0]) for update in updates)
+        fraction = m.decode(total, len(updates))[2]
+        m = replace(m, clip_norm=privacy.next_clip_norm(m.clip_norm, fraction, 0.5, 0.2))
+        clip_norms.append(m.clip_norm)
+    assert np.mean(clip_norms[40:]) == pytest.approx(np.median(updates[:, 0]), rel=0.1)
     plain, adaptive = mechanism(), mechanism(bit_scale=0.5)
     assert adaptive.sensitivity == pytest.approx(math.hypot(plain.sensitivity, 0.5 * 2.0 / 2))
     assert adaptive.client_std * adaptive.step > plain.client_std * plain.step
-    assert adaptive.spending(0.1) == plain.spending(0.1) | {"noise_multiplier": 1.0}
+    assert adaptive.spending(0.1) == plain.spending(0.1)
     skellam = mechanism(mechanism="skellam", bit_scale=0.5)
     assert replace(skellam, clip_norm=0.3).spending(0.1)["skellam"] == pytest.approx(skellam.spending(0.1)["skellam"])
 
@@ -305,7 +311,7 @@ def test_adaptive_clipping_finds_the_quantile_and_pays_for_its_bit():
 def test_unsafe_mechanisms_are_refused():
     for changes in (dict(noise="nowhere"), dict(mechanism="laplace"), dict(sampling="shuffle"), dict(ring=16), dict(clip_norm=0),
                     dict(min_honest=0), dict(min_honest=21), dict(noise_multiplier=-1), dict(weight_scale=0),
-                    dict(num_clients=2 ** 30), dict(noise_multiplier=1e7), dict(clip_norm=math.nan)):
+                    dict(num_clients=2 ** 30), dict(noise_multiplier=1e7), dict(clip_norm=math.nan), dict(length=0)):
         with pytest.raises(ValueError):
             mechanism(**changes)
 
@@ -437,10 +443,8 @@ def test_graph():
 
 @pytest.fixture
 def toy_group(monkeypatch):
-    """A fast key agreement in a toy group, for tests of everything around it."""
-    prime = 2 ** 127 - 1
-    monkeypatch.setattr(privacy, "x25519", lambda scalar, point: pow(
-        int.from_bytes(point, "little"), int.from_bytes(scalar, "little"), prime).to_bytes(32, "little"))
+    """A fast key agreement, for tests of everything around it."""
+    monkeypatch.setattr(privacy, "x25519", toy_agreement)
 
 
 def advertised(terms):
@@ -462,43 +466,11 @@ def advance(terms, stage):
         answer = server.close(name)
 
 
-def check_drops(n, threshold, drop, neighbors=None):
-    """Exact ring sum of the survivors, or an abort exactly when fewer than the threshold are left at some stage."""
-    terms = Terms(n, 3, threshold, neighbors, largest=2 ** 20)
-    values = np.random.default_rng(0).integers(0, 2 ** 32, (n, 3), dtype=np.uint32)
-    left, alive = [], set(range(n))
-    for stage in privacy.STAGES:
-        alive = alive - set(drop.get(stage, ()))
-        left.append(set(alive))
-    if len(left[2]) < terms.min_survivors or len(left[3]) < threshold:
-        with pytest.raises(AggregationAborted):
-            privacy.run_protocol(terms, values.__getitem__, drop)
-    else:
-        total, survivors = privacy.run_protocol(terms, values.__getitem__, drop)
-        assert survivors == sorted(left[2]) and np.array_equal(total, values[sorted(left[2])].sum(0, dtype=np.uint32))
-
-
-def test_every_way_to_drop_out_of_four(toy_group):
-    for fates in itertools.product((None, *privacy.STAGES), repeat=4):
-        check_drops(4, 3, {s: [i for i in range(4) if fates[i] == s] for s in privacy.STAGES})
-
-
-def test_several_drop_out_at_any_stages_of_twelve(toy_group):
-    draw = random.Random(1)
-    for n in (5, 8, 12):
-        for stages in itertools.product(privacy.STAGES, repeat=2):
-            drop = {}
-            for stage, client in zip(stages, draw.sample(range(n), 2)):
-                drop.setdefault(stage, []).append(client)
-            check_drops(n, n // 2 + 1, drop)
-        for stage in privacy.STAGES:
-            for count in range(1, n):
-                check_drops(n, n // 2 + 1, {stage: draw.sample(range(n), count)})
-
-
-def test_regular_graph_recovers(toy_group):
-    for stages in itertools.product(privacy.STAGES, repeat=2):
-        check_drops(12, 4, {stages[0]: [3], stages[1]: [8]} if stages[0] != stages[1] else {stages[0]: [3, 8]}, neighbors=6)
+def test_every_way_to_drop_out(toy_group):
+    """The short form of `proof_dropouts.py`."""
+    for n, drops, neighbors in ((3, every_fate(3), None), (5, every_subset(5, range(6)), None), (6, every_subset(6, range(4)), 4),
+                                (12, every_subset(12, (1,)), None)):
+        assert any([check(n, drop, neighbors) for drop in drops])
 
 
 @pytest.mark.parametrize("neighbors, threshold", [(None, 5), (4, 3)])
@@ -651,39 +623,61 @@ def test_server_refuses_unfit_messages(toy_group):
 
 # ---- audit, report, command line -------------------------------------------------------------------------
 
-def test_audit_flags_every_defect_and_no_sound_run():
-    for sampling in ("poisson", "fixed"):
-        m = mechanism(length=4000, sampling=sampling)
+@pytest.mark.parametrize("changes", [{}, dict(noise_multiplier=0.02, sampling="fixed", weight_scale=2.0), dict(mechanism="skellam")])
+def test_audit_flags_every_defect_and_no_sound_run(changes):
+    for seed in range(2):
+        m = mechanism(length=700, insecure_seed=seed, **changes)
         for defect in privacy.DEFECTS:
-            result = privacy.canary_audit(m, 1e-5, num_canaries=256, defect=defect)
-            assert result["flagged"] == (defect is not None), (sampling, result)
-            assert result["lower"] <= result["epsilon"] <= result["upper"]
+            result = privacy.canary_audit(m, 1e-5, defect=defect, seed=seed)
+            assert result["flagged"] == (defect is not None), result
+            assert result["epsilon_lower_bound"] <= result["measured_epsilon"] <= result["epsilon_upper_bound"]
+            assert result["expected_epsilon"] <= result["accounted_epsilon"] == privacy.gaussian_epsilon(m.noise_multiplier, 1e-5)
+            assert (result["epsilon_lower_bound"] > result["expected_epsilon"]) == result["flagged"]
+            assert "too few" not in result["why"] and "must add" in result["why"] and json.loads(json.dumps(result)) == result
 
 
-def test_audit_epsilon_recovers_a_known_one():
-    draw = np.random.default_rng(5)
-    covered = 0
-    for _ in range(100):
-        result = privacy.audit_epsilon(draw.normal(1, 1.5, 300), draw.normal(0, 1.5, 300), 1e-5, confidence=0.9)
-        covered += result["lower"] <= privacy.gaussian_epsilon(1.5, 1e-5) <= result["upper"]
-    assert covered >= 85
-    assert privacy.audit_epsilon(draw.normal(-1, 1, 50), draw.normal(0, 1, 50), 1e-5)["lower"] == 0
+def test_audit_with_few_canaries_says_so():
+    assert "too few" in privacy.canary_audit(mechanism(insecure_seed=0), 1e-5, num_canaries=2, seed=0)["why"]
+    for bad in (dict(num_canaries=201), dict(num_canaries=1), dict(defect="cosmic rays")):
+        with pytest.raises(ValueError):
+            privacy.canary_audit(mechanism(), 1e-5, **bad)
+
+
+@pytest.mark.parametrize("z", [0.02, 1.0, 3.0])
+def test_audit_bounds_hold_as_often_as_promised(z):
+    """False alarms of a sound mechanism at 90 % confidence, and detection of half the noise at 99 %, in 400 audits each."""
+    draw, n = np.random.default_rng(5), max(256, math.ceil(300 * z ** 2))
+
+    def bounds(noise, confidence):
+        return privacy.measured_noise(draw.normal(1, noise, n), draw.normal(0, noise, n), confidence)
+    outside = np.array([(low > z, high < z) for low, _, high in (bounds(z, 0.9) for _ in range(400))]).mean(0)
+    assert outside.max() <= 0.05 + 0.02
+    assert np.mean([bounds(z / 2, 0.99)[2] < z for _ in range(400)]) > 0.95
+    assert np.median([bounds(z, 0.99)[1] for _ in range(100)]) == pytest.approx(z, rel=0.03)
+    assert privacy.gaussian_epsilon(privacy.measured_noise(draw.normal(-9, 1, 50), draw.normal(0, 1, 50), 0.99)[0], 1e-5) == 0
 
 
 def test_report_says_everything():
-    m, accountant = mechanism(), privacy.Accountant()
-    for _ in range(5):
-        accountant.spend(**m.spending(0.1))
-    report = privacy.privacy_report(m, accountant, 1e-5, participations=2)
-    assert json.loads(json.dumps(report)) == report
-    assert report["epsilon"] == privacy.compute_epsilon(0.1, 1.0, 5, 1e-5)
-    assert report["epsilon_known_cohorts"] == privacy.compute_epsilon(1.0, 1.0, 2, 1e-5)
-    for key in ("clip_norm", "noise_multiplier", "sampling", "history", "rounds", "accountant", "orders", "adjacency",
-                "delta", "trusted", "not_covered", "noise", "mechanism", "min_honest", "rounded_sensitivity"):
-        assert report[key], key
-    for broken in (replace(m, insecure_seed=1), replace(m, noise_multiplier=0.0)):
-        report = privacy.privacy_report(broken, accountant, 1e-5, 2)
-        assert report["epsilon"] is None and not report["private"] and report["no_privacy_because"]
+    for kind in ("gaussian", "skellam"):
+        m, accountant = mechanism(mechanism=kind), privacy.Accountant()
+        for _ in range(5):
+            accountant.spend(**m.spending(0.1))
+        report, skellam = privacy.privacy_report(m, accountant, 1e-5, participations=2), m.spending(0.1)["skellam"]
+        assert json.loads(json.dumps(report)) == report
+        assert report["epsilon"] == privacy.compute_epsilon(0.1, 1.0, 5, 1e-5, skellam=skellam)
+        assert report["epsilon"] == privacy.compute_epsilon(0.1, 1.0, 5, 1e-5, orders=(report["best_order"],), skellam=skellam)
+        assert report["epsilon_known_cohorts"] == privacy.compute_epsilon(1.0, 1.0, 2, 1e-5, skellam=skellam)
+        assert report["sample_rate"] == 0.1 and report["rounds"] == 5 and report["private"] is True
+        for key in ("clip_norm", "noise_multiplier", "sampling", "history", "accountant", "orders", "best_order", "adjacency", "unit",
+                    "delta", "trusted", "not_covered", "noise", "mechanism", "min_honest", "rounded_sensitivity"):
+            assert report[key], key
+    for place in privacy.TRUSTED:
+        report = privacy.privacy_report(mechanism(noise=place), accountant, 1e-5, 2)
+        assert ("server" in report["epsilon_known_cohorts_protects_from"]) == (place != "server")
+    noiseless = privacy.Accountant([[0.1, 0.0, 1, "poisson", None]])
+    for m, spent in ((mechanism(insecure_seed=1), accountant), (mechanism(noise_multiplier=0.0), noiseless), (mechanism(), noiseless)):
+        report = privacy.privacy_report(m, spent, 1e-5, 2)
+        assert report["epsilon"] is report["epsilon_known_cohorts"] is None and not report["private"] and report["no_privacy_because"]
 
 
 def run(*arguments):
@@ -697,10 +691,14 @@ def test_command_line(capsys):
     assert float(rows[-1][1]) == pytest.approx(privacy.compute_epsilon(0.01, 1.1, 1000, 1e-6), abs=1e-4)
     privacy.main("--target-epsilon 8 --rate 0.01 --rounds 1000 --delta 1e-6".split())
     z = float(capsys.readouterr().out.split()[2].strip(","))
+    privacy.main("--noise 1.1 --rounds 100 --skellam 100000".split())
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert table[0] == ["round", "epsilon", "skellam"] and all(float(g) <= float(s) < 2 * float(g) for _, g, s in table[1:])
     assert privacy.compute_epsilon(0.01, z, 1000, 1e-6) == pytest.approx(8, rel=1e-3)
     for bad in ("--noise -1", "--noise x", "--noise 1 --rate 2", "--noise 1 --delta 0", "--noise 1 --delta 0.1", "--noise 1 --rounds 0",
                 "--target-epsilon 0", "--target-epsilon nan", "--noise 1 --target-epsilon 8", "", "--nose 1", "--noise 1 --clients 0",
-                "--noise 1 --sampling all", "--noise nan", "--noise 1 --rounds 9" + "9" * 400):
+                "--noise 1 --sampling all", "--noise nan", "--noise 1 --skellam 0",
+                "--noise 1 --clients 99999999 --delta 1e-9 --skellam 9", "--noise 1 --rounds 9" + "9" * 400):
         with pytest.raises(SystemExit) as stop:
             privacy.main(bad.split())
         printed = capsys.readouterr()

@@ -271,10 +271,11 @@ def split_clips(clips, seed):
     return parts
 
 
-def draw_batch(clips, references, batch_size, num_frames, generator, window=5, latents=None):
+def draw_batch(clips, motions, batch_size, num_frames, generator, window=5):
     """Random windows: frames [b, f, 3, h, w] and reference [b, 3, h, w] in [-1, 1], mel [b, f, 4 window, 40], opening
-    [b, f] (NaN where unknown), person; a reference shows another clip of `references[person]` wherever there is one.
-    With `latents` {path: [f, c, y, x]} also latents [b, f, c, y, x] and reference_latents [b, c, y, x] of the same."""
+    [b, f] (NaN where unknown), person, and out of `motions` {path: (moment, motion [f, m, y, x], latents [c, y, x])}
+    motion [b, f, m, y, x] and reference_latents [b, c, y, x]: the reference is frame `moment` of the window's own clip,
+    and outside of the window where there is room.  (A clip to be generated gets another clip's.)"""
     people = _by_person(clip for clip in clips if len(clip.frames) >= num_frames)
     if not people:
         raise ValueError(f'no clip has the {num_frames} frames that a training window needs')
@@ -282,29 +283,18 @@ def draw_batch(clips, references, batch_size, num_frames, generator, window=5, l
     names, rows, drawn = sorted(people), [], []
     for _ in range(batch_size):
         clip = pick(people[pick(names)])
-        start = pick(range(len(clip.frames) - num_frames + 1))
+        moment, motion, latents = motions[clip.path]
+        starts = range(len(clip.frames) - num_frames + 1)
+        start = pick([s for s in starts if not s <= moment < s + num_frames] or starts)
         span = slice(start, start + num_frames)
         opening = np.full(num_frames, np.nan, np.float32) if clip.opening is None else clip.opening[span]
-        other, moment = _draw_reference(clip, references.get(clip.person, ()), span, pick)
-        rows.append((clip.frames[span], audio_windows(clip.mel, window)[span], other.frames[moment], opening))
-        drawn.append((clip, span, other, moment))
+        rows.append((clip.frames[span], audio_windows(clip.mel, window)[span], clip.frames[moment], opening))
+        drawn.append((clip.person, motion[span], latents))
     frames, mel, reference, opening = (torch.from_numpy(np.stack(a)) for a in zip(*rows))
     frames, reference = (t.float().mul_(1 / 127.5).sub_(1) for t in (frames, reference))
-    batch = dict(frames=frames, mel=mel, reference=reference, opening=opening, person=[c.person for c, *_ in drawn])
-    if latents:
-        batch['latents'] = torch.stack([latents[clip.path][span] for clip, span, _, _ in drawn])
-        batch['reference_latents'] = torch.stack([latents[other.path][moment] for _, _, other, moment in drawn])
-    return batch
-
-
-def _draw_reference(clip, candidates, span, pick):
-    others = [c for c in candidates if c.path != clip.path]
-    if others:
-        other = pick(others)
-        return other, pick(range(len(other.frames)))
-    # A lone clip: 10 frames away from the window, so that the answer is not simply copied; else as far as it goes.
-    gaps = [max(span.start - i, i + 1 - span.stop) for i in range(len(clip.frames))]
-    return clip, pick([i for i, gap in enumerate(gaps) if gap >= min(10, max(gaps))])
+    person, motion, latents = zip(*drawn)
+    return dict(frames=frames, mel=mel, reference=reference, opening=opening, person=person, motion=torch.stack(motion),
+                reference_latents=torch.stack(latents))
 
 
 # ---- synthetic talkers

@@ -1,6 +1,6 @@
 """The federation: Eq. 12 on each client, reliability, and the private, secure, identity-stable mean at the server.
 
-A batch is a dict: frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f n m], latents [b f c h w],
+A batch is a dict: frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f n m], motion [b f m h w],
 reference_latents [b c h w]. Clients draw their own; nothing here reads files.
 """
 
@@ -20,7 +20,10 @@ import privacy
 
 @dataclass(frozen=True)
 class Client:
-    """One person: `draw(batch_size, num_frames, generator)` gives training batches, `validation` is one fixed batch."""
+    """One person: `draw(batch_size, num_frames, generator)` gives training batches, `validation` is one fixed batch.
+
+    That batch also has other_reference [b 3 H W], pictures from training clips: to generate, a clip's own won't do.
+    """
 
     name: str
     num_samples: int
@@ -39,7 +42,7 @@ def tdc_loss(eps_hat, eps):
 
 def noised(model, batch, t, eps, keep_speech=None):
     """Network output, its target, and the implied x0 and eps, for a batch at timesteps t [b]."""
-    x0 = model.motion_latents(batch["latents"], batch["reference_latents"])
+    x0 = batch["motion"] / model.spread
     xt = model.diffusion.add_noise(x0, t, eps)
     speech, identity = model.conditions(batch["mel"], batch["reference"], keep_speech)
     output = model(xt, t, speech, identity, batch["reference_latents"])
@@ -58,25 +61,28 @@ def objective(model, batch, weights, judges, generator, speech_dropout):
     L_diff is the squared error of what the network states (`TalkingHead.loss`). For v and x0 this is Eq. 6 divided by
     alpha_bar_t, which keeps the step of pure noise in the loss. `weights` holds tdc, identity, perceptual and sync.
     """
-    device = batch["latents"].device
-    t = stratified_timesteps(model, len(batch["latents"]), generator).to(device)
-    eps = torch.randn(batch["latents"].shape, generator=generator).to(device)
+    device = batch["motion"].device
+    t = stratified_timesteps(model, len(batch["motion"]), generator).to(device)
+    eps = torch.randn(batch["motion"].shape, generator=generator).to(device)
     keep = torch.rand(len(t), generator=generator).to(device) >= speech_dropout
     output, target, x0_hat, eps_hat = noised(model, batch, t, eps, keep)
     terms = {"diffusion": model.loss(output, target, t).mean()}
     if weights["tdc"]:
         terms["tdc"] = tdc_loss(eps_hat, eps)
     if weights["identity"] or weights["perceptual"] or weights["sync"]:
-        alpha_bar = model.diffusion.alpha_bar.to(device)[t]
+        # Two clips, drawn with probability ~ alpha_bar: the expectation of weighting all of them by it, at half the cost.
+        alpha_bar = model.diffusion.alpha_bar[t.cpu()]
+        picks = torch.multinomial(alpha_bar, min(2, len(t)), replacement=True, generator=generator).to(device)
         first = int(torch.randint(x0_hat.shape[1] - 4, (), generator=generator))
-        terms |= judged_terms(model, judges, batch, x0_hat, alpha_bar, slice(first, first + 5))
+        picked = {key: batch[key][picks] for key in ("frames", "reference", "mel")}
+        terms |= judged_terms(model, judges, picked, x0_hat[picks], float(alpha_bar.mean()), slice(first, first + 5))
     loss = terms["diffusion"] + sum(weights[name] * term for name, term in terms.items() if name != "diffusion")
     return loss, {name: float(term.detach()) for name, term in terms.items()}
 
 
-def judged_terms(model, judges, batch, x0_hat, alpha_bar, window):
-    """L_id, L_perc and L_sync (Eq. 9-11) on five decoded frames of x0_hat, weighted by alpha_bar [b]."""
-    frames = unit_range(model.decode(x0_hat[:, window], batch["reference_latents"]))  # b 5 3 H W
+def judged_terms(model, judges, batch, x0_hat, weight, window):
+    """L_id, L_perc and L_sync (Eq. 9-11) on five decoded frames of x0_hat, times `weight`."""
+    frames = unit_range(model.decode(x0_hat[:, window], batch["reference"]))  # b 5 3 H W
     truth = unit_range(batch["frames"][:, window])
     flat = rearrange(frames, "b f c h w -> (b f) c h w")
     person = judges.identity(unit_range(batch["reference"]))  # b d
@@ -84,8 +90,8 @@ def judged_terms(model, judges, batch, x0_hat, alpha_bar, window):
     distance = judges.perceptual(flat, rearrange(truth, "b f c h w -> (b f) c h w")).view(len(frames), -1).mean(1)
     heard, seen = judges.mouth_audio(batch["mel"][:, window]), judges.mouth_video(frames)  # b 1 d
     sync = (heard * seen).sum(-1).mean(1)
-    return {"identity": (alpha_bar * (1 - similarity)).mean(), "perceptual": (alpha_bar * distance).mean(),
-            "sync": (alpha_bar * (1 - sync)).mean()}
+    return {"identity": weight * (1 - similarity).mean(), "perceptual": weight * distance.mean(),
+            "sync": weight * (1 - sync).mean()}
 
 
 def unit_range(frames):
@@ -95,14 +101,16 @@ def unit_range(frames):
 
 @torch.no_grad()
 def validation_loss(model, batch, seed, num_levels=8):
-    """Mean diffusion loss [b] of each clip of a batch over evenly spaced timesteps, with noise fixed by `seed`."""
-    device, generator, losses = batch["latents"].device, torch.Generator().manual_seed(seed), []
+    """The share of each clip's own motion that stays unexplained [b], in the mean over evenly spaced timesteps, with
+    noise fixed by `seed`. A network that always says "as in the reference" has 1."""
+    x0 = batch["motion"] / model.spread
+    generator, errors = torch.Generator().manual_seed(seed), []
     for level in range(num_levels):
-        t = torch.full((len(batch["latents"]),), int((level + 0.5) / num_levels * model.diffusion.num_steps), device=device)
-        eps = torch.randn(batch["latents"].shape, generator=generator).to(device)
-        output, target, _, _ = noised(model, batch, t, eps)
-        losses.append(model.loss(output, target, t))
-    return torch.stack(losses).mean(0)
+        t = torch.full((len(x0),), int((level + 0.5) / num_levels * model.diffusion.num_steps), device=x0.device)
+        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        _, _, x0_hat, _ = noised(model, batch, t, eps)
+        errors.append((x0_hat - x0).square().flatten(1).mean(1))
+    return torch.stack(errors).mean(0) / x0.square().flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------- one client
@@ -145,9 +153,10 @@ def reliability(model, judges, batch, alpha, public_jitter, seed, **sampling):
     ID is the cosine to the reference's identity, TS = exp(-max(0, jitter / public_jitter - 1)): a client whose
     clips shake no more than public people's is fully stable, whatever its own clips look like.
     """
-    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(seed))
-    frames = unit_range(model.generate(batch["reference"], batch["mel"], noise.to(batch["mel"].device), **sampling))
-    person = judges.identity(unit_range(batch["reference"]))
+    noise = torch.randn(batch["motion"].shape, generator=torch.Generator().manual_seed(seed))
+    reference = batch["other_reference"]
+    frames = unit_range(model.generate(reference, batch["mel"], noise.to(reference.device), **sampling))
+    person = judges.identity(unit_range(reference))
     similarity = judges.identity(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     identity = float((similarity * person[:, None]).sum(-1).mean().clamp(0, 1))
     jitter = float(np.mean([metrics.temporal_jitter(clip) for clip in frames]))
@@ -173,6 +182,18 @@ def client_update(model, judges, client, adapter, seed, settings):
     record = {"client": client.name, "steps": steps, "terms": terms, "reliability": r, **parts, "weight": weight,
               "seconds": time.perf_counter() - started}
     return (trained - adapter).numpy(), weight, record
+
+
+def membership_gains(model, batch, adapter, update, seed):
+    """How much better [b] `update` [d] denoises each clip of a batch: an attacker's evidence that it was trained on.
+
+    The loss-threshold attack of Yeom et al. (2018), with the model before the update as the reference.
+    """
+    losses = []
+    for vector in (adapter, adapter + update):
+        lora.load_adapter_vector(model, vector)
+        losses.append(validation_loss(model, batch, seed))
+    return losses[0] - losses[1]
 
 
 # ---------------------------------------------------------------------------------------------- one round
@@ -232,8 +253,9 @@ def aggregate(updates, weights, mechanism, round_index):
         return mechanism.encode(contribution, round_index, index)
 
     total, survivors = privacy.run_protocol(terms, upload)
-    mean, weight_sum, _ = mechanism.decode(total, len(survivors), round_index)
-    return mean, {"weight_sum": weight_sum, "bytes_up": mechanism.coordinates * mechanism.ring // 8}
+    mean, weight_sum, unclipped = mechanism.decode(total, len(survivors), round_index)
+    return mean, {"weight_sum": weight_sum, "bytes_up": mechanism.coordinates * mechanism.ring // 8,
+                  "clip_norm": mechanism.clip_norm, "unclipped_fraction": unclipped}
 
 
 def summary(clients, norms, mechanism):

@@ -1,10 +1,10 @@
 """Metrics for talking heads, the standard networks that judge, and the small judges that are trained here.
 
 Frames are float tensors in [0, 1] at 25 Hz, clips `b f c h w` and pictures `n c h w`; speech is 16 kHz. No network
-judges before it is trained: the standard ones read the standard files (`load_weights`), and `train_judges` makes the
+judges before it is trained: the standard ones read the standard files (`load_standard`), and `train_judges` makes the
 stand-ins, which tables mark with a star.
 
-    python metrics.py real/ fake/ --weights DIR --json out.json
+    python metrics.py real/ fake/ --weights DIR --judges runs/NAME/backbone.pt --json out.json
 """
 import argparse
 import hashlib
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 import scipy.fft
 import torch
 import torch.nn.functional as F
+import torchaudio
 import torchvision
 from einops import rearrange
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -53,16 +55,16 @@ def _gaussian(n, device):
 
 
 def ssim(x, y):
-    """Structural similarity of each frame [..., c, h, w] -> [...] (Wang et al. 2004): 11 x 11 Gaussian of sigma 1.5, valid
-    region, population covariance, data range 1, mean over channels; ValueError below 11 pixels."""
+    """Structural similarity of each frame [..., c, h, w] -> [...] (Wang et al. 2004): 11 x 11 Gaussian of sigma 1.5,
+    valid region, population covariance, data range 1, mean over channels; ValueError below 11 pixels."""
     _check(x, y)
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs frames of at least 11 x 11 pixels, not {tuple(x.shape[-2:])}")
     # float64: E[x^2] - E[x]^2 would cancel in flat regions
     a, b = (v.double().reshape(-1, 1, *v.shape[-2:]) for v in (x, y))                     # [(n c), 1, h, w]
     moments = torch.cat([a, b, a * a, b * b, a * b], dim=1)                               # [(n c), 5, h, w]
-    moments = _gaussian(a.shape[-2], a.device) @ moments @ _gaussian(a.shape[-1], a.device).T  # [(n c), 5, h - 10, w - 10]
-    mean_a, mean_b, aa, bb, ab = moments.unbind(1)
+    moments = _gaussian(a.shape[-2], a.device) @ moments @ _gaussian(a.shape[-1], a.device).T
+    mean_a, mean_b, aa, bb, ab = moments.unbind(1)                                        # [(n c), h - 10, w - 10]
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     score = (2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2)
     score = score / ((mean_a ** 2 + mean_b ** 2 + c1) * (aa - mean_a ** 2 + bb - mean_b ** 2 + c2))
@@ -70,7 +72,7 @@ def ssim(x, y):
 
 
 def _changes(frames):
-    """Mean absolute difference of consecutive frames [..., f, c, h, w] -> [..., f - 1]; ValueError for a single frame."""
+    """Mean absolute difference of consecutive frames [..., f, c, h, w] -> [..., f - 1]; ValueError for one frame."""
     if frames.shape[-4] < 2:
         raise ValueError("motion needs at least two frames")
     return frames.diff(dim=-4).abs().mean((-3, -2, -1))
@@ -88,32 +90,34 @@ def jitter_ratio(generated, truth):
 
 def tlp(distance, generated, truth):
     """Flow-free flicker of a clip [f, c, h, w] -> scalar (tLP, Chu et al. 2020): mean difference between the perceptual
-    `distance(x, y) -> [n]` of consecutive generated frames and that of the true ones."""
+    `distance(x, y) -> [n]` of consecutive generated frames and that of the true ones; ValueError for one frame."""
     _check(generated, truth)
+    if len(truth) < 2:
+        raise ValueError("motion needs at least two frames")
     return (distance(generated[:-1], generated[1:]) - distance(truth[:-1], truth[1:])).abs().mean()
 
 
 def mouth_region(frames):
-    """The lower middle of face tracks [..., h, w], where the mouth is: 9/16 of the height, 5/8 of the width."""
+    """The middle of face tracks [..., h, w] below the centre, where the mouth is: 7/16 of the height and the width."""
     h, w = frames.shape[-2:]
-    return frames[..., h - 9 * h // 16:, 3 * w // 16:w - 3 * w // 16]
+    return frames[..., 13 * h // 32:27 * h // 32, 9 * w // 32:23 * w // 32]
 
 
 def mouth_motion(frames):
-    """Mean absolute change of the mouth region, [..., f, c, h, w] -> [..., f - 1]: needs no network and no landmarks."""
+    """Mean absolute change of the mouth region, [..., f, c, h, w] -> [..., f - 1]; no network, no landmarks."""
     return _changes(mouth_region(frames))
 
 
 def mouth_correlation(predicted, true):
-    """Pearson correlation over time [..., f] -> [...] in [-1, 1]; a mouth that never moves correlates with nothing: 0."""
+    """Pearson correlation over time [..., f] -> [...] in [-1, 1]; a mouth that never moves gives 0."""
     p, t = (torch.as_tensor(v).double() for v in (predicted, true))
     p, t = (v - v.mean(-1, keepdim=True) for v in (p, t))
     return (p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1)).clamp(min=1e-12)
 
 
 def mean_ci(values, seed=0, num_resamples=2000):
-    """Mean over clips [n] with its 95 % percentile-bootstrap interval: {"mean", "ci95": [low, high], "n"}; `ci95` is None
-    for a single clip; ValueError for none."""
+    """Mean over clips [n] with its 95 % percentile-bootstrap interval: {"mean", "ci95": [low, high], "n"}; `ci95` is
+    None for a single clip; ValueError for none."""
     values = np.asarray(values, dtype=np.float64).ravel()
     if not len(values) or not np.isfinite(values).all():
         raise ValueError("a mean needs at least one value, all of them finite")
@@ -125,8 +129,8 @@ def mean_ci(values, seed=0, num_resamples=2000):
 # ---------------------------------------------------------------- distributions of features
 
 class FeatureStatistics:
-    """Features of any number of frames in bounded memory: float64 sums for the Frechet distance, and a uniform sample of
-    at most `capacity` rows (Vitter 1985, Algorithm R), which holds all of them while they are few."""
+    """Features of any number of frames in bounded memory: float64 sums for the Frechet distance, and a uniform sample
+    of at most `capacity` rows (Vitter 1985, Algorithm R), which holds all of them while they are few."""
 
     def __init__(self, capacity=5000, seed=0):
         self.n, self.capacity, self.generator = 0, capacity, torch.Generator().manual_seed(seed)
@@ -177,8 +181,8 @@ def _two_sides(*sides):
 
 
 def frechet_distance(real_features, fake_features):
-    """Frechet distance (FID, Heusel et al. 2017) of two feature matrices [n, d] or FeatureStatistics -> float; warns where
-    frames are fewer than dimensions, ValueError below two."""
+    """Frechet distance (FID, Heusel et al. 2017) of two feature matrices [n, d] or FeatureStatistics -> float; warns
+    where frames are fewer than dimensions, ValueError below two."""
     real, fake = _two_sides(real_features, fake_features)
     if min(real.n, fake.n) < len(real.mean):
         warnings.warn(f"FID of {min(real.n, fake.n)} frames in {len(real.mean)} dimensions is biased upwards: "
@@ -190,8 +194,8 @@ def frechet_distance(real_features, fake_features):
 
 
 def kernel_distance(real_features, fake_features, num_subsets=100, subset_size=1000, seed=0):
-    """Kernel distance (KID, Binkowski et al. 2018) of [n, d] features or FeatureStatistics -> (mean, deviation) over subsets
-    of the unbiased squared MMD, kernel (x.y/d + 1)^3; with fewer frames than `subset_size` it warns and takes half."""
+    """Kernel distance (KID, Binkowski et al. 2018) of [n, d] features or FeatureStatistics -> (mean, deviation) over
+    subsets of the unbiased squared MMD, kernel (x.y/d + 1)^3; below `subset_size` frames it warns and takes half."""
     sides = [side.sample for side in _two_sides(real_features, fake_features)]
     fewest = min(map(len, sides))
     if fewest < subset_size:
@@ -218,15 +222,23 @@ def _resize(frames, size):
     return F.interpolate(frames, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
+def _sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _load_file(path):
+    """The dict in a file of weights; ValueError if the file is none."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a file of weights ({type(error).__name__})") from None
+
+
 def load_weights(module, path, prefix=""):
     """Load the tensors below `prefix` of a standard weight file, unchanged -> the file's SHA-256; ValueError for a file
     that is none, or naming the first key that does not fit."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
-    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a file of weights ({type(error).__name__})") from None
-    own = module.state_dict()
+    state, own = _load_file(path), module.state_dict()
+    state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
     for key in [*own, *state]:
         if key not in state and key.endswith("num_batches_tracked"):               # older files lack these counters
             state[key] = own[key]
@@ -234,7 +246,7 @@ def load_weights(module, path, prefix=""):
             raise ValueError(f"{path} does not fit {type(module).__name__}: first misfit {prefix}{key}")
     module.load_state_dict(state)
     module.eval().requires_grad_(False)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return _sha256(path)
 
 
 class _FIDPool:
@@ -308,7 +320,12 @@ class _FaceBlock(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """ArcFace's iresnet (Deng et al. 2019), depth 50 or 100: aligned faces [n, 3, h, w] -> [n, 512] of unit norm."""
+    """ArcFace's iresnet (Deng et al. 2019), depth 50 or 100: faces [n, 3, h, w] -> [n, 512] of unit norm.
+
+    Published similarities are of faces aligned by five landmarks to 112 x 112 pixels; nothing here finds landmarks, so
+    the whole frame counts, resized: loose face tracks, cut alike on both sides, keep the order of methods, not the
+    published scale. Frames that were aligned to 112 x 112 beforehand are taken as they are and give the standard value.
+    """
 
     def __init__(self, depth=50):
         super().__init__()
@@ -348,12 +365,11 @@ def mfcc(audio):
 
 
 def sync_offset(video, audio, max_shift=15, outside=0.0):
-    """LSE of window embeddings [t, d] -> {"lse_d", "lse_c", "offset"} (Chung & Zisserman 2016): mean distance at the best
-    of all shifts within +-max_shift, median minus that minimum, and how many frames the sound comes late (SyncNet's sign);
+    """LSE of window embeddings [t, d] -> {"lse_d", "lse_c", "offset"} (Chung & Zisserman 2016): mean distance at the
+    best of all shifts within +-max_shift, median minus that minimum, and by how many frames the sound must move to fit;
     beyond the clip the audio counts as `outside`: 0 in SyncNet, NaN to leave those windows out."""
-    t = len(video)
-    padded = F.pad(audio[:t], (0, 0, max_shift, max_shift), value=outside)
-    shifted = padded.unfold(0, 2 * max_shift + 1, 1).mT                                        # [t, shifts, d]
+    padded = F.pad(audio[:len(video)], (0, 0, max_shift, max_shift), value=outside)
+    shifted = padded.unfold(0, 2 * max_shift + 1, 1).mT                                    # [t, shifts, d]
     distance = (video[:, None] - shifted + 1e-6).norm(dim=-1).nanmean(0)      # 1e-6: as torch's pairwise_distance
     best = int(distance.nan_to_num(float("inf")).argmin())
     return {"lse_d": float(distance[best]), "lse_c": float(distance.nanmedian() - distance[best]),
@@ -382,7 +398,7 @@ class SyncNet(nn.Module):
         self.eval()
 
     def forward(self, frames, cepstra):
-        """Frames [f, 3, h, w] and their MFCC [4 f, 13] -> window embeddings of picture and sound, [f - 4, 1024] each."""
+        """Frames [f, 3, h, w] and their MFCC [4 f, 13] -> embeddings of picture and sound, [f - 4, 1024] each."""
         x = 255 * _resize(frames, 224).flip(1)[None].transpose(1, 2)                       # BGR, [1, 3, f, 224, 224]
         lips = self.netcnnlip(x)[0, :, :, 0, 0].T        # later layers see single times: every window in one pass
         windows = cepstra.unfold(0, 20, 4)[:, None]                                        # [f - 4, 1, 13, 20]
@@ -409,27 +425,32 @@ def _conv(inputs, outputs, stride=2):
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
+def _mouth_net(channels, outputs, width=24):
+    return nn.Sequential(_conv(channels, width), _conv(width, 2 * width), _conv(2 * width, 4 * width), nn.Flatten(),
+                         nn.Dropout(0.2), nn.Linear(4 * width * 16, 128), nn.BatchNorm1d(128), nn.ReLU(),
+                         nn.Linear(128, outputs)).to(memory_format=torch.channels_last)
+
+
 class Judges(nn.Module):
-    """Small networks, trained by `train_judges` on public people only, that stand in for the standard ones: a face embedder
-    whose layers also give the perceptual distance and the features of FID* and KID*, and a sync network whose frame
-    features also give the mouth's opening. They see 64 x 64 pixels; other sizes are resampled.
+    """Small networks, trained by `train_judges` on public people only, that stand in for the standard ones: a face
+    embedder, whose layers also give the perceptual distance and the features of FID* and KID*, a sync network and a
+    judge of the mouth's opening. They see 64 x 64 pixels; other sizes are resampled.
 
     `scores` says how well they judge people they never saw; `has_opening` whether openings were known."""
 
     def __init__(self, width=16, dim=64):
         super().__init__()
-        w, m = width, 24
-        self.face = nn.ModuleList([_conv(3, w), nn.Sequential(_conv(w, 2 * w), _conv(2 * w, 2 * w, 1)), _conv(2 * w, 4 * w),
-                                   nn.Sequential(_conv(4 * w, 8 * w), _conv(8 * w, 8 * w, 1))])
+        w = width
+        self.face = nn.ModuleList([
+            _conv(3, w), nn.Sequential(_conv(w, 2 * w), _conv(2 * w, 2 * w, 1)), _conv(2 * w, 4 * w),
+            nn.Sequential(_conv(4 * w, 8 * w), _conv(8 * w, 8 * w, 1))])
         self.face_head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(8 * w * 16, dim), nn.BatchNorm1d(dim))
-        self.view_head = nn.Linear(15 * w, 10)      # training only: which view `_augment` made
-        self.mouth = nn.Sequential(_conv(3, m), _conv(m, 2 * m), _conv(2 * m, 4 * m), nn.Flatten(),
-                                   nn.Linear(4 * m * 25, 128), nn.BatchNorm1d(128), nn.ReLU())
-        self.opening_head, self.trace_head = nn.Linear(128, 1), nn.Linear(dim, 5)
-        self.motion = nn.Sequential(nn.Conv1d(128, 128, 3, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Conv1d(128, dim, 3))
+        self.view_head = nn.Linear(15 * w, 10)                        # training only: which view `_augment` made
+        self.lips, self.mouth = _mouth_net(6, dim), _mouth_net(3, 1)
         self.speech = nn.Sequential(nn.BatchNorm1d(40), nn.Conv1d(40, 96, 4, 2, 1), nn.BatchNorm1d(96), nn.ReLU(),
                                     nn.Conv1d(96, 128, 4, 2, 1), nn.BatchNorm1d(128), nn.ReLU(), nn.Flatten(),
                                     nn.Dropout(0.2), nn.Linear(128 * 5, dim))
+        self.trace_head = nn.Linear(dim, 5)                           # training only: the opening over a window
         self.scores, self.has_opening = {}, False
 
     def get_extra_state(self):
@@ -449,8 +470,8 @@ class Judges(nn.Module):
         return F.normalize(self.face_head(self._layers(frames)[-1]), dim=-1)
 
     def perceptual(self, x, y):
-        """LPIPS*: distance [n] >= 0 of frames [n, 3, h, w]: squared difference of unit-normalised features, averaged over
-        the picture and the face network's four scales (after Zhang et al. 2018)."""
+        """LPIPS*: distance [n] >= 0 of frames [n, 3, h, w]: squared difference of unit-normalised features, averaged
+        over the picture and the face network's four scales (after Zhang et al. 2018)."""
         unit = lambda layer: layer / (layer.square().sum(1, keepdim=True) + 1e-8).sqrt()
         pairs = zip(self._layers(x), self._layers(y))
         return sum((unit(a) - unit(b)).square().sum(1).mean((-2, -1)) for a, b in pairs) / 4
@@ -459,34 +480,43 @@ class Judges(nn.Module):
         """Features for FID* and KID*: frames [n, 3, h, w] -> [n, d], the mean activation of every channel."""
         return torch.cat([layer.mean((-2, -1)) for layer in self._layers(frames)], dim=1)
 
-    def _mouth(self, frames):
-        return self.mouth(mouth_region(_resize(frames, 64)) - 0.5)                         # [n, 128]
-
     def opening(self, frames):
-        """Mouth opening, in the unit of the training clips: frames [n, 3, h, w] -> [n]; ValueError if none was known."""
+        """Mouth opening, in the unit of the training clips: frames [n, 3, h, w] -> [n]; ValueError if unknown."""
         if not self.has_opening:
             raise ValueError("these judges saw no clips whose mouth opening is known")
-        return self.opening_head(self._mouth(frames)).squeeze(-1)
+        return self.mouth(mouth_region(_resize(frames, 64)) - 0.5).squeeze(-1)
 
     def mouth_video(self, frames):
         """Mouth motion in windows of 5 frames: [b, f, 3, h, w] -> [b, f - 4, d] of unit norm."""
-        return self._motion(self._mouth(frames.flatten(0, 1)), len(frames))
+        return self._motion(mouth_region(_resize(frames.flatten(0, 1), 64)).unflatten(0, frames.shape[:2]))
 
-    def _motion(self, features, b):
-        return F.normalize(self.motion(rearrange(features, "(b f) d -> b d f", b=b)), dim=1).mT
+    def _motion(self, mouths):
+        grey = rearrange(mouths.mean(2).unfold(1, 5, 1), "b t h w k -> (b t) k h w")
+        still = grey.mean(1, keepdim=True)          # motion stands apart, or the faces would be learned by heart
+        x = self.lips(torch.cat([still - 0.5, 4 * (grey - still)], 1))
+        return F.normalize(x, dim=-1).unflatten(0, (len(mouths), -1))
 
     def mouth_audio(self, mel):
-        """Speech in the same windows: log-mel [b, f, 20, 40], 20 steps of 10 ms centred on each frame, -> [b, f - 4, d]."""
+        """Speech in those windows: log-mel [b, f, 20, 40], 20 steps of 10 ms around each frame, -> [b, f - 4, d]."""
         return self._speech(mel[:, 2:-2])
 
     def _speech(self, windows):
-        x = self.speech(rearrange(windows, "b f n m -> (b f) m n"))
-        return F.normalize(rearrange(x, "(b f) d -> b f d", b=len(windows)), dim=-1)
+        x = self.speech(rearrange(windows, "b t n m -> (b t) m n"))
+        return F.normalize(x, dim=-1).unflatten(0, windows.shape[:2])
+
+    def lip_sync(self, frames, mel):
+        """Sync of a clip [f, 3, h, w] with its log-mel [4 f, 40] -> {"sync", "lse_d", "lse_c", "offset"}: mean cosine
+        of the two sides, and as `sync_offset`; ValueError below 6 frames with sound."""
+        f = min(len(frames), len(mel) // 4)
+        if f < 6:
+            raise ValueError("lip sync needs at least 6 frames with their sound")
+        video, audio = self.mouth_video(frames[None, :f])[0], self._speech(_windows(mel[:4 * f])[None].to(frames))[0]
+        return {"sync": float((video * audio).sum(-1).mean())} | sync_offset(video, audio, outside=float("nan"))
 
 
 def _augment(clips, view, mirror, generator, region=lambda x: x):
-    """Clips [b, f, 3, h, w], each zoomed, moved, mirrored, lit, tinted, blurred or made noisy as its `view` [b, 10] in [-1, 1]
-    says, and cut to a region."""
+    """Clips [b, f, 3, h, w], each zoomed, moved, mirrored, lit, tinted, blurred or made noisy as its `view` [b, 10] in
+    [-1, 1] says, and cut to a region."""
     zoom, dx, dy, roll, bright, gamma, warm, side, top, spoilt = view.T
     scale, angle = torch.exp(-0.1 - 0.2 * zoom), 0.15 * roll
     theta = torch.stack([scale * mirror * angle.cos(), -scale * angle.sin(), 0.1 * dx,
@@ -513,93 +543,103 @@ def _windows(mel):
 
 
 def _draw(clips, batch_size, num_frames, generator):
-    """Random stretches: labels [b], frames [b, f, 3, h, w], mel windows [b, f - 4, 20, 40], opening [b, f], NaN if unknown."""
+    """Random stretches: labels [b], frames [b, f, 3, 64, 64], mel windows [b, f - 4, 20, 40], opening [b, f] or NaN."""
     batch = []
     for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
         label, clip = clips[index]
         first = int(torch.randint(len(clip.frames) - num_frames + 1, (), generator=generator))
-        stretch, mels = slice(first, first + num_frames), slice(4 * first, 4 * (first + num_frames))
-        opening = np.full(num_frames, np.nan, np.float32) if clip.opening is None else np.array(clip.opening[stretch])
-        batch.append((torch.tensor(label), _resize(torch.from_numpy(np.array(clip.frames[stretch])) / 255, 64),
-                      _windows(clip.mel[mels]), torch.from_numpy(opening)))
+        frames, mel = clip.frames[first:first + num_frames], clip.mel[4 * first:4 * (first + num_frames)]
+        opening = np.full(len(clip.frames), np.nan) if clip.opening is None else np.array(clip.opening)
+        batch.append((torch.tensor(label), _resize(torch.from_numpy(np.array(frames)) / 255, 64), _windows(mel),
+                      torch.from_numpy(opening[first:first + num_frames]).float()))
     return [torch.stack(part) for part in zip(*batch)]
 
 
+def _sync_loss(video, audio):
+    """Which sound belongs to which mouth, window by window and over whole stretches: [b, t, d] twice -> scalar."""
+    b, t, _ = video.shape
+    # InfoNCE both ways: each window against all times of all clips in the batch
+    logits, target = 12 * video.flatten(0, 1) @ audio.flatten(0, 1).T, torch.arange(b * t)
+    windows = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    # what `sync_offset` asks: the right shift against all others within 15 frames, and against other clips
+    within, reach = video @ audio.mT, min(15, t // 2)                                      # [b, t, t]
+    shifts = torch.stack([within.diagonal(k, 1, 2).mean(1) for k in range(-reach, reach + 1)], 1)
+    others = torch.einsum("i t d, j t d -> i j", video, audio) / t
+    logits = 48 * torch.cat([shifts, others.masked_fill(torch.eye(b, dtype=torch.bool), -1)], 1)
+    return windows + F.cross_entropy(logits, torch.full((b,), reach))
+
+
 def _losses(judges, prototypes, labels, faces, mouths, windows, opening, view):
-    """The training losses; `faces` [b, k, 3, 64, 64] and `mouths` [b, f, 3, 36, 40] are views of the same clips."""
-    b, f, k = *mouths.shape[:2], faces.shape[1]
-    layers = judges._layers(faces.flatten(0, 1))
+    """The training losses; `faces` [b, k, 3, 64, 64] and `mouths` [b, f, 3, 28, 28] are views of the same clips."""
+    layers, k = judges._layers(faces.flatten(0, 1)), faces.shape[1]
     cosine = F.normalize(judges.face_head(layers[-1]), dim=-1) @ F.normalize(prototypes, dim=-1).T     # [(b k), people]
     person = labels.repeat_interleave(k)
     margin = 0.25 * F.one_hot(person, len(prototypes))                                     # CosFace (Wang et al. 2018)
     pooled = torch.cat([layer.mean((-2, -1)) for layer in layers], dim=1)
-    features = judges.mouth(mouths.flatten(0, 1) - 0.5)                                    # [(b f), 128]
-    video, audio = judges._motion(features, b), judges._speech(windows)
-    # InfoNCE both ways: each window against all times of all clips in the batch
-    logits, target = 12 * video.flatten(0, 1) @ audio.flatten(0, 1).T, torch.arange(b * (f - 4))
+    video, audio = judges._motion(mouths), judges._speech(windows)
     losses = {"identity": F.cross_entropy(16 * (cosine - margin), person),
               "view": F.mse_loss(judges.view_head(pooled), view.repeat_interleave(k, 0)),
-              "sync": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2}
+              "sync": _sync_loss(video, audio)}
     known = ~opening.isnan().any(1)
     if known.any():
-        error = judges.opening_head(features).view(b, f)[known] - opening[known]
+        opening, mouths = opening[known], mouths[known, ::2]
+        error = judges.mouth(mouths.flatten(0, 1) - 0.5).view(mouths.shape[:2]) - opening[:, ::2]
+        trace = opening.unfold(1, 5, 1)                                                    # [b, f - 4, 5]
         level = error.mean(1, keepdim=True)         # how it moves counts more than where the lips rest
-        trace = opening.unfold(1, 5, 1)[known]                                             # [b, f - 4, 5]
         # sound and mouth meet much sooner when both must also tell the opening
         traces = sum((judges.trace_head(side[known]) - trace).square().mean() for side in (video, audio))
         losses["opening"] = 30 * (error - level).square().mean() + 3 * level.square().mean() + 10 * traces
     return losses
 
 
-def _fit(judges, num_people, clips, steps, seconds, seed, num_frames, batch_size, progress):
-    generator, start = torch.Generator().manual_seed(seed), time.monotonic()
-    prototypes = nn.Parameter(torch.randn(num_people, judges.face_head[-1].num_features))
-    optimiser = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
-    for step in range(steps):
-        share = max(step / steps, (time.monotonic() - start) / seconds)
-        if share >= 1:
-            break
-        optimiser.param_groups[0]["lr"] = 3e-3 * min(1, 20 * share + 0.05) * (1 - share)
-        labels, frames, windows, opening = _draw(clips, batch_size, num_frames, generator)
-        view = torch.rand(batch_size, 10, generator=generator) * 2 - 1
-        mirror = torch.where(torch.rand(batch_size, generator=generator) < 0.5, -1.0, 1.0)
-        faces = _augment(frames[:, ::num_frames // 3][:, :3], view, mirror, generator)
-        mouths = _augment(frames, view, mirror, generator, mouth_region)
-        losses = _losses(judges, prototypes, labels, faces, mouths, windows, opening, view)
-        optimiser.zero_grad()
-        sum(losses.values()).backward()
-        optimiser.step()
-        if progress:
-            progress(share, {name: loss.item() for name, loss in losses.items()})
-
-
-def train_judges(people, steps=320, seconds=75.0, seed=0, num_frames=16, batch_size=16, progress=None):
+def train_judges(people, steps=320, seconds=75.0, seed=0, num_frames=40, batch_size=8, progress=None):
     """Train Judges on public people {name: [clip, ...]} and score them on every eighth person, who is held out; at most
     `steps` steps or `seconds`, whichever ends first (bit-reproducible if the steps do).
 
-    A clip has `frames` uint8 [f, 3, h, w], `mel` [4 f, 40] and `opening` [f] or None; `progress(share, losses)` is called
-    after each step. ValueError with fewer than four people or no clip of `num_frames` frames."""
-    names = sorted(people)
-    trained = [name for i, name in enumerate(names) if i % 8]
-    clips = [(label, c) for label, name in enumerate(trained) for c in people[name] if len(c.frames) >= num_frames]
-    if len(names) < 4 or not clips:
-        raise ValueError(f"the judges need four people with clips of {num_frames} frames; here are {len(names)} people")
+    A clip has `frames` uint8 [f, 3, h, w], `mel` [4 f, 40] and `opening` [f] or None. Each step sees stretches of
+    `num_frames` frames, fewer where half of the clips are shorter; `progress(share, losses)` is called after it.
+    ValueError with fewer than four people or no clip of ten frames."""
+    trained = {name: label for label, name in enumerate(name for i, name in enumerate(sorted(people)) if i % 8)}
+    clips = [(label, clip) for name, label in trained.items() for clip in people[name]]
+    num_frames = min(num_frames, int(np.median([len(clip.frames) for _, clip in clips] or [0])))
+    clips = [(label, clip) for label, clip in clips if len(clip.frames) >= num_frames]
+    if len(people) < 4 or num_frames < 10:
+        raise ValueError(f"the judges need four people with clips of ten frames; here are {len(people)} people")
+    generator, start = torch.Generator().manual_seed(seed), time.monotonic()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judges = Judges()
-        _fit(judges, len(trained), clips, steps, seconds, seed, num_frames, batch_size, progress)
+        prototypes = nn.Parameter(torch.randn(len(trained), judges.face_head[-1].num_features))
+        optimiser = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
+        for step in range(steps):
+            share = max(step / steps, (time.monotonic() - start) / seconds)
+            if share >= 1:
+                break
+            optimiser.param_groups[0]["lr"] = 2e-3 * min(1, 20 * share + 0.05) * (1 - share)
+            labels, frames, windows, opening = _draw(clips, batch_size, num_frames, generator)
+            view = torch.rand(batch_size, 10, generator=generator) * 2 - 1
+            mirror = torch.where(torch.rand(batch_size, generator=generator) < 0.5, -1.0, 1.0)
+            faces = _augment(frames[:, ::num_frames // 5], view, mirror, generator)
+            mouths = _augment(frames, view, mirror, generator, mouth_region)
+            losses = _losses(judges, prototypes, labels, faces, mouths, windows, opening, view)
+            optimiser.zero_grad()
+            sum(losses.values()).backward()
+            optimiser.step()
+            if progress:
+                progress(share, {name: loss.item() for name, loss in losses.items()})
     judges.eval().requires_grad_(False)
     judges.has_opening = any(clip.opening is not None for _, clip in clips)
-    judges.scores = score_judges(judges, {name: people[name] for name in names[::8]})
+    judges.scores = score_judges(judges, {name: own for name, own in people.items() if name not in trained})
     return judges
 
 
 @torch.no_grad()
 def score_judges(judges, people, num_windows=38):
-    """How well judges do on people they never saw {name: [clip, ...]} -> dict: identity verification (AUC, accuracy) and
-    rank-1 between clips, right against other speech over 1.5 s, AV offset within a frame, and opening correlation."""
+    """How well judges do on people they never saw {name: [clip, ...]} -> dict: identity verification (AUC, accuracy)
+    and rank-1 between clips, right against other speech over 1.5 s, AV offset within a frame, opening correlation."""
     clips = [(name, clip) for name in sorted(people) for clip in people[name] if len(clip.frames) >= num_windows + 4]
-    owner, scores = np.array([name for name, _ in clips]), {"people": len({name for name, _ in clips}), "clips": len(clips)}
+    owner = np.array([name for name, _ in clips])
+    scores = {"people": len(set(owner)), "clips": len(clips)}
     if len(clips) < 2:
         return scores
     frames = [torch.from_numpy(np.array(clip.frames)) / 255 for _, clip in clips]
@@ -613,50 +653,127 @@ def score_judges(judges, people, num_windows=38):
         scores |= {"verification_auc": float((right[:, None] > wrong).float().mean()),
                    "verification_accuracy": float(max(rates)) / 2,
                    "rank1": float((owner[nearest] == owner[same.any(1).numpy()]).mean())}
-    video = [judges.mouth_video(x[None])[0] for x in frames]
-    audio = [judges._speech(_windows(clip.mel)[None])[0] for _, clip in clips]
-    v, a = (torch.stack([x[:num_windows] for x in side]) for side in (video, audio))
-    match = torch.einsum("i t d, j t d -> i j", v, a)                                      # [clips, clips]
+    video = torch.stack([judges.mouth_video(x[None, :num_windows + 4])[0] for x in frames])
+    audio = judges._speech(torch.stack([_windows(clip.mel)[:num_windows] for _, clip in clips]))
+    match = torch.einsum("i t d, j t d -> i j", video, audio)                              # [clips, clips]
     if other.any():
         scores["sync_accuracy"] = float((match.diagonal()[:, None] > match)[other].float().mean())
-    offsets = [sync_offset(x, y, outside=float("nan"))["offset"] for x, y in zip(video, audio)]
+    offsets = [judges.lip_sync(x, clip.mel)["offset"] for x, (_, clip) in zip(frames, clips)]
     scores["offset_accuracy"] = float(np.mean(np.abs(offsets) <= 1))
     known = [(x, clip.opening) for x, (_, clip) in zip(frames, clips) if clip.opening is not None]
     if judges.has_opening and known:
-        scores["opening_correlation"] = float(np.mean([mouth_correlation(judges.opening(x), np.array(o)) for x, o in known]))
+        traces = [mouth_correlation(judges.opening(x), np.array(opening)) for x, opening in known]
+        scores["opening_correlation"] = float(np.mean(traces))
     return scores
+
+
+def load_judges(path):
+    """Judges out of a run's backbone.pt (or any file that keeps their state under "judges"), frozen; ValueError if they
+    are not there, were never trained or belong to another version of this file."""
+    judges = Judges()
+    try:
+        judges.load_state_dict(_load_file(path)["judges"])
+    except (KeyError, RuntimeError):
+        raise ValueError(f"{path} holds no judges of this version") from None
+    if not judges.scores:
+        raise ValueError(f"the judges in {path} were never trained")
+    return judges.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------- command line: two folders in, one table out
 
-PICTURES, VIDEOS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}, {".mp4", ".avi", ".mov", ".mkv", ".webm"}
-STANDARD = {  # metric: the network and its files, each with the part that it fills and the prefix of its keys
-    "fid": (InceptionFID, [("pt_inception-2015-12-05*.pth", "", "")]),
-    "lpips": (LPIPS, [("alexnet-owt-*.pth", "features", "features."), ("alex.pth", "lins", "")]),
-    "id_similarity": (ArcFace, [("*r50*.pth", "", "")]), "id_similarity_r100": (partial(ArcFace, 100), [("*r100*.pth", "", "")]),
-    "lse": (SyncNet, [("syncnet_v2.model", "", "")])}
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
+STANDARD = {  # metrics: their network and its files, each with the part that it fills and the prefix of its keys
+    ("fid", "kid"): (InceptionFID, {"pt_inception-2015-12-05*.pth": ("", "")}),
+    ("lpips", "tlp"): (LPIPS, {"alexnet-owt-*.pth": ("features", "features."), "alex.pth": ("lins", "")}),
+    ("id_similarity",): (ArcFace, {"*r50*.pth": ("", "")}),
+    ("id_similarity_r100",): (partial(ArcFace, 100), {"*r100*.pth": ("", "")}),
+    ("lse_d", "lse_c", "av_offset"): (SyncNet, {"syncnet_v2.model": ("", "")})}
+SELF_TRAINED = ("fid*", "kid*", "lpips*", "tlp*", "id_similarity*", "sync*", "lse_d*", "lse_c*", "av_offset*",
+                "mouth_correlation*")
+UNJUDGED = ("psnr", "ssim", "temporal_jitter", "jitter_ratio", "mouth_motion_correlation")
 
 
-def load_standard(folder):
-    """The standard networks whose files lie in a folder -> ({metric: network}, {file name: SHA-256})."""
-    networks, hashes = {}, {}
-    for metric, (make, parts) in STANDARD.items():
-        paths = [min(Path(folder).glob(pattern), default=None) for pattern, _, _ in parts]
-        if all(paths):
-            networks[metric] = make()
-            for path, (_, part, prefix) in zip(paths, parts):
-                hashes[path.name] = load_weights(networks[metric].get_submodule(part), path, prefix)
-    return networks, hashes
+def load_standard(folder=None):
+    """The standard networks whose files lie in a folder -> (networks, sources).
+
+    `networks` goes into `score_clip`, and networks["fid"], if it is there, makes the features [n, 2048] of a clip's
+    frames for FID and KID. `sources` tells who judges each standard metric: {"network": class, "weights": {file name:
+    SHA-256}}, or {"network": None, "reason": the missing files}. ValueError for a folder that is not there, and for a
+    file that does not fit its network, with the first key that differs."""
+    if folder and not Path(folder).is_dir():
+        raise ValueError(f"no such folder of weights: {folder}")
+    networks, sources = {}, {}
+    for metrics, (make, files) in STANDARD.items():
+        paths = {pattern: min(Path(folder).glob(pattern), default=None) if folder else None for pattern in files}
+        missing = [pattern for pattern, path in paths.items() if path is None]
+        source = {"network": None, "reason": f"needs {' and '.join(missing)} in --weights"}
+        if not missing:
+            networks[metrics[0]] = network = make()
+            source = {"network": type(network).__name__, "weights": {
+                paths[pattern].name: load_weights(network.get_submodule(part), paths[pattern], prefix)
+                for pattern, (part, prefix) in files.items()}}
+        sources |= dict.fromkeys(metrics, source)
+    return networks, sources
+
+
+def log_mel(audio):
+    """The judges' log-mel spectrogram [4 f, 40] of int16 audio [640 f] at 16 kHz, as in the training clips; ValueError
+    without a frame's sound."""
+    if len(audio) < 640:
+        raise ValueError("there is no sound")
+    wave = F.pad(torch.from_numpy(np.asarray(audio, np.float32) / 32768), (176, 176 + -len(audio) % 640))
+    mel = torchaudio.transforms.MelSpectrogram(16000, 512, 400, 160, 60, 7600, n_mels=40, center=False)(wave)
+    return ((mel.clamp_min(1e-4).log() + 4) / 3.5).T.numpy()
+
+
+@torch.no_grad()
+def score_clip(fake, real, audio, networks, judges=None):
+    """Every metric of a clip against its truth, [f, 3, h, w] each, that needs no network, that the networks of
+    `load_standard` tell, or the judges (starred); audio int16 at 16 kHz -> ({metric: value}, {metric: why not})."""
+    def perceptual(distance, star=""):
+        def mean():
+            _check(fake, real)
+            return distance(fake, real).mean()
+        return {"lpips" + star: mean, "tlp" + star: lambda: tlp(distance, fake, real)}
+
+    def similarity(embed):
+        return lambda: (embed(fake) * embed(real)).sum(-1).mean()
+
+    jobs = {"psnr": lambda: psnr(fake, real).mean(), "ssim": lambda: ssim(fake, real).mean(),
+            "temporal_jitter": lambda: temporal_jitter(fake), "jitter_ratio": lambda: jitter_ratio(fake, real),
+            "mouth_motion_correlation": lambda: mouth_correlation(mouth_motion(fake), mouth_motion(real))}
+    if "lpips" in networks:
+        jobs |= perceptual(networks["lpips"])
+    jobs |= {name: similarity(embed) for name, embed in networks.items() if name.startswith("id_similarity")}
+    if "lse_d" in networks:
+        jobs["lse_d lse_c av_offset"] = lambda: [*lse(networks["lse_d"], fake, audio).values()]
+    if judges:
+        jobs |= perceptual(judges.perceptual, "*") | {
+            "id_similarity*": similarity(judges.identity),
+            "sync* lse_d* lse_c* av_offset*": lambda: [*judges.lip_sync(fake, log_mel(audio)).values()],
+            "mouth_correlation*": lambda: mouth_correlation(judges.opening(fake), judges.opening(real))}
+    values, reasons = {}, {}
+    for names, job in jobs.items():
+        try:
+            found = np.atleast_1d(job())
+            if not np.isfinite(found).all():
+                raise ValueError("the score is NaN or infinite")
+            values |= zip(names.split(), found.tolist())
+        except ValueError as error:
+            reasons |= dict.fromkeys(names.split(), str(error))
+    return values, reasons
 
 
 def _read(path):
-    """Frames [f, 3, h, w] in [0, 1] and int16 audio at 16 kHz (empty for a picture); ValueError if unreadable."""
+    """Frames [f, 3, h, w] in [0, 1] at 25 Hz and int16 audio at 16 kHz, none of a picture; ValueError if unreadable."""
     try:
         if path.suffix.lower() in PICTURES:
             with Image.open(path) as picture:
                 frames, audio = np.asarray(picture.convert("RGB"))[None], np.zeros(0, np.int16)
         else:
-            frames = imageio.imread(path, plugin="FFMPEG")                                 # [f, h, w, 3]
+            frames = imageio.imread(path, plugin="FFMPEG", fps=25)                         # [f, h, w, 3]
             command = [get_ffmpeg_exe(), "-v", "error", "-i", path, "-ac", "1", "-ar", "16000", "-f", "s16le", "-"]
             audio = np.frombuffer(subprocess.run(command, capture_output=True).stdout, np.int16)
     except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
@@ -664,59 +781,70 @@ def _read(path):
     return rearrange(torch.from_numpy(frames.copy()), "f h w c -> f c h w").float() / 255, audio
 
 
-def _score_pair(real, fake, audio, networks):
-    """Every metric of a pair of clips [f, 3, h, w], cut to the shorter one -> {name: value}."""
-    n = min(len(real), len(fake))
-    real, fake = real[:n], fake[:n]
-    scores = {"frames": n, "psnr": psnr(fake, real).mean(), "ssim": ssim(fake, real).mean()}
-    if n > 1:
-        scores |= {"temporal_jitter": temporal_jitter(fake), "jitter_ratio": jitter_ratio(fake, real),
-                   "mouth_motion_correlation": mouth_correlation(mouth_motion(fake), mouth_motion(real))}
-    for metric, network in networks.items():
-        if metric == "lpips":
-            scores |= {"lpips": network(fake, real).mean()} | ({"tlp": tlp(network, fake, real)} if n > 1 else {})
-        elif metric.startswith("id"):
-            scores[metric] = (network(fake) * network(real)).sum(-1).mean()
-        elif metric == "lse" and min(n, len(audio) // 640) > 5:
-            scores |= lse(network, fake, audio)
-    return {name: float(value) for name, value in scores.items()}
+def _files(folder):
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in PICTURES | VIDEOS]
+    if not files:
+        raise ValueError(f"no pictures or videos in {folder}" if Path(folder).is_dir() else f"no such folder: {folder}")
+    return {str(path.relative_to(folder).with_suffix("")): path for path in files}
+
+
+def _distribution_row(distance, statistics):
+    """The row of FID or KID; what it warns of goes into it."""
+    n = min(side.n for side in statistics)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mean, *deviation = np.atleast_1d(distance(*statistics)).tolist()
+    row = {"mean": mean, "ci95": None, "n": n, "frames": n} | ({"deviation": deviation[0]} if deviation else {})
+    return row | ({"warning": str(caught[0].message)} if caught else {})
 
 
 @torch.no_grad()
-def compare(real_folder, fake_folder, networks):
-    """Score two folders of videos or pictures, pairs by name -> ({metric: mean_ci and frames}, notes on what is left out)."""
-    folders, statistics, clips, notes = [], (FeatureStatistics(), FeatureStatistics(seed=1)), [], []
-    for folder in map(Path, (real_folder, fake_folder)):
-        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES | VIDEOS]
-        if not files:
-            raise ValueError(f"no pictures or videos in {folder}" if folder.is_dir() else f"no such folder: {folder}")
-        folders.append({str(path.relative_to(folder).with_suffix("")): path for path in files})
+def compare(real_folder, fake_folder, networks, sources, judges=None):
+    """Score two folders of videos or pictures, pairs by name, FID and KID over all frames -> (rows, notes on what was
+    left out). A row is `mean_ci` of a metric and the number of frames, or {"mean": None, "reason": why, ...}."""
+    folders, clips, notes = [_files(real_folder), _files(fake_folder)], {}, []
+    extractors = {"": networks.get("fid"), "*": judges and judges.features}
+    extractors = {star: (extract, FeatureStatistics(), FeatureStatistics(seed=1))
+                  for star, extract in extractors.items() if extract}
     for name in tqdm(sorted(folders[0] | folders[1]), unit="file", disable=None):
         pair = []
         try:
-            for files, side in zip(folders, statistics):
+            for side, files in enumerate(folders):
                 if name in files:
                     pair.append(_read(files[name]))
-                    for batch in pair[-1][0].split(32) if "fid" in networks else ():
-                        side.update(networks["fid"](batch))
+                    for extract, *statistics in extractors.values():
+                        for batch in pair[-1][0].split(32):
+                            statistics[side].update(extract(batch))
             if len(pair) < 2:
                 raise ValueError("it has no partner of that name")
-            clips.append(_score_pair(pair[0][0], *pair[1], networks))
+            (real, _), (fake, audio) = pair
+            n = min(len(real), len(fake))
+            if len(real) != len(fake):
+                notes.append(f"{name}: {len(real)} and {len(fake)} frames, of which the first {n} are compared")
+            clips[name] = (n, *score_clip(fake[:n], real[:n], audio, networks, judges))
         except ValueError as error:
             notes.append(f"{name}: {error}")
-    rows = {}
-    for metric in dict.fromkeys(key for clip in clips for key in clip if key != "frames"):
-        own = [clip for clip in clips if metric in clip]
-        rows[metric] = mean_ci([clip[metric] for clip in own]) | {"frames": int(sum(clip["frames"] for clip in own))}
-    if "fid" in networks and min(side.n for side in statistics) > 1:
-        n = min(side.n for side in statistics)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            rows["fid"] = {"mean": frechet_distance(*statistics), "ci95": None, "n": n, "frames": n}
-            kid, deviation = kernel_distance(*statistics)
-            rows["kid"] = {"mean": kid, "deviation": deviation, "ci95": None, "n": n, "frames": n}
-        notes += [str(warning.message) for warning in caught]
-    if not rows:
+    reasons = {metric: source["reason"] for metric, source in sources.items() if not source["network"]}
+    reasons |= {} if judges else dict.fromkeys(SELF_TRAINED, "needs --judges FILE")
+    rows, left_out = {}, defaultdict(list)
+    for metric in (*UNJUDGED, *sources, *SELF_TRAINED):
+        scored = [(values[metric], n) for n, values, _ in clips.values() if metric in values]
+        failed = {name: why[metric] for name, (_, _, why) in clips.items() if metric in why}
+        if scored:
+            rows[metric] = mean_ci([value for value, _ in scored]) | {"frames": sum(n for _, n in scored)}
+            for name, why in failed.items():
+                left_out[name, why].append(metric)
+        else:
+            why = reasons.get(metric) or next(iter(failed.values()), "no pair could be scored")
+            rows[metric] = {"mean": None, "reason": why, "n": 0, "frames": 0}
+    notes += [f"{name}: {why} (not in {', '.join(metrics)})" for (name, why), metrics in left_out.items()]
+    for star, (_, *statistics) in extractors.items():
+        if min(side.n for side in statistics) > 1:
+            rows["fid" + star] = _distribution_row(frechet_distance, statistics)
+            rows["kid" + star] = _distribution_row(kernel_distance, statistics)
+        else:
+            rows["fid" + star]["reason"] = rows["kid" + star]["reason"] = "needs at least two frames on each side"
+    if all(row["mean"] is None for row in rows.values()):
         raise ValueError("nothing could be scored: " + "; ".join(notes))
     return rows, notes
 
@@ -725,25 +853,34 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Compare two folders of videos or pictures, pairs by name.")
     parser.add_argument("real")
     parser.add_argument("fake")
-    wanted = ", ".join(pattern.replace("%", "%%") for _, parts in STANDARD.values() for pattern, _, _ in parts)
+    wanted = ", ".join(pattern for _, files in STANDARD.values() for pattern in files)
     parser.add_argument("--weights", metavar="DIR", help=f"folder with any of {wanted}")
+    parser.add_argument("--judges", metavar="FILE", help="a run's backbone.pt, whose judges fill the rows with a star")
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     args = parser.parse_args(argv)
     try:
-        networks, hashes = load_standard(args.weights) if args.weights else ({}, {})
-        rows, notes = compare(args.real, args.fake, networks)
+        networks, sources = load_standard(args.weights)
+        judges = load_judges(args.judges) if args.judges else None
+        rows, notes = compare(args.real, args.fake, networks, sources, judges)
+        if judges:
+            source = {"network": "self-trained on the public split", "held-out people": judges.scores,
+                      "weights": {Path(args.judges).name: _sha256(args.judges)}}
+            sources |= dict.fromkeys(SELF_TRAINED, source)
         if args.json:
-            Path(args.json).write_text(json.dumps({"rows": rows, "weights": hashes, "notes": notes}, indent=1))
+            Path(args.json).write_text(json.dumps({"rows": rows, "judges": sources, "notes": notes}, indent=1))
     except (ValueError, OSError) as error:
         print(f"metrics.py: {error}", file=sys.stderr)
         return 2
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print("| metric | mean | 95 % interval | n | frames |\n|---|---|---|---|---|")
+    print("| metric | mean | 95 % interval | n | frames | |\n|---|---|---|---|---|---|")
     for name, row in rows.items():
-        interval = "{:.4f} .. {:.4f}".format(*row["ci95"]) if row["ci95"] else "–"
-        print(f"| {name} | {row['mean']:.4f} | {interval} | {row['n']} | {row['frames']} |")
-    print(f"judged with {hashes}" if hashes else "no weights given, so no network judged")
+        mean = "–" if row["mean"] is None else f"{row['mean']:.4f}"
+        interval = "{:.4f} .. {:.4f}".format(*row["ci95"]) if row.get("ci95") else "–"
+        print(f"| {name} | {mean} | {interval} | {row['n']} | {row['frames']} | "
+              f"{row.get('reason') or row.get('warning', '')} |")
+    for weights in {json.dumps(source["weights"]) for source in sources.values() if source["network"]}:
+        print(f"judged with {weights}")
     return 0
 
 

@@ -312,16 +312,16 @@ class TalkingBlock(nn.Module):
 
 
 class TalkingUNet(nn.Module):
-    """Denoise latent clips given speech tokens, identity tokens and the reference latent."""
+    """Denoise motion clips given speech tokens, identity tokens and the reference latent."""
 
-    def __init__(self, latent_channels, channels, speech_dim, identity_dim, heads, reach):
+    def __init__(self, motion_channels, latent_channels, channels, speech_dim, identity_dim, heads, reach):
         super().__init__()
         temb = 4 * channels[0]
         self.frequencies = channels[0]
         self.time_mlp = nn.Sequential(nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb))
         self.speech_mlp = nn.Linear(speech_dim, temb)
         self.position = nn.Parameter(torch.randn(1, channels[0], 8, 8) * 0.02)
-        self.conv_in = nn.Conv2d(2 * latent_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(motion_channels + latent_channels, channels[0], 3, padding=1)
 
         def block(i, o, level):
             return TalkingBlock(i, o, temb, speech_dim, identity_dim, heads, reach, spatial=level > 0)
@@ -332,12 +332,12 @@ class TalkingUNet(nn.Module):
         self.grow = nn.ModuleList(nn.Conv2d(channels[i + 1], c, 1) for i, c in reversed(list(enumerate(channels[:-1]))))
         self.up = nn.ModuleList(block(c, c, i) for i, c in reversed(list(enumerate(channels[:-1]))))
         self.norm_out = nn.GroupNorm(8, channels[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[0], motion_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, xt, t, speech, identity, reference_latents):
-        """xt [b f c h w], t [b] in [0, 1], speech [b f n d], identity [b n d], reference [b c h w] -> [b f c h w]."""
+        """xt [b f m h w], t [b] in [0, 1], speech [b f n d], identity [b n d], reference [b c h w] -> [b f m h w]."""
         num_frames = xt.shape[1]
         temb = repeat(self.time_mlp(sinusoid(1000 * t, self.frequencies)), "b d -> (b f) d", f=num_frames)
         speech = rearrange(speech, "b f n d -> (b f) n d")
@@ -442,6 +442,42 @@ def noise_schedule(num_steps, schedule, zero_terminal_snr):
 # ---------------------------------------------------------------------------------------------- the whole
 
 
+def warp(pictures, flow):
+    """Pictures [n c H W] with pixel p taken from p + flow(p); flow [n 2 h w] is (x, y) in half sides, on any grid."""
+    flow = F.interpolate(flow, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+    identity = torch.eye(2, 3, device=flow.device).expand(len(flow), 2, 3)
+    grid = F.affine_grid(identity, pictures.shape, align_corners=False) + rearrange(flow, "n k h w -> n h w k")
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+
+@torch.no_grad()
+def estimate_flow(source, target, side, damping=0.05):
+    """Flow [n 2 side side] for which warp(source, flow) is like target [n 3 H W]: Lucas & Kanade (1981), coarse to fine.
+
+    Every cell solves its 2 x 2 normal equations over itself and its neighbours; between steps the flow is smoothed.
+    """
+    flow = source.new_zeros(len(source), 2, side, side)
+    for shrink, iterations in ((4, 3), (2, 4), (1, 1)):
+        size = max(source.shape[-1] // shrink, side)
+        small, aim = (F.interpolate(x, size=(size, size), mode="area") for x in (source, target))
+        for _ in range(iterations):
+            warped = warp(small, flow)
+            error = aim - warped
+            across = F.pad(warped[..., 2:] - warped[..., :-2], (1, 1, 0, 0)) * size / 4  # per half side
+            down = F.pad(warped[..., 2:, :] - warped[..., :-2, :], (0, 0, 1, 1)) * size / 4
+            products = [(x * y).sum(1) for x, y in ((across, across), (across, down), (down, down), (across, error), (down, error))]
+            a, b, c, p, q = neighbourly(F.avg_pool2d(torch.stack(products, 1), size // side)).unbind(1)
+            a, c = a + damping, c + damping
+            step = torch.stack([c * p - b * q, a * q - b * p], 1) / (a * c - b * b)[:, None]
+            flow = (flow + step + neighbourly(flow + step)) / 2
+    return flow
+
+
+def neighbourly(x):
+    """Mean of each cell of x [n c h w] and its eight neighbours."""
+    return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
 class GaussianPrior(nn.Module):
     """Clips x0 [b f c h w] as a zero-mean Gaussian: how x0 varies together over places and times, and the best linear
     denoiser that follows from it.
@@ -495,7 +531,8 @@ class GaussianPrior(nn.Module):
 class TalkingHead(nn.Module):
     """Autoencoder, condition encoders, UNet and diffusion in one: what is pretrained, adapted and sampled.
 
-    The diffused variable is x0 = (latent(frame) - latent(reference)) / spread: what moves, at unit variance over all.
+    A frame is the reference picture, warped, and what its latent then lacks. x0 [b f m h w] holds both: two channels of
+    flow and the latent's channels of residual, on the latent grid, each divided by its spread.
     """
 
     def __init__(self, autoencoder, unet, speech, diffusion, size, prior_modes):
@@ -503,36 +540,50 @@ class TalkingHead(nn.Module):
         self.autoencoder = AutoencoderKL(**autoencoder)
         self.speech_encoder = SpeechEncoder(**speech)
         self.identity_encoder = IdentityEncoder(speech["dim"])
-        self.unet = TalkingUNet(autoencoder["latent_channels"], **unet, speech_dim=speech["dim"], identity_dim=speech["dim"])
+        latent_channels = autoencoder["latent_channels"]
+        self.motion_channels = 2 + latent_channels
+        self.unet = TalkingUNet(self.motion_channels, latent_channels, **unet, speech_dim=speech["dim"],
+                                identity_dim=speech["dim"])
         self.diffusion = Diffusion(**diffusion)
         self.side = size // self.autoencoder.factor
-        num_values = autoencoder["latent_channels"] * self.side**2
+        num_values = self.motion_channels * self.side**2
         self.prior = GaussianPrior(num_values, min(prior_modes, num_values))
-        self.register_buffer("spread", torch.ones(()))
-        self.register_buffer("reference_spread", torch.ones(autoencoder["latent_channels"], 1, 1))
+        self.register_buffer("spread", torch.ones(self.motion_channels, 1, 1))
+        self.register_buffer("reference_spread", torch.ones(latent_channels, 1, 1))
 
     @torch.no_grad()
-    def set_statistics(self, latents, reference_latents):
-        """Measure spread and prior on latents [b f c h w] and references [b c h w].
+    def set_statistics(self, motion, reference_latents):
+        """Measure spread and prior on motion [b f m h w], not yet spread, and reference latents [b c h w].
 
         The spread is that of a typical mode, not of a typical number: numbers that move together outshout the noise
         together, and half of the noise levels would find nothing left to say (Hoogeboom et al. 2023, Sec. 3.1).
         """
-        difference = latents - reference_latents[:, None]
         self.reference_spread.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
-        self.prior.fit(difference)
-        variance = self.prior.variance
-        self.spread.copy_((variance.square().sum() / variance.sum()).sqrt())
-        self.prior.fit(difference / self.spread)
+        for part in (slice(0, 2), slice(2, None)):
+            flat = rearrange(motion[:, :, part], "b f m h w -> (b f) (m h w)")
+            variance = torch.pca_lowrank(flat, q=min(64, *flat.shape), center=False, niter=4)[1] ** 2 / len(flat)
+            self.spread[part] = (variance.square().sum() / variance.sum()).sqrt()
+        self.prior.fit(motion / self.spread)
 
-    def motion_latents(self, latents, reference_latents):
-        """latents [b f c h w], reference [b c h w] -> x0 [b f c h w]."""
-        return (latents - reference_latents[:, None]) / self.spread
+    @torch.no_grad()
+    def motion(self, frames, reference):
+        """Frames [f 3 H W] as the motion of reference [3 H W]: flow and latent residual [f m h w], not yet spread."""
+        flow = estimate_flow(reference.expand_as(frames), frames, self.side)
+        return torch.cat([flow, self.autoencoder.encode(frames) - self.autoencoder.encode(warp(reference.expand_as(frames), flow))], 1)
 
-    def decode(self, x0, reference_latents):
-        """x0 [b f c h w], reference latents [b c h w] -> frames [b f 3 H W] in about [-1, 1]."""
-        latents = x0 * self.spread + reference_latents[:, None]
-        frames = self.autoencoder.decode(rearrange(latents, "b f c h w -> (b f) c h w"))
+    def decode(self, x0, reference):
+        """x0 [b f m h w], reference [b 3 H W] -> frames [b f 3 H W] in about [-1, 1].
+
+        The residual enters as the difference that it makes to the decoded picture: what the autoencoder loses of the
+        reference (a pattern, a strand of hair) is not lost where nothing but the flow is needed. Gradients reach the flow
+        through the warped picture only: through the two decodings they cancel, but for terms of the residual's size.
+        """
+        flow, residual = rearrange(x0 * self.spread, "b f m h w -> (b f) m h w").split([2, self.motion_channels - 2], 1)
+        warped = warp(repeat(reference, "b c h w -> (b f) c h w", f=x0.shape[1]), flow)
+        with torch.no_grad():
+            latents = self.autoencoder.encode(warped)
+            without = self.autoencoder.decode(latents)
+        frames = warped + self.autoencoder.decode(latents + residual) - without
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))
 
     def conditions(self, mel, reference, keep_speech=None):
@@ -579,12 +630,12 @@ class TalkingHead(nn.Module):
             return torch.lerp(without, with_speech, guidance)
 
         x0 = self.diffusion.sample(network, noise, num_steps, solver)
-        return self.decode(x0, reference_latents).clamp(-1, 1)
+        return self.decode(x0, reference).clamp(-1, 1)
 
     def latent_shape(self, num_clips, num_frames, size):
         """Shape [b f c h w] of the noise for `generate` at a picture size of `size` pixels."""
         side = size // self.autoencoder.factor
-        return num_clips, num_frames, len(self.reference_spread), side, side
+        return num_clips, num_frames, self.motion_channels, side, side
 
 
 class EMA:

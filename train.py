@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -44,7 +45,8 @@ LIMITS = {
     "fed.server_lr": (0, 100), "fed.gamma": (0, 100), "fed.reliability_alpha": (0, 1), "fed.sample_cap": (1, 10**9),
     "fed.min_weight": (1e-6, 1e9), "fed.proximal": (0, 1e3), "privacy.clip_norm": (1e-9, 1e9),
     "privacy.noise_multiplier": (0, 1e3), "privacy.target_epsilon": (0, 1e6), "privacy.weight_scale": (0, 1e3), "privacy.delta": (1e-300, 0.5),
-    "privacy.noise": ("distributed", "server", "local"), "privacy.min_honest": (1, 10**6), "personal.steps": (0, 10**6),
+    "privacy.noise": ("distributed", "server", "local"), "privacy.min_honest": (1, 10**6),
+    "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1), "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6),
     "sampling.num_steps": (1, 1000), "sampling.solver": ("dpm", "ddim"), "sampling.guidance": (0, 100),
     "evaluate.num_frames": (6, 10**5), "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (1, 1024),
 }
@@ -158,6 +160,15 @@ def save_text(text, path):
         temporary.write_text(text)
 
 
+def finite(tree):
+    """The same nested dicts and lists with null for what JSON has no number for: an infinite epsilon, a missing mean."""
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not np.isfinite(tree) else tree
+
+
 def say(run, text):
     """Print a line beside the progress bars and keep it in log.txt."""
     tqdm.write(text)
@@ -185,14 +196,23 @@ def load_people(config):
     for path, reason in dataset.skipped:
         tqdm.write(f"skipped {path}: {reason}")
     roles = data.split_people(list(dataset.people), settings["clients"], settings["unseen"], config["seed"])
+    if len(roles[0]) < 4:
+        raise ValueError(f"{root}: {len(roles[0])} public people are left beside data.clients and data.unseen; 4 are needed")
     return {role: {name: dataset.people[name] for name in names} for role, names in zip(("public", "clients", "unseen"), roles)}
 
 
 @torch.inference_mode()
 def encode_clips(model, clips, device):
-    """Latents [f c h w] of every clip, by path: the autoencoder is frozen by then, so once is enough."""
-    return {clip.path: torch.cat([model.autoencoder.encode(pixels(part, device)).float().cpu()
-                                  for part in np.array_split(clip.frames, -(-len(clip.frames) // 64))]) for clip in clips}
+    """Each clip as the motion of its middle frame, {path: (moment, motion [f m h w], latents [c h w])}.
+
+    The autoencoder is frozen by then, so once is enough.
+    """
+    motions = {}
+    for clip in tqdm(clips, "motion", leave=False, mininterval=1):
+        frames, moment = pixels(clip.frames, device), len(clip.frames) // 2
+        latents = model.autoencoder.encode(frames[moment:moment + 1])[0]
+        motions[clip.path] = (moment, model.motion(frames, frames[moment]).cpu(), latents.cpu())
+    return motions
 
 
 def pixels(frames, device):
@@ -200,14 +220,21 @@ def pixels(frames, device):
     return torch.from_numpy(np.array(frames)).to(device).float() / 127.5 - 1
 
 
-def drawer(clips, references, latents, window, device):
-    """A function (batch_size, num_frames, generator) -> batch with latents, on the device."""
+def drawer(clips, motions, window, device):
+    """A function (batch_size, num_frames, generator) -> batch on the device."""
 
     def draw(batch_size, num_frames, generator):
-        batch = data.draw_batch(clips, references, batch_size, num_frames, generator, window, latents)
+        batch = data.draw_batch(clips, motions, batch_size, num_frames, generator, window)
         return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     return draw
+
+
+def clip_batch(clips, motions, num_frames, window, device, seed):
+    """One window of every clip, as a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [drawer([clip], motions, window, device)(1, num_frames, generator) for clip in clips]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if torch.is_tensor(parts[0][key])}
 
 
 # ---------------------------------------------------------------------------------------------- backbone
@@ -275,7 +302,7 @@ def train_autoencoder(autoencoder, clips, settings, seed, device):
 
 def train_speech(model, batches, settings, generator):
     """Warm the speech encoder up: regress how the lower half of the face differs from its mean over the clip."""
-    motion = torch.cat([b["latents"] - b["latents"].mean(1, keepdim=True) for b in batches]).flatten(0, 1)  # n c h w
+    motion = torch.cat([b["motion"] - b["motion"].mean(1, keepdim=True) for b in batches])[:, :, 2:].flatten(0, 1)  # n c h w
     target = motion[:, :, motion.shape[2] // 2:].flatten(1)
     target, mel = target / target.std(), torch.cat([b["mel"] for b in batches]).flatten(0, 1)
     head = torch.nn.Linear(model.speech_encoder.proj.out_features, target.shape[1]).to(target.device)
@@ -289,10 +316,10 @@ def train_speech(model, batches, settings, generator):
 def train_unet(model, public, settings, window, seed, device):
     """Diffusion loss on public clips; returns the moving average of the model and the loss curve."""
     clips = [clip for own in public.values() for clip in own]
-    draw = drawer(clips, public, encode_clips(model, clips, device), window, device)
+    draw = drawer(clips, encode_clips(model, clips, device), window, device)
     generator = torch.Generator().manual_seed(seed)
     batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
-    model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("latents", "reference_latents")))
+    model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("motion", "reference_latents")))
     train_speech(model, batches, settings, generator)
     model.autoencoder.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01)
@@ -314,7 +341,8 @@ def backbone(config, people, device, cache):
     """The judges and the pretrained model, from the cache if the same public data and settings made them before."""
     recipe = {k: config[k] for k in ("seed", "data", "model", "judges", "backbone")}
     clips = [(c.path.name, c.path.stat().st_size) for own in people["public"].values() for c in own]
-    key = hashlib.sha256(json.dumps([recipe, clips], sort_keys=True).encode()).hexdigest()[:16]
+    code = "".join(Path(module.__file__).read_text() for module in (talking, metrics))
+    key = hashlib.sha256(json.dumps([recipe, clips, code], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache) / f"backbone-{key}.pt"
     if not path.exists():
         seconds, started = {}, time.perf_counter()
@@ -359,6 +387,13 @@ def test_case(clip, reference, settings, window, device):
     return {"frames": pixels(clip.frames[:f], device)[None], "mel": mel[None], "reference": pixels(reference, device)[None]}
 
 
+def portrait(clips):
+    """The frame uint8 [3 H W] of a person's clips that is most like their mean: a typical pose, with open eyes."""
+    mean = np.mean([clip.frames.mean(0) for clip in clips], axis=0)
+    frames = np.concatenate([clip.frames[::2] for clip in clips])
+    return frames[np.argmin(np.square(frames - mean).mean((1, 2, 3)))]
+
+
 def generate(model, case, seed, sampling, mel=None):
     """Frames [f 3 H W] in [0, 1] for a test case; `mel` speaks other words than the case's own."""
     mel = case["mel"] if mel is None else mel
@@ -368,8 +403,11 @@ def generate(model, case, seed, sampling, mel=None):
 
 
 @torch.inference_mode()
-def score(judges, frames, case, gallery, own, rival_mels):
-    """Every per-clip metric of generated frames [f 3 H W]; gallery [p d] holds each client's identity, `own` is the row."""
+def score(judges, frames, case, gallery, own):
+    """Every per-clip metric of generated frames [f 3 H W]; gallery [p d] holds each client's identity, `own` is the row.
+
+    The right speech competes with other speech of the same person: another voice could be told from the face alone.
+    """
     truth = fed.unit_range(case["frames"])[0]
     faces = judges.identity(frames).mean(0)
     seen = judges.mouth_video(frames[None])[0]
@@ -384,7 +422,7 @@ def score(judges, frames, case, gallery, own, rival_mels):
            "temporal_jitter": float(metrics.temporal_jitter(frames)),
            "jitter_ratio": float(metrics.jitter_ratio(frames, truth)),
            "sync*": heard(case["mel"]),
-           "sync_accuracy*": float(np.mean([heard(case["mel"]) > heard(mel) for mel in rival_mels]))}
+           "sync_accuracy*": float(np.mean([heard(case["mel"]) > heard(mel) for mel in case["rivals"]]))}
     if judges.has_opening and "opening" in case:
         row["mouth_correlation*"] = float(metrics.mouth_correlation(judges.opening(frames), case["opening"]))
     return row
@@ -407,11 +445,16 @@ def evaluate(model, judges, clients, adapters, config, device):
         faces = [judges.identity(fed.unit_range(pixels(np.concatenate([c.frames[::5] for c in clients[n]["train"]]), device))).mean(0)
                  for n in names]
     gallery = F.normalize(torch.stack(faces), dim=1)
-    cases = [(i, clip, test_case(clip, clients[n]["train"][0].frames[0], settings, window, device))
+    portraits = [portrait(clients[n]["train"]) for n in names]
+    cases = [(i, clip, test_case(clip, portraits[i], settings, window, device))
              for i, n in enumerate(names) for clip in clients[n]["test"][:settings["clips_per_client"]]]
-    for _, clip, case in cases:
+    for i, clip, case in cases:
+        length = case["mel"].shape[1]
         if clip.opening is not None:
-            case["opening"] = torch.from_numpy(clip.opening[:case["mel"].shape[1]])
+            case["opening"] = torch.from_numpy(clip.opening[:length])
+        others = [c for part in clients[names[i]].values() for c in part if c is not clip and len(c.frames) >= length]
+        case["rivals"] = [torch.from_numpy(data.audio_windows(c.mel, window)[:length]).to(device)[None] for c in others]
+        case["rivals"] = case["rivals"] or [case["mel"].roll(length // 2, dims=1)]  # no clip is as long: its own, shifted
 
     def still(i, clip, case):
         return fed.unit_range(case["reference"])[0].expand(case["mel"].shape[1], -1, -1, -1)
@@ -421,9 +464,9 @@ def evaluate(model, judges, clients, adapters, config, device):
         return torch.from_numpy(mean).float().to(device).expand(case["mel"].shape[1], -1, -1, -1)
 
     def ceiling(i, clip, case):
-        autoencoder = model.autoencoder
         with torch.inference_mode():
-            return fed.unit_range(autoencoder.decode(autoencoder.encode(case["frames"][0])))
+            motion = model.motion(case["frames"][0], case["reference"][0])
+            return fed.unit_range(model.decode(motion[None] / model.spread, case["reference"]))[0]
 
     methods = {"truth": lambda i, clip, case: fed.unit_range(case["frames"])[0], "copy reference": still,
                "mean frame": mean_frame, "autoencoder ceiling": ceiling}
@@ -431,7 +474,7 @@ def evaluate(model, judges, clients, adapters, config, device):
         twins = {n: adapted(model, v) for n, v in vectors.items()}
         methods[method] = lambda i, clip, case, twins=twins: generate(twins[names[i]], case, i, config["sampling"])
     methods["personal adapter, other speech"] = lambda i, clip, case, twins=twins: generate(
-        twins[names[i]], case, i, config["sampling"], rivals_of(cases, i, case)[0])
+        twins[names[i]], case, i, config["sampling"], case["rivals"][0])
     rows, shown, seconds, num_frames = {}, {}, 0.0, 0
     for method, make in methods.items():
         scores, features = [], metrics.FeatureStatistics()
@@ -440,17 +483,12 @@ def evaluate(model, judges, clients, adapters, config, device):
             frames = make(i, clip, case)
             if method in adapters:
                 seconds, num_frames = seconds + time.perf_counter() - started, num_frames + len(frames)
-            scores.append(score(judges, frames, case, gallery, i, rivals_of(cases, i, case)))
+            scores.append(score(judges, frames, case, gallery, i))
             with torch.inference_mode():
                 features.update(judges.features(frames))
             shown.setdefault(clip.path, {"clip": clip, "reference": fed.unit_range(case["reference"])[0]})[method] = frames
         rows[method] = {k: metrics.mean_ci([s[k] for s in scores]) for k in scores[0]} | {"features": features}
     return rows, shown, num_frames / seconds
-
-
-def rivals_of(cases, own, case):
-    """Other clients' speech of the same length."""
-    return [c["mel"] for i, _, c in cases if i != own and c["mel"].shape == case["mel"].shape]
 
 
 # ---------------------------------------------------------------------------------------------- pictures and report
@@ -540,14 +578,12 @@ def make_clients(model, people, config, device):
     splits = {name: data.split_clips(own, config["seed"]) for name, own in people["clients"].items()}
     clients, window, f = {}, config["data"]["window"], config["fed"]["num_frames"]
     for name, split in splits.items():
-        latents = encode_clips(model, split["train"] + split["validation"], device)
-        references = {name: split["train"]}
-        draw = drawer(split["train"], references, latents, window, device)
-        held_out = drawer(split["validation"], references, latents, window, device)
-        generator = torch.Generator().manual_seed(config["seed"])
+        motions = encode_clips(model, split["train"] + split["validation"], device)
         length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["validation"]))
+        validation = clip_batch(split["validation"], motions, length, window, device, config["seed"])
+        validation["other_reference"] = pixels(portrait(split["train"])[None], device).expand_as(validation["reference"])
         num_samples = sum(len(c.frames) // f for c in split["train"])
-        clients[name] = fed.Client(name, num_samples, draw, held_out(len(split["validation"]), length, generator))
+        clients[name] = fed.Client(name, num_samples, drawer(split["train"], motions, window, device), validation)
     return clients, splits
 
 
@@ -594,11 +630,14 @@ def make_mechanism(config, length):
     p, f = config["privacy"], config["fed"]
     if not p["enabled"]:
         return None
-    noise_multiplier = p["noise_multiplier"]
-    if p["target_epsilon"]:
-        noise_multiplier = privacy.find_noise_multiplier(p["target_epsilon"], p["delta"], f["sample_rate"], f["rounds"])
-    return privacy.Mechanism(p["clip_norm"], noise_multiplier, length, config["data"]["clients"], p["min_honest"],
-                             p["weight_scale"], f["min_weight"], noise=p["noise"])
+    mechanism = privacy.Mechanism(p["clip_norm"], p["noise_multiplier"], length, config["data"]["clients"], p["min_honest"],
+                                  p["weight_scale"], f["min_weight"], bit_scale=0.5 if p["clip_quantile"] else 0.0,
+                                  noise=p["noise"], mechanism=p["mechanism"])
+    for _ in range(3 if p["target_epsilon"] else 0):  # Skellam's sensitivities depend a little on the noise
+        z = privacy.find_noise_multiplier(p["target_epsilon"], p["delta"], f["sample_rate"], f["rounds"],
+                                          skellam=mechanism.spending(f["sample_rate"])["skellam"])
+        mechanism = dataclasses.replace(mechanism, noise_multiplier=z)
+    return mechanism
 
 
 def mean_validation_loss(model, clients, vectors, seed):
@@ -613,25 +652,30 @@ def mean_validation_loss(model, clients, vectors, seed):
 def federate(model, judges, clients, config, run, public_jitter):
     """All rounds, resumed from `last.pt` where there is one; writes rounds.jsonl, last.pt and best.pt."""
     start = lora.adapter_vector(model)
-    state = {"adapter": start, "round": 0, "accountant": [], "best": float("inf")}
+    p = config["privacy"]
+    state = {"adapter": start, "round": 0, "accountant": [], "best": float("inf"), "clip_norm": p["clip_norm"]}
     if (run / "last.pt").exists():
         state = load_state(run / "last.pt")
     clients, settings, mechanism = list(clients.values()), settings_of(config, public_jitter), make_mechanism(config, len(start))
     accountant = privacy.Accountant(state["accountant"])
     bar = tqdm(range(state["round"], config["fed"]["rounds"]), "rounds", initial=state["round"], total=config["fed"]["rounds"])
     for index in bar:
-        target, delta = config["privacy"]["target_epsilon"], config["privacy"]["delta"]
-        if mechanism and target and accountant.would_exceed(target, delta, **mechanism.spending(settings["sample_rate"])):
-            say(run, f"stopped before round {index}: it would pass epsilon {target} at delta {delta}")
-            break
         if mechanism:  # spent before the round, so that a round cut off after its upload stays spent
-            accountant.spend(**mechanism.spending(config["fed"]["sample_rate"]))
+            mechanism = dataclasses.replace(mechanism, clip_norm=state["clip_norm"])
+            spending = mechanism.spending(settings["sample_rate"])
+            if p["target_epsilon"] and accountant.would_exceed(p["target_epsilon"], p["delta"], **spending):
+                say(run, f"stopped before round {index}: it would pass epsilon {p['target_epsilon']} at delta {p['delta']}")
+                break
+            accountant.spend(**spending)
             save_torch(state | {"accountant": accountant.history}, run / "last.pt")
         adapter, record = fed.run_round(model, judges, clients, state["adapter"], index, config["seed"], mechanism, settings)
         record["validation_loss"] = float(mean_validation_loss(model, clients, [adapter] * len(clients), config["seed"]).mean())
-        record["epsilon"] = accountant.epsilon(config["privacy"]["delta"]) if mechanism else None
-        state = {"adapter": adapter, "round": index + 1, "accountant": accountant.history,
-                 "best": min(state["best"], record["validation_loss"])}
+        record["epsilon"] = accountant.epsilon(p["delta"]) if mechanism else None
+        state |= {"adapter": adapter, "round": index + 1, "accountant": accountant.history,
+                  "best": min(state["best"], record["validation_loss"])}
+        if record.get("unclipped_fraction") is not None:
+            state["clip_norm"] = privacy.next_clip_norm(mechanism.clip_norm, record["unclipped_fraction"], p["clip_quantile"],
+                                                        p["clip_rate"])
         for gone in record["dropouts"]:
             say(run, f"round {index}: {gone['client']} dropped out: {gone['reason']}")
         if "skipped" in record:
@@ -690,9 +734,12 @@ def train(config, device, run):
     run.mkdir(parents=True, exist_ok=True)
     save_text(yaml.safe_dump(config, sort_keys=False), run / "config.yaml")
     lap("data")
-    model, judges, trained = backbone(config, people, device, Path(config["runtime"]["directory"]) / "backbones")
+    if (run / "backbone.pt").exists():  # resumed: its adapters fit no other
+        model, judges, trained = load_backbone(config, run / "backbone.pt", device)
+    else:
+        model, judges, trained = backbone(config, people, device, Path(config["runtime"]["directory"]) / "backbones")
+        save_torch(trained, run / "backbone.pt")
     seconds |= trained["seconds"]  # of the run that trained it, should this one have found it in the cache
-    save_torch(trained, run / "backbone.pt")
     add_adapters(model, config)
     clients, splits = make_clients(model, people, config, device)
     untouched, clock = lora.adapter_vector(model), time.perf_counter()
@@ -706,7 +753,7 @@ def train(config, device, run):
     losses = test_losses(model, splits, adapters, config, device)
     lap("evaluation")
     report = make_report(config, rows, losses, judges, seconds, speed, model, run)
-    save_text(json.dumps(report, indent=1), run / "report.json")
+    save_text(json.dumps(finite(report), indent=1), run / "report.json")
     save_text(report_tables(report), run / "report.md")
     pictured = [m for m in rows if m not in ("mean frame", "copy reference")]
     draw_grid(shown, pictured, run / "grid.png")
@@ -724,15 +771,13 @@ def public_jitter(public):
 
 def test_losses(model, splits, adapters, config, device):
     """Diffusion loss on every client's test clips under every method: {method: {mean, ci95, n}} and paired gains."""
-    losses, window = {}, config["data"]["window"]
+    losses, window, batches = {}, config["data"]["window"], {}
+    for name, split in splits.items():
+        length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["test"]))
+        batches[name] = clip_batch(split["test"], encode_clips(model, split["test"], device), length, window, device, config["seed"])
     for method, vectors in adapters.items():
         losses[method] = []
-        for name, split in splits.items():
-            clips = split["test"]
-            latents = encode_clips(model, clips + split["train"], device)
-            length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
-            batch = drawer(clips, {name: split["train"]}, latents, window, device)(
-                2 * len(clips), length, torch.Generator().manual_seed(config["seed"]))
+        for name, batch in batches.items():
             lora.load_adapter_vector(model, vectors[name])
             losses[method] += fed.validation_loss(model, batch, config["seed"]).tolist()
     table = {m: metrics.mean_ci(v) for m, v in losses.items()}
@@ -777,6 +822,43 @@ def draw_history(run, backbone_losses):
     draw_curves(panels, run / "curves.png")
 
 
+def audit(config, device, run):
+    """--action audit: is the noise there, and what does an update tell of the clips behind it? Writes audit.json."""
+    people = load_people(config)
+    model, judges, _ = load_backbone(config, run / "backbone.pt", device)
+    add_adapters(model, config)
+    clients, splits = make_clients(model, people, config, device)
+    start, delta, f = lora.adapter_vector(model), config["privacy"]["delta"], config["fed"]
+    mechanism = make_mechanism(config, len(start))
+    if mechanism is None:
+        raise ValueError("--action audit: privacy.enabled is false: there is no noise to audit")
+    canaries = {str(defect or "no defect"): privacy.canary_audit(mechanism, delta, defect=defect) for defect in privacy.DEFECTS}
+    protected = dataclasses.replace(mechanism, noise_multiplier=privacy.find_noise_multiplier(8, delta, f["sample_rate"], f["rounds"]))
+    settings = settings_of(config, 1.0) | {"gamma": 0.0}
+    local = [fed.client_update(model, judges, client, start, fed.derived_seed(config["seed"], 2 * 10**6, i), settings)
+             for i, client in enumerate(tqdm(clients.values(), "local updates"))]
+    updates, weights, _ = zip(*local)
+    released = {"released mean": fed.aggregate(updates, weights, mechanism, 0)[0],
+                "released mean, noise for epsilon 8": fed.aggregate(updates, weights, protected, 0)[0]}
+    attack = {"one client's update, unprotected": []} | {name: [] for name in released}
+    for client, split, update in zip(clients.values(), splits.values(), updates):
+        others = split["validation"] + split["test"]
+        clips = split["train"] + others
+        length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
+        batch = clip_batch(clips, encode_clips(model, clips, device), length, config["data"]["window"], device, config["seed"])
+        for name, seen in zip(attack, (update, *released.values())):
+            gains = fed.membership_gains(model, batch, start, torch.as_tensor(seen).float(), config["seed"])
+            members, strangers = gains[:len(split["train"])], gains[len(split["train"]):]
+            attack[name].append(float((members[:, None] > strangers).float().mean()))  # AUC: 0.5 is a guess
+    result = {"canaries": canaries, "membership_auc": {name: metrics.mean_ci(values) for name, values in attack.items()}}
+    save_text(json.dumps(finite(result), indent=1), run / "audit.json")
+    for name, c in canaries.items():
+        print(f"canaries, {name}: epsilon {c['measured_epsilon']:.4g} [{c['epsilon_lower_bound']:.4g}, {c['epsilon_upper_bound']:.4g}], "
+              f"accounted {c['accounted_epsilon']:.4g}: {'FLAGGED, ' + c['why'] if c['flagged'] else 'as accounted'}")
+    for name, auc in result["membership_auc"].items():
+        print(f"membership of clips by {name}: AUC {auc['mean']:.3f} [{auc['ci95'][0]:.3f}, {auc['ci95'][1]:.3f}]")
+
+
 def dry_run(config):
     """--action dry-run: what the run is, sends and spends, without doing it."""
     model = build_model(config)
@@ -804,7 +886,7 @@ def main(argv=None):
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="single overrides, e.g. fed.rounds=20")
     parser.add_argument("--gpus", help="CUDA index, or cpu; left out: a GPU if there is one")
     parser.add_argument("--resume", metavar="RUN", help="go on in this run directory, with its own config")
-    parser.add_argument("--action", default="train", choices=["train", "generate", "dry-run"])
+    parser.add_argument("--action", default="train", choices=["train", "evaluate", "generate", "audit", "dry-run"])
     parser.add_argument("--reference", help="generate: a picture of a face")
     parser.add_argument("--speech", help="generate: a sound or video file")
     parser.add_argument("--output", default="talk.mp4", help="generate: the video to write")
@@ -818,6 +900,10 @@ def main(argv=None):
             return speak(args, config, device)
         if args.action == "dry-run":
             return dry_run(config)
+        if args.action in ("evaluate", "audit") and not args.resume:
+            raise ValueError(f"--action {args.action}: give the run with --resume runs/NAME")
+        if args.action == "audit":
+            return audit(config, device, Path(args.resume))
         run = Path(args.resume or f"{config['runtime']['directory']}/{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}")
         train(config, device, run)
     except (ValueError, FileNotFoundError) as error:

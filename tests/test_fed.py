@@ -29,10 +29,11 @@ def drawer(model, shift=0.0):
         frames = torch.rand(batch_size, num_frames, 3, 32, 32, generator=generator) * 2 - 1
         reference = torch.rand(batch_size, 3, 32, 32, generator=generator) * 2 - 1
         with torch.no_grad():
-            latents = model.autoencoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]) + shift
+            motion = torch.stack([model.motion(f, r) for f, r in zip(frames, reference)]) + shift
             reference_latents = model.autoencoder.encode(reference)
         mel = torch.randn(batch_size, num_frames, 20, 40, generator=generator)
-        return dict(frames=frames, reference=reference, latents=latents, reference_latents=reference_latents, mel=mel)
+        return dict(frames=frames, reference=reference, motion=motion, reference_latents=reference_latents, mel=mel,
+                    other_reference=reference.flip(-1))
 
     return draw
 
@@ -86,15 +87,38 @@ def test_objective_is_the_weighted_sum_of_its_terms():
 def test_judged_terms_are_zero_for_perfect_frames_without_speech_and_weighted_by_alpha_bar():
     model, judges = small_model("x0"), metrics.Judges().eval()
     batch = drawer(model)(2, 6, torch.Generator().manual_seed(0))
-    x0 = model.motion_latents(batch["latents"], batch["reference_latents"])
+    x0 = torch.zeros_like(batch["motion"])  # nothing moves: every frame is the reference
     window = slice(0, 5)
-    batch["frames"] = model.decode(x0, batch["reference_latents"]).detach()
-    batch["reference"] = batch["frames"][:, 2]
-    full = fed.judged_terms(model, judges, batch, x0, torch.ones(2), window)
-    half = fed.judged_terms(model, judges, batch, x0, torch.full((2,), 0.5), window)
+    batch["frames"] = batch["reference"][:, None].expand_as(batch["frames"])
+    full = fed.judged_terms(model, judges, batch, x0, 1.0, window)
+    half = fed.judged_terms(model, judges, batch, x0, 0.5, window)
     assert float(full["perceptual"].detach()) == pytest.approx(0, abs=1e-6)
     assert float(full["identity"].detach()) == pytest.approx(0, abs=1e-5)
     assert float(half["sync"].detach()) == pytest.approx(float(full["sync"].detach()) / 2, rel=1e-5)
+
+
+def test_judged_terms_are_weighted_by_alpha_bar_on_average(monkeypatch):
+    """With a judge that gives clip i the loss i, the mean term is the mean of alpha_bar_i i."""
+    model, seen = adapted_model(), []
+    monkeypatch.setattr(fed, "judged_terms", lambda model, judges, batch, x0, weight, window: seen.append(
+        weight * batch["reference"].flatten(1).mean(1).mean()) or {"sync": torch.zeros(())})
+    t = torch.tensor([10, 40, 70, 95])
+    monkeypatch.setattr(fed, "stratified_timesteps", lambda *_: t)
+    batch = drawer(model)(4, 6, torch.Generator().manual_seed(0))
+    batch["reference"] = torch.arange(4.0).view(4, 1, 1, 1).expand_as(batch["reference"])
+    for seed in range(300):
+        fed.objective(model, batch, dict(NO_JUDGES, sync=1.0), None, torch.Generator().manual_seed(seed), 0.0)
+    expected = (model.diffusion.alpha_bar[t] * torch.arange(4.0)).mean()
+    assert float(torch.stack(seen).mean()) == pytest.approx(float(expected), rel=0.1)
+
+
+def test_validation_loss_is_the_share_left_unexplained(monkeypatch):
+    model = small_model("x0")
+    batch = drawer(model)(3, 6, torch.Generator().manual_seed(0))
+    truth = batch["motion"] / model.spread
+    for share in (0.0, 0.5, 1.0):  # a network that always says `share` of the truth leaves (1 - share)^2 of it
+        monkeypatch.setattr(model, "forward", lambda xt, *conditions: share * truth)
+        assert torch.allclose(fed.validation_loss(model, batch, 0), torch.full((3,), (1 - share) ** 2), atol=1e-5)
 
 
 def test_local_training_lowers_the_loss_reproducibly():
@@ -137,6 +161,23 @@ def test_noise_and_clipping_reach_the_sum():
     # four clients add N(0, z^2 S^2 / 2) each: more than z S because dropouts must never leave too little
     expected = 0.1 * mechanism.sensitivity * math.sqrt(4 / 2) / 4
     assert mean.std() == pytest.approx(expected, rel=0.1)
+
+
+def test_the_unclipped_share_comes_out_of_the_secure_sum():
+    updates, weights = [np.full(100, size, np.float32) for size in (0.001, 0.01, 1.0, 2.0)], [1.0] * 4
+    mechanism = privacy.Mechanism(0.5, 0.01, 100, 4, 2, bit_scale=0.5, mechanism="skellam")
+    _, about = fed.aggregate(updates, weights, mechanism, 0)
+    assert about["unclipped_fraction"] == pytest.approx(0.5, abs=0.1) and about["clip_norm"] == 0.5
+
+
+def test_an_update_tells_of_its_members():
+    model = adapted_model()
+    start = lora.adapter_vector(model)
+    seen, unseen = (drawer(model, shift)(4, 6, torch.Generator().manual_seed(5)) for shift in (1.0, -1.0))
+    fixed = dict(lr=2e-2, batch_size=4, num_frames=6, loss_weights=NO_JUDGES, speech_dropout=0.0)
+    trained, _ = fed.train_adapter(model, None, lambda *_: seen, start, 20, 7, **fixed)
+    gains = [fed.membership_gains(model, batch, start, trained - start, 0).mean() for batch in (seen, unseen)]
+    assert gains[0] > max(0, gains[1])
 
 
 def test_rounds_move_the_adapter_and_survive_a_client_that_fails():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
 import metrics  # noqa: E402
 
 torch.set_num_threads(1)
@@ -65,6 +66,13 @@ def test_ssim_against_scikit_image():
     assert abs(metrics.ssim(x, y).item() - expected) < 1e-6
 
 
+def test_psnr_and_ssim_against_piq():
+    peer = pytest.importorskip("piq")
+    x, y = frames(2, 3, 40, 37).double(), frames(2, 3, 40, 37, seed=1).double()
+    assert metrics.psnr(x, y).allclose(peer.psnr(x, y, data_range=1.0, reduction="none"), atol=1e-5)
+    assert (metrics.ssim(x, y) - peer.ssim(x, y, downsample=False, reduction="none")).abs().max() < 1e-6
+
+
 def test_jitter_flicker_and_correlation():
     ramp = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(2, 5, 3, 4, 4) / 10
     assert metrics.temporal_jitter(ramp).tolist() == pytest.approx([0.1, 0.1])
@@ -79,7 +87,8 @@ def test_jitter_flicker_and_correlation():
     still = torch.zeros(1, 4, 3, 64, 64)
     moved = still.clone()
     moved[:, 2, :, 50, 32] = 1
-    assert metrics.mouth_motion(still).sum() == 0 and (metrics.mouth_motion(moved)[0] > 0).tolist() == [False, True, True]
+    assert metrics.mouth_motion(still).sum() == 0
+    assert (metrics.mouth_motion(moved)[0] > 0).tolist() == [False, True, True]
 
 
 def test_mean_ci_covers_the_mean_as_often_as_it_says():
@@ -98,8 +107,9 @@ def test_mean_ci_covers_the_mean_as_often_as_it_says():
 def test_frames_that_cannot_be_compared(x, y, says):
     with pytest.raises(ValueError, match=says):
         metrics.ssim(x, y)
-    with pytest.raises(ValueError, match="two frames"):
-        metrics.temporal_jitter(x[:1])
+    for one_frame in (metrics.temporal_jitter, lambda z: metrics.tlp(None, z, z)):
+        with pytest.raises(ValueError, match="two frames"):
+            one_frame(torch.zeros(1, 3, 16, 16))
 
 
 # ---------------------------------------------------------------- distributions
@@ -168,6 +178,21 @@ def test_kernel_distance_against_torch_fidelity():
     assert metrics.kernel_distance(x, y, subset_size=60)[0] == pytest.approx(float(expected), abs=1e-9)
 
 
+@pytest.mark.parametrize("peer", ["cleanfid", "piq"])
+def test_distances_against_clean_fid_and_piq(peer):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 16)), rng.normal(size=(60, 16)) * 1.2 + 0.3
+    if peer == "cleanfid":
+        peer = pytest.importorskip("cleanfid.fid")
+        fid = peer.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+        kid = peer.kernel_distance(x, y, num_subsets=1, max_subset_size=60)
+    else:
+        peer, (a, b) = pytest.importorskip("piq"), map(torch.from_numpy, (x, y))
+        fid, kid = peer.FID().compute_metric(a, b), peer.KID(subset_size=60).compute_metric(a, b)
+    assert metrics.frechet_distance(x, y) == pytest.approx(float(fid), abs=1e-3)
+    assert metrics.kernel_distance(x, y, subset_size=60)[0] == pytest.approx(float(kid), abs=1e-9)
+
+
 # ---------------------------------------------------------------- the standard networks
 
 
@@ -185,7 +210,7 @@ def test_inception_pools_leave_the_padding_out():
     block = randomise(metrics._BlockA(8, pool_features=4))
     x = torch.ones(1, 8, 5, 5)
     pooled = block(x)[:, -4:]
-    assert pooled.allclose(pooled[..., 2:3, 2:3].expand_as(pooled), atol=1e-6)     # a constant stays constant at the rim
+    assert pooled.allclose(pooled[..., 2:3, 2:3].expand_as(pooled), atol=1e-6)     # constant at the rim too
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
@@ -239,10 +264,14 @@ def test_syncnet_windows_and_arcface_names():
     with torch.no_grad():
         lips, sound = syncnet(clip, cepstra)
         bgr = (clip[1:6, [2, 1, 0]] * 255).transpose(0, 1)[None]                       # window 1 alone
-        np.testing.assert_allclose(syncnet.netfclip(syncnet.netcnnlip(bgr).flatten(1))[0], lips[1], rtol=1e-3, atol=1e-2)
+        alone = syncnet.netfclip(syncnet.netcnnlip(bgr).flatten(1))
+        np.testing.assert_allclose(alone[0], lips[1], rtol=1e-3, atol=1e-2)
         alone = syncnet.netfcaud(syncnet.netcnnaud(cepstra[4:24].T[None, None]).flatten(1))
         np.testing.assert_allclose(alone[0], sound[1], rtol=1e-4, atol=1e-4)
     assert lips.shape == sound.shape == (3, 1024)
+    for depth, published in ((50, 43.59e6), (100, 65.16e6)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in metrics.ArcFace(depth).parameters()) == pytest.approx(published, abs=1e4)
     keys = metrics.ArcFace(50).state_dict()
     assert keys["layer3.13.conv2.weight"].shape == (256, 256, 3, 3) and keys["fc.weight"].shape == (512, 25088)
     assert "layer2.0.downsample.1.running_mean" in keys and "layer2.1.downsample.1.running_mean" not in keys
@@ -268,7 +297,7 @@ def test_wrong_weight_files_are_refused(tmp_path):
     assert len(metrics.load_weights(network, tmp_path / "good")) == 64
     torch.save(state | {"netcnnaud.4.weight": torch.zeros(3)}, tmp_path / "bad")
     (tmp_path / "text").write_text("no weights")
-    for name, says in (("bad", "netcnnaud.4.weight"), ("text", "not a file of weights"), ("none", "not a file of weights")):
+    for name, says in (("bad", "netcnnaud.4.weight"), ("text", "not a file of"), ("none", "not a file of weights")):
         with pytest.raises(ValueError, match=says):
             metrics.load_weights(network, tmp_path / name)
     with pytest.raises(ValueError, match="first misfit conv1.weight"):
@@ -284,7 +313,7 @@ def talkers(num_people=4, num_clips=2, num_frames=44):
     for p in range(num_people):
         rng = np.random.default_rng(p)
         for c in range(num_clips):
-            opening = np.clip(np.convolve(rng.normal(size=num_frames + 4), np.ones(5) / 2, "valid"), 0, 1).astype(np.float32)
+            opening = np.convolve(rng.normal(size=num_frames + 4), np.ones(5) / 2, "valid").clip(0, 1).astype("float32")
             clip = np.tile(rng.integers(60, 255, (1, 3, 1, 1), dtype=np.uint8), (num_frames, 1, 64, 64))
             for t, o in enumerate(opening):
                 clip[t, :, 44:46 + int(12 * o), 24:40] = 20
@@ -295,7 +324,7 @@ def talkers(num_people=4, num_clips=2, num_frames=44):
 
 @pytest.fixture(scope="module")
 def judges():
-    return metrics.train_judges(talkers(), steps=12, seconds=1e9, batch_size=4)
+    return metrics.train_judges(talkers(), steps=8, seconds=1e9, batch_size=4, num_frames=16)
 
 
 def test_judges_shapes_norms_and_gradients(judges):
@@ -320,13 +349,13 @@ def test_mouth_windows_see_their_five_frames_only(judges):
     changed[:, 5] = 0
     moved = (judges.mouth_video(clip) - judges.mouth_video(changed)).abs().sum(-1)[0] > 1e-6
     assert moved.tolist() == [False, True, True, True, True]              # windows 1..4 hold frame 5
-    mel = torch.arange(24.0)[:, None].expand(24, 40)
+    mel = np.arange(24.0)[:, None] * np.ones(40)
     assert metrics._windows(mel)[1, :, 0].tolist() == list(range(4, 24))  # 20 mel frames around frame 3
 
 
 def test_training_is_reproducible_and_leaves_the_global_generator_alone(judges):
     torch.manual_seed(5)
-    again = metrics.train_judges(talkers(), steps=12, seconds=1e9, batch_size=4)
+    again = metrics.train_judges(talkers(), steps=8, seconds=1e9, batch_size=4, num_frames=16)
     drawn = torch.rand(())
     torch.manual_seed(5)
     assert drawn == torch.rand(())
@@ -339,7 +368,7 @@ def test_training_is_reproducible_and_leaves_the_global_generator_alone(judges):
 
 def test_judges_learn():
     losses = []
-    metrics.train_judges(talkers(), steps=30, seconds=60, batch_size=4, progress=lambda share, loss: losses.append(loss))
+    metrics.train_judges(talkers(), 45, 90, batch_size=4, num_frames=16, progress=lambda share, x: losses.append(x))
     first, last = ({k: np.mean([x[k] for x in part]) for k in losses[0]} for part in (losses[:5], losses[-5:]))
     assert last["opening"] < 0.5 * first["opening"] and last["view"] < first["view"]
 
@@ -354,35 +383,103 @@ def test_judges_refuse_too_little():
 # ---------------------------------------------------------------- command line
 
 
+DESIGNED = ("psnr", "ssim", "lpips", "fid", "kid", "id_similarity", "temporal_jitter", "jitter_ratio", "lse_c", "lse_d",
+            "mouth_correlation*")
+
+
 def save_picture(path, mode="RGB", size=(20, 24), seed=0):
     path.parent.mkdir(exist_ok=True)
-    data = np.random.default_rng(seed).integers(0, 256, (*size, len(mode)), dtype=np.uint8)
-    Image.fromarray(data.squeeze(), mode).save(path)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, len(mode)), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze(), mode).save(path)
 
 
-def test_folders_in_table_out(tmp_path, capsys):
+def save_video(path, num_frames=12, size=64, seed=0):
+    rng = np.random.default_rng(seed)
+    sound = (rng.normal(size=640 * num_frames) * 3000).astype(np.int16)
+    data.write_video(path, rng.integers(0, 256, (num_frames, 3, size, size), dtype=np.uint8), sound)
+
+
+def run(*arguments):
+    """The exit code of the command line and the rows of its report."""
+    out = Path(arguments[0]).parent / "out.json"
+    code = metrics.main([*map(str, arguments), "--json", str(out)])
+    return code, json.loads(out.read_text())
+
+
+def test_pictures_in_table_out(tmp_path, capsys):
     real, fake = tmp_path / "real", tmp_path / "fake"
     for name, mode, size in (("grey", "L", (20, 24)), ("alpha", "RGBA", (20, 24)), ("odd", "RGB", (21, 13))):
         save_picture(real / f"{name}.png", mode, size)
         save_picture(fake / f"{name}.png", mode, size)
     save_picture(real / "alone.png")
     save_picture(real / "small.png", size=(8, 8)), save_picture(fake / "small.png", size=(8, 8))
+    save_picture(real / "unequal.png", size=(20, 20)), save_picture(fake / "unequal.png", size=(20, 22))
     save_picture(real / "corrupt.png"), (fake / "corrupt.png").write_bytes(b"no picture")
-    assert metrics.main([str(real), str(fake), "--json", str(tmp_path / "out.json")]) == 0
-    out, err = capsys.readouterr()
-    assert "| psnr | 100.0000 |" in out and "| ssim | 1.0000 |" in out and "no network judged" in out
-    for says in ("alone: it has no partner", "small: SSIM needs", "corrupt: cannot read"):
-        assert says in err
-    assert json.loads((tmp_path / "out.json").read_text())["rows"]["psnr"]["n"] == 3
+    code, report = run(real, fake)
+    rows, (out, err) = report["rows"], capsys.readouterr()
+    assert code == 0 and rows["psnr"]["n"] == rows["psnr"]["frames"] == 4 and rows["ssim"]["n"] == 3
+    assert "| psnr | 100.0000 |" in out and "| ssim | 1.0000 |" in out
+    for name in DESIGNED:                                                # every metric has its row, scored or not
+        assert f"| {name} |" in out and {"mean", "n", "frames"} <= rows[name].keys()
+        assert rows[name]["mean"] is not None or rows[name]["reason"]
+    assert "syncnet_v2.model in --weights" in rows["lse_c"]["reason"] and "two frames" in rows["jitter_ratio"]["reason"]
+    assert rows["fid*"]["reason"] == "needs --judges FILE"
+    for says in ("alone: it has no partner", "small: SSIM needs", "corrupt: cannot read", "unequal: the frames to"):
+        assert err.count(says) >= 1
 
 
-def test_bad_folders_are_one_line_and_status_2(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    save_picture(tmp_path / "full" / "a.png")
-    for arguments in (["empty", "full"], ["full", "absent"]):
-        assert metrics.main([str(tmp_path / a) for a in arguments]) == 2
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+def test_videos_with_judges_and_weights(tmp_path, judges, capsys):
+    for i, name in enumerate(("a", "b")):
+        save_video(tmp_path / "real" / f"{name}.mp4", 12, seed=i)
+        save_video(tmp_path / "fake" / f"{name}.mp4", 10, seed=i)
+    save_video(tmp_path / "real" / "still.mp4", 1), save_video(tmp_path / "fake" / "still.mp4", 1)
+    torch.save({"judges": judges.state_dict(), "losses": [0.1]}, tmp_path / "backbone.pt")
     (tmp_path / "weights").mkdir()
+    torch.save(randomise(metrics.SyncNet()).state_dict(), tmp_path / "weights" / "syncnet_v2.model")
+    code, report = run(tmp_path / "real", tmp_path / "fake", "--judges", tmp_path / "backbone.pt",
+                       "--weights", tmp_path / "weights")
+    rows, (out, err) = report["rows"], capsys.readouterr()
+    assert code == 0 and (rows["psnr"]["n"], rows["psnr"]["frames"]) == (3, 21)
+    assert (rows["lse_c"]["n"], rows["lse_c"]["frames"]) == (rows["sync*"]["n"], rows["sync*"]["frames"]) == (2, 20)
+    for name in metrics.SELF_TRAINED:
+        assert np.isfinite(rows[name]["mean"]), name
+    assert "FID of 21 frames" in rows["fid*"]["warning"] and "KID from 21 frames only" in out
+    assert "a: 12 and 10 frames" in err
+    assert "still: motion needs at least two frames (not in temporal_jitter, jitter_ratio, " in err
+    assert list(report["judges"]["lse_c"]["weights"]) == ["syncnet_v2.model"]
+    assert len(report["judges"]["lse_c"]["weights"]["syncnet_v2.model"]) == 64
+    assert report["judges"]["fid"]["network"] is None
+    assert report["judges"]["id_similarity*"]["network"] == "self-trained on the public split"
+
+
+def test_scores_of_a_clip_with_nan_pixels_and_no_sound(judges):
+    clip = frames(8, 3, 64, 64)
+    values, reasons = metrics.score_clip(clip, clip, np.zeros(0, np.int16), {}, judges)
+    assert values["psnr"] == 100 and values["id_similarity*"] == pytest.approx(1) and values["tlp*"] == 0
+    assert "sync*" not in values and reasons["lse_c*"] == "there is no sound"
+    values, reasons = metrics.score_clip(clip * float("nan"), clip, np.zeros(6400, np.int16), {}, judges)
+    assert not values and all("NaN" in reason for reason in reasons.values())
+
+
+def test_log_mel_is_that_of_the_training_clips():
+    audio = (np.random.default_rng(0).normal(size=640 * 9) * 3000).astype(np.int16)
+    np.testing.assert_allclose(metrics.log_mel(audio), data.log_mel(audio), atol=1e-6)
+
+
+def test_what_cannot_be_scored_is_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "empty").mkdir(), (tmp_path / "weights").mkdir(), (tmp_path / "broken").mkdir()
     (tmp_path / "weights" / "syncnet_v2.model").write_text("no")
-    assert metrics.main([str(tmp_path / "full")] * 2 + ["--weights", str(tmp_path / "weights")]) == 2
-    assert "not a file of weights" in capsys.readouterr().err
+    (tmp_path / "broken" / "a.mp4").write_bytes(b"no video")
+    save_picture(tmp_path / "full" / "a.png")
+    torch.save({"judges": metrics.SyncNet().state_dict()}, tmp_path / "others.pt")
+    torch.save({"judges": metrics.Judges().state_dict()}, tmp_path / "random.pt")
+    for arguments, says in (("empty full", "no pictures or videos"), ("full absent", "no such folder"),
+                            ("broken broken", "nothing could be scored"),
+                            ("full full --weights absent", "no such folder"),
+                            ("full full --weights weights", "not a file of weights"),
+                            ("full full --judges absent", "not a file of weights"),
+                            ("full full --judges others.pt", "no judges of this version"),
+                            ("full full --judges random.pt", "never trained")):
+        assert metrics.main([a if a[0] == "-" else str(tmp_path / a) for a in arguments.split()]) == 2
+        error = capsys.readouterr().err.strip()
+        assert says in error and len(error.splitlines()) == 1, arguments

@@ -204,7 +204,7 @@ def test_latents_are_scaled_by_the_factor():
 
 def inputs(f=9):
     g = torch.Generator().manual_seed(1)
-    return (torch.randn(2, f, 4, 4, 4, generator=g), torch.randn(2, f, 20, 40, generator=g),
+    return (torch.randn(2, f, 6, 4, 4, generator=g), torch.randn(2, f, 20, 40, generator=g),
             torch.rand(2, 3, 32, 32, generator=g) * 2 - 1)
 
 
@@ -270,15 +270,49 @@ def test_guidance_zero_ignores_speech_and_one_is_plain():
     assert torch.allclose(model.generate(reference, mel, noise, 3), near_one, atol=1e-3)
 
 
-def test_motion_latents_are_inverted_by_decode():
+# ------------------------------------------------------------------------------------------------ motion
+
+
+def blobs(num=3, size=64):
+    """Smooth random pictures [n 3 size size] in [-1, 1]."""
+    noise = torch.randn(num, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    return F.interpolate(noise, size=(size, size), mode="bicubic").tanh()
+
+
+def test_warp_takes_each_pixel_from_where_the_flow_points():
+    pictures = blobs()
+    flow = torch.tensor([4.0, -2.0]).view(1, 2, 1, 1) / 32  # 4 pixels to the right, 2 up, in half sides of 64 pixels
+    warped = talking.warp(pictures, flow.expand(3, 2, 8, 8))
+    assert torch.allclose(warped[:, :, 2:, :-4], pictures[:, :, :-2, 4:], atol=1e-5)
+    assert torch.allclose(talking.warp(pictures, torch.zeros(3, 2, 8, 8)), pictures, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [0.4, 1.5, 4.0])
+def test_flow_is_recovered(pixels):
+    source, flow = blobs(), torch.zeros(3, 2, 8, 8)
+    flow[:, 0], flow[:, 1] = pixels / 32, -pixels / 64
+    flow[2] *= torch.linspace(0, 1, 8)  # a part that stays and a part that moves
+    target = talking.warp(source, flow)
+    inner = (..., slice(1, -1), slice(1, -1))  # what came from outside of the picture cannot be known
+    found = talking.estimate_flow(source, target, 8)
+    assert float((found - flow)[inner].abs().mean()) < 0.12 * pixels / 32
+    assert float((talking.warp(source, found) - target).square().mean()) < 0.05 * float((source - target).square().mean())
+    assert float(talking.estimate_flow(source, source, 8).abs().max()) < 1e-6
+
+
+def test_decode_inverts_motion_where_the_autoencoder_is_exact():
     model, (_, _, reference) = small_model(), inputs()
     frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1
-    latents = model.autoencoder.encode(frames.flatten(0, 1)).unflatten(0, (2, 3))
-    reference_latents = model.autoencoder.encode(reference)
-    model.spread.fill_(0.3)
-    x0 = model.motion_latents(latents, reference_latents)
-    assert torch.allclose(model.decode(x0, reference_latents).flatten(0, 1),
-                          model.autoencoder.decode(latents.flatten(0, 1)), atol=1e-4)
+    model.spread.copy_(torch.rand(model.motion_channels, 1, 1) + 0.5)
+    motion = torch.stack([model.motion(f, r) for f, r in zip(frames, reference)])
+    decoded, flow = model.decode(motion / model.spread, reference), motion[:, :, :2]
+    for b in range(2):
+        warped = talking.warp(reference[b].expand_as(frames[b]), flow[b])
+        rebuilt = lambda x: model.autoencoder.decode(model.autoencoder.encode(x))
+        # What is lost of the frame is what the autoencoder loses of the frame, less what it loses of the warped reference.
+        assert torch.allclose(decoded[b] - frames[b], rebuilt(frames[b]) - frames[b] + warped - rebuilt(warped), atol=1e-4)
+    still = model.decode(torch.zeros_like(motion), reference)
+    assert torch.allclose(still, reference[:, None].expand_as(still), atol=1e-5)  # no motion: the reference itself, exactly
 
 
 def test_ema_is_the_weighted_mean_of_what_it_saw():

@@ -1,6 +1,7 @@
 """The command line: one-line errors, and the whole path on a handful of tiny talkers."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ TINY = ["runtime.threads=1", "data.size=32", "data.clients=3", "data.unseen=1", 
         "model.autoencoder.block_out_channels=[8, 16]", "model.prior_modes=8", "backbone.autoencoder_steps=2",
         "backbone.speech_steps=2", "backbone.steps=2", "backbone.batch_size=2", "lora.rank=1", "fed.rounds=2",
         "fed.sample_rate=1.0", "fed.local_epochs=0.2", "personal.steps=1", "sampling.num_steps=1", "evaluate.num_frames=10",
-        "evaluate.clips_per_client=1"]
+        "evaluate.clips_per_client=1", "privacy.clip_quantile=0.5"]
 
 
 def fails(capsys, *arguments):
@@ -40,6 +41,8 @@ def fails(capsys, *arguments):
     (["--gpus", "333"], "--gpus 333"),
     (["--gpus", "one"], "--gpus one"),
     (["--resume", "nowhere"], "nowhere"),
+    (["--action", "audit", "--resume", "nowhere"], "nowhere"),
+    (["--action", "evaluate"], "--resume"),
     (["--set", "data.root=nowhere"], "nowhere"),
 ])
 def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tmp_path):
@@ -89,6 +92,20 @@ def test_a_target_epsilon_chooses_the_noise():
     assert train.make_mechanism(config, 100) is None
 
 
+def test_skellam_meets_its_target_with_more_noise():
+    targets = ["privacy.target_epsilon=8", "fed.rounds=20"]
+    gaussian, skellam = (train.make_mechanism(train.load_config(train.DEFAULTS, overrides=targets + more), 100)
+                         for more in ([], ["privacy.mechanism=skellam"]))
+    accountant = privacy.Accountant()
+    accountant.spend(**skellam.spending(0.75), rounds=20)
+    assert 7.9 < accountant.epsilon(1e-5) <= 8.0
+    assert gaussian.noise_multiplier <= skellam.noise_multiplier < 1.5 * gaussian.noise_multiplier
+
+
+def test_json_has_no_infinity():
+    assert train.finite({"a": [float("inf"), 1.0], "b": (float("nan"), "x")}) == {"a": [None, 1.0], "b": [None, "x"]}
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
     with pytest.raises(RuntimeError):
@@ -124,6 +141,7 @@ def test_the_whole_path_leaves_what_it_promises(finished):
     cells = [cell for row in report["rows"] for cell in row.values() if isinstance(cell, dict)]
     assert all(cell["reason"] if cell["mean"] is None else cell["n"] >= 3 for cell in cells)
     rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    assert rounds[1]["clip_norm"] == pytest.approx(3.0 * math.exp(-0.2 * (rounds[0]["unclipped_fraction"] - 0.5)))
     assert [r["round"] for r in rounds] == [0, 1] and rounds[0]["epsilon"] < rounds[1]["epsilon"] == report["privacy"]["epsilon"]
     assert sorted(p.stem for p in (run / "personal").iterdir()) == ["client-000", "client-001", "client-002"]
     video = next((run / "samples").glob("*.mp4"))
@@ -142,6 +160,15 @@ def test_a_finished_run_speaks(finished):
     assert talk.frames.shape == (20, 3, 32, 32) and talk.audio.any()
 
 
+def test_the_audit_flags_every_defect_and_writes_what_it_found(finished, capsys):
+    _, run = finished
+    train.main(["--gpus", "cpu", "--action", "audit", "--resume", str(run)])
+    found = json.loads((run / "audit.json").read_text())
+    assert {name for name, canary in found["canaries"].items() if canary["flagged"]} == set(privacy.DEFECTS) - {None}
+    assert all(0 <= auc["mean"] <= 1 and auc["n"] == 3 for auc in found["membership_auc"].values())
+    assert "weights uncapped" in capsys.readouterr().out
+
+
 def test_generation_refuses_what_it_cannot_use(finished, capsys, tmp_path):
     folder, run = finished
     clip = str(next((folder / "people" / "client-000").glob("*.mp4")))
@@ -157,13 +184,17 @@ def test_generation_refuses_what_it_cannot_use(finished, capsys, tmp_path):
 def test_resuming_a_finished_run_repeats_no_round_and_changes_nothing(finished):
     _, run = finished
     adapter, history = train.load_state(run / "last.pt")["adapter"], (run / "rounds.jsonl").read_text()
-    train.main(["--gpus", "cpu", "--resume", str(run)])
+    train.main(["--gpus", "cpu", "--action", "evaluate", "--resume", str(run)])
     assert torch.equal(train.load_state(run / "last.pt")["adapter"], adapter) and (run / "rounds.jsonl").read_text() == history
 
 
 def test_one_person_is_no_dataset(tmp_path, capsys):
     data.make_synthetic(tmp_path / "one", 1, 0, 0, 3, 3, 0.8, size=32)
     assert "1 people" in fails(capsys, "--set", f"data.root={tmp_path / 'one'}", f"runtime.directory={tmp_path / 'runs'}")
+    data.make_synthetic(tmp_path / "few", 3, 2, 1, 2, 3, 0.8, size=32)
+    few = [f"data.root={tmp_path / 'few'}", "data.clients=1", "data.unseen=1", f"runtime.directory={tmp_path / 'runs'}"]
+    assert "data.clients must lie in 2" in fails(capsys, "--set", *few)
+    assert "3 public people are left" in fails(capsys, "--set", *few[:1], "data.clients=2", *few[2:])
     assert not (tmp_path / "runs").exists()
 
 

@@ -403,29 +403,20 @@ def generate(model, case, seed, sampling, mel=None):
 
 
 @torch.inference_mode()
-def score(judges, frames, case, gallery, own):
-    """Every per-clip metric of generated frames [f 3 H W]; gallery [p d] holds each client's identity, `own` is the row.
+def score(judges, networks, frames, case, gallery, own):
+    """Every per-clip metric of generated frames [f 3 H W]: ({metric: value}, {metric: why it has none}).
 
-    The right speech competes with other speech of the same person: another voice could be told from the face alone.
+    gallery [p d] holds each client's identity, `own` is the row. The right speech competes with other speech of the same
+    person: another voice could be told from the face alone.
     """
-    truth = fed.unit_range(case["frames"])[0]
-    faces = judges.identity(frames).mean(0)
+    values, reasons = metrics.score_clip(frames, fed.unit_range(case["frames"])[0], case["audio"], networks, judges)
+    values["id_accuracy*"] = float(int((gallery @ judges.identity(frames).mean(0)).argmax()) == own)
     seen = judges.mouth_video(frames[None])[0]
-
-    def heard(mel):
-        return float((seen * judges.mouth_audio(mel)[0]).sum(-1).mean())
-
-    row = {"psnr": float(metrics.psnr(frames, truth).mean()), "ssim": float(metrics.ssim(frames, truth).mean()),
-           "lpips*": float(judges.perceptual(frames, truth).mean()),
-           "id_similarity*": float(F.cosine_similarity(faces, gallery[own], dim=0)),
-           "id_accuracy*": float(int((gallery @ faces).argmax()) == own),
-           "temporal_jitter": float(metrics.temporal_jitter(frames)),
-           "jitter_ratio": float(metrics.jitter_ratio(frames, truth)),
-           "sync*": heard(case["mel"]),
-           "sync_accuracy*": float(np.mean([heard(case["mel"]) > heard(mel) for mel in case["rivals"]]))}
-    if judges.has_opening and "opening" in case:
-        row["mouth_correlation*"] = float(metrics.mouth_correlation(judges.opening(frames), case["opening"]))
-    return row
+    right, *wrong = (float((seen * judges.mouth_audio(mel)[0]).sum(-1).mean()) for mel in (case["mel"], *case["rivals"]))
+    values["sync_accuracy*"] = float(np.mean([right > other for other in wrong]))
+    if judges.has_opening and case["opening"] is not None:
+        values["mouth_correlation*"] = float(metrics.mouth_correlation(judges.opening(frames), case["opening"]))
+    return values, reasons
 
 
 def adapted(model, vector):
@@ -441,6 +432,9 @@ def evaluate(model, judges, clients, adapters, config, device):
     `clients` is {name: {"train", "validation", "test": [clip]}}; `adapters` is {method: {name: vector}}.
     """
     settings, window, names = config["evaluate"], config["data"]["window"], list(clients)
+    networks, sources = metrics.load_standard(config["weights"] or None)
+    networks = {name: network.to(device) for name, network in networks.items()}
+    extractors = {"*": judges.features} | ({"": networks["fid"]} if "fid" in networks else {})
     with torch.inference_mode():
         faces = [judges.identity(fed.unit_range(pixels(np.concatenate([c.frames[::5] for c in clients[n]["train"]]), device))).mean(0)
                  for n in names]
@@ -450,8 +444,8 @@ def evaluate(model, judges, clients, adapters, config, device):
              for i, n in enumerate(names) for clip in clients[n]["test"][:settings["clips_per_client"]]]
     for i, clip, case in cases:
         length = case["mel"].shape[1]
-        if clip.opening is not None:
-            case["opening"] = torch.from_numpy(clip.opening[:length])
+        case["audio"] = clip.audio[:length * data.SAMPLES_PER_FRAME]
+        case["opening"] = None if clip.opening is None else torch.from_numpy(clip.opening[:length])
         others = [c for part in clients[names[i]].values() for c in part if c is not clip and len(c.frames) >= length]
         case["rivals"] = [torch.from_numpy(data.audio_windows(c.mel, window)[:length]).to(device)[None] for c in others]
         case["rivals"] = case["rivals"] or [case["mel"].roll(length // 2, dims=1)]  # no clip is as long: its own, shifted
@@ -477,18 +471,47 @@ def evaluate(model, judges, clients, adapters, config, device):
         twins[names[i]], case, i, config["sampling"], case["rivals"][0])
     rows, shown, seconds, num_frames = {}, {}, 0.0, 0
     for method, make in methods.items():
-        scores, features = [], metrics.FeatureStatistics()
+        scores, statistics = [], {star: metrics.FeatureStatistics() for star in extractors}
         for i, clip, case in tqdm(cases, method, leave=False):
             started = time.perf_counter()
             frames = make(i, clip, case)
             if method in adapters:
                 seconds, num_frames = seconds + time.perf_counter() - started, num_frames + len(frames)
-            scores.append(score(judges, frames, case, gallery, i))
+            scores.append((*score(judges, networks, frames, case, gallery, i), len(frames)))
             with torch.inference_mode():
-                features.update(judges.features(frames))
+                for star, extract in extractors.items():
+                    statistics[star].update(extract(frames))
             shown.setdefault(clip.path, {"clip": clip, "reference": fed.unit_range(case["reference"])[0]})[method] = frames
-        rows[method] = {k: metrics.mean_ci([s[k] for s in scores]) for k in scores[0]} | {"features": features}
-    return rows, shown, num_frames / seconds
+        rows[method] = table_row(scores, statistics, rows, sources)
+    for row in rows.values():
+        del row["statistics"]
+    return rows, sources, shown, num_frames / seconds
+
+
+# What a row of the report holds; a star is a judge that trained here.
+COLUMNS = ("psnr", "ssim", "lpips", "lpips*", "tlp*", "fid", "fid*", "kid", "kid*", "id_similarity", "id_similarity*",
+           "id_accuracy*", "temporal_jitter", "jitter_ratio", "lse_c", "lse_c*", "lse_d", "lse_d*", "sync*",
+           "sync_accuracy*", "mouth_correlation", "mouth_correlation*")
+
+
+def table_row(scores, statistics, rows, sources):
+    """One row of the report from [(values, reasons, frames)] of its clips, its features and those of the row `truth`."""
+    row, truth = {"statistics": statistics}, rows.get("truth", {"statistics": statistics})["statistics"]
+    missing = {name: source["reason"] for name, source in sources.items() if not source["network"]}
+    missing["mouth_correlation"] = "needs landmarks; mouth_correlation* is measured by the judge that trained here"
+    for name in COLUMNS:
+        found = [(values[name], frames) for values, _, frames in scores if name in values]
+        why = [reasons[name] for _, reasons, _ in scores if name in reasons]
+        kind, star = name.rstrip("*"), "*" * name.endswith("*")
+        if kind in ("fid", "kid") and star in statistics:
+            distance = metrics.frechet_distance if kind == "fid" else metrics.kernel_distance
+            mean = float(np.atleast_1d(distance(truth[star], statistics[star]))[0])
+            row[name] = {"mean": mean, "ci95": None, "n": statistics[star].n, "frames": statistics[star].n}
+        elif found:
+            row[name] = metrics.mean_ci([v for v, _ in found]) | {"frames": sum(n for _, n in found)}
+        else:
+            row[name] = {"mean": None, "reason": missing.get(name) or (why or ["no clip could be scored"])[0]}
+    return row
 
 
 # ---------------------------------------------------------------------------------------------- pictures and report
@@ -551,7 +574,7 @@ def write_samples(shown, methods, folder, num_clips=4):
 
 def report_tables(report):
     """report.json as Markdown."""
-    names = [k for k in next(iter(report["rows"])) if k != "name"]
+    names = [k for k in COLUMNS if any(row[k]["mean"] is not None for row in report["rows"])]
     lines = [f"# {report['name']}", "", "| method | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for row in report["rows"]:
         cells = [row["name"]]
@@ -749,10 +772,10 @@ def train(config, device, run):
     lap("personal adapters")
     adapters = {"backbone only": dict.fromkeys(clients, untouched), "global adapter": dict.fromkeys(clients, shared),
                 "personal adapter": own}
-    rows, shown, speed = evaluate(model, judges, splits, adapters, config, device)
+    rows, sources, shown, speed = evaluate(model, judges, splits, adapters, config, device)
     losses = test_losses(model, splits, adapters, config, device)
     lap("evaluation")
-    report = make_report(config, rows, losses, judges, seconds, speed, model, run)
+    report = make_report(config, rows, sources, losses, judges, seconds, speed, model, run)
     save_text(json.dumps(finite(report), indent=1), run / "report.json")
     save_text(report_tables(report), run / "report.md")
     pictured = [m for m in rows if m not in ("mean frame", "copy reference")]
@@ -787,22 +810,16 @@ def test_losses(model, splits, adapters, config, device):
     return table
 
 
-def make_report(config, rows, losses, judges, seconds, speed, model, run):
+def make_report(config, rows, sources, losses, judges, seconds, speed, model, run):
     """report.json as DESIGN describes it."""
-    truth, table = rows["truth"]["features"], []
-    for name, row in rows.items():
-        features = row.pop("features")
-        row["fid*"] = {"mean": metrics.frechet_distance(truth, features), "ci95": None, "n": features.n}
-        row["kid*"] = {"mean": metrics.kernel_distance(truth, features)[0], "ci95": None, "n": features.n}
-        missing = {"mean": None, "reason": "needs SyncNet's weights"}
-        table.append({"name": name} | row | {"lse_c": missing, "lse_d": missing})
+    table = [{"name": name} | row for name, row in rows.items()]
     d, whole = len(lora.adapter_vector(model)), sum(p.numel() for p in model.parameters())
     mechanism, guarantee = make_mechanism(config, d), {"private": False, "epsilon": None, "reason": "privacy.enabled is false"}
     if mechanism:
         accountant = privacy.Accountant(load_state(run / "last.pt")["accountant"])
         guarantee = privacy.privacy_report(mechanism, accountant, config["privacy"]["delta"], config["fed"]["rounds"])
-    judged = {name: {"network": "self-trained on the public split", "held-out people": judges.scores}
-              for name in ("lpips*", "fid*", "kid*", "id_similarity*", "id_accuracy*", "sync*", "sync_accuracy*", "mouth_correlation*")}
+    judged = sources | {name: "self-trained on the public split" for name in COLUMNS if name.endswith("*")}
+    judged |= {"self-trained, scores on held-out public people": judges.scores}
     return {"name": config["name"], "rows": table, "validation_loss": losses, "judges": judged, "privacy": guarantee,
             "communication": {"adapter_parameters": d, "model_parameters": whole, "bytes_up_plain": 4 * (d + 1),
                               "bytes_up_secure": mechanism and mechanism.coordinates * 4, "bytes_down": 4 * d},

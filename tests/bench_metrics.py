@@ -150,17 +150,19 @@ def measure(judges, clips, corrupt, strength, generator):
         late = int(strength) if corrupt is shift else 0
         sync = judges.lip_sync(x, np.roll(clip.mel, 4 * late, 0))
         error = abs(sync["offset"] + late)
+        few, some = slice(0, 16), slice(None, None, 4)           # the face network is the dear part
         row = {"psnr": metrics.psnr(x, truth).mean(), "ssim": metrics.ssim(x, truth).mean(),
-               "lpips*": judges.perceptual(x, truth).mean(), "tlp*": metrics.tlp(judges.perceptual, x, truth),
+               "lpips*": judges.perceptual(x[some], truth[some]).mean(),
+               "tlp*": metrics.tlp(judges.perceptual, x[few], truth[few]),
                "jitter": metrics.jitter_ratio(x, truth),
-               "id*": F.cosine_similarity(judges.identity(x), judges.identity(truth).mean(0)[None]).mean(),
+               "id*": F.cosine_similarity(judges.identity(x[some]), judges.identity(truth[some]).mean(0)[None]).mean(),
                "sync*": sync["sync"], "lse_d*": sync["lse_d"], "lse_c*": sync["lse_c"],
                "offset error*": error, "offset found*": 100.0 * (error <= 1),
                "mouth motion": metrics.mouth_correlation(metrics.mouth_motion(x), metrics.mouth_motion(truth))}
         if judges.has_opening:
             row["mouth opening*"] = metrics.mouth_correlation(judges.opening(x), np.array(clip.opening))
         rows.append({name: float(value) for name, value in row.items()})
-        features.append(judges.features(x)), truths.append(judges.features(truth))
+        features.append(judges.features(x[some])), truths.append(judges.features(truth[some]))
     features, truths = torch.cat(features), torch.cat(truths)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

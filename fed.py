@@ -220,7 +220,8 @@ def run_round(model, judges, clients, adapter, round_index, seed, mechanism, set
     record = {"round": round_index, "cohort": [clients[i].name for i in cohort], "dropouts": [], "clients": []}
     updates, weights = [], []
     for i in cohort:
-        update, weight, about = client_update(model, judges, clients[i], adapter, derived_seed(seed, round_index, i), settings)
+        update, weight, about = client_update(model, judges, clients[i], adapter, derived_seed(seed, round_index, i),
+                                              settings)
         if np.isfinite(update).all():
             updates.append(update), weights.append(weight), record["clients"].append(about)
         else:
@@ -245,8 +246,9 @@ def aggregate(updates, weights, mechanism, round_index):
     if len(updates) < max(2, mechanism.min_honest):
         return None, {"skipped": f"{len(updates)} clients are left, {max(2, mechanism.min_honest)} are needed"}
     threshold = len(updates) // 2 + 1
-    terms = privacy.Terms(len(updates), mechanism.coordinates, threshold, min_survivors=max(threshold, mechanism.min_honest),
-                          largest=mechanism.largest, ring=mechanism.ring)
+    terms = privacy.Terms(len(updates), mechanism.coordinates, threshold,
+                          min_survivors=max(threshold, mechanism.min_honest), largest=mechanism.largest,
+                          ring=mechanism.ring)
 
     def upload(index):  # leaves the client as integers on the ring, clipped, weighted, noised; masked by the protocol
         contribution, _ = mechanism.contribution(updates[index], weights[index])

@@ -371,7 +371,8 @@ class Diffusion:
 
     def __init__(self, num_steps, schedule, prediction, zero_terminal_snr):
         if prediction == "eps" and zero_terminal_snr:
-            raise ValueError("diffusion.prediction: eps says nothing about x0 at zero SNR; use v, or zero_terminal_snr: false")
+            raise ValueError("diffusion.prediction: eps says nothing about x0 at zero SNR; use v, "
+                             "or zero_terminal_snr: false")
         self.num_steps, self.prediction = num_steps, prediction
         self.alpha_bar = noise_schedule(num_steps, schedule, zero_terminal_snr).float()
 
@@ -386,7 +387,8 @@ class Diffusion:
         return signal * x0 + noise * eps
 
     def target(self, x0, t, eps):
-        """What the network is to say: eps (Eq. 5), x0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
+        """What the network is to say: eps (Eq. 5), x0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans &
+        Ho 2022)."""
         signal, noise = self.coefficients(t, x0)
         return {"eps": eps, "x0": x0}.get(self.prediction, signal * eps - noise * x0)
 
@@ -465,7 +467,8 @@ def estimate_flow(source, target, side, damping=0.05):
             error = aim - warped
             across = F.pad(warped[..., 2:] - warped[..., :-2], (1, 1, 0, 0)) * size / 4  # per half side
             down = F.pad(warped[..., 2:, :] - warped[..., :-2, :], (0, 0, 1, 1)) * size / 4
-            products = [(x * y).sum(1) for x, y in ((across, across), (across, down), (down, down), (across, error), (down, error))]
+            pairs = ((across, across), (across, down), (down, down), (across, error), (down, error))
+            products = [(x * y).sum(1) for x, y in pairs]
             a, b, c, p, q = neighbourly(F.avg_pool2d(torch.stack(products, 1), size // side)).unbind(1)
             a, c = a + damping, c + damping
             step = torch.stack([c * p - b * q, a * q - b * p], 1) / (a * c - b * b)[:, None]
@@ -511,7 +514,8 @@ class GaussianPrior(nn.Module):
         return (self.variance.sum() + (num_values - num_modes) * self.rest) / num_values
 
     def denoise(self, xt, signal, noise):
-        """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b 1 1 1 1]), and the deviation [b 1 c h w] left per place."""
+        """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b 1 1 1 1]), and the deviation [b 1 c h w] that it
+        leaves at each place."""
         frame = torch.arange(xt.shape[1], device=xt.device)
         lag = (frame[None] - frame[:, None]).abs().clamp(max=len(self.correlation) - 1)
         slowness, times = torch.linalg.eigh(self.correlation[lag])
@@ -568,8 +572,10 @@ class TalkingHead(nn.Module):
     @torch.no_grad()
     def motion(self, frames, reference):
         """Frames [f 3 H W] as the motion of reference [3 H W]: flow and latent residual [f m h w], not yet spread."""
-        flow = estimate_flow(reference.expand_as(frames), frames, self.side)
-        return torch.cat([flow, self.autoencoder.encode(frames) - self.autoencoder.encode(warp(reference.expand_as(frames), flow))], 1)
+        reference = reference.expand_as(frames)
+        flow = estimate_flow(reference, frames, self.side)
+        residual = self.autoencoder.encode(frames) - self.autoencoder.encode(warp(reference, flow))
+        return torch.cat([flow, residual], dim=1)
 
     def decode(self, x0, reference):
         """x0 [b f m h w], reference [b 3 H W] -> frames [b f 3 H W] in about [-1, 1].

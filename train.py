@@ -33,22 +33,24 @@ DEFAULTS = Path(__file__).with_name("config.yaml")
 # What a key may hold, where its type does not say it: (least, greatest) or the choices.
 LIMITS = {
     "data.size": (16, 1024), "data.window": (5, 25), "data.clients": (2, 10**6), "data.unseen": (0, 10**6),
-    "data.synthetic.seconds": (0.8, 60), "data.synthetic.unreliable": (0, 1), "data.synthetic.clips_per_client": (3, 10**4),
-    "data.synthetic.public_people": (2, 10**6), "data.synthetic.clips_per_public": (1, 10**4),
-    "model.diffusion.num_steps": (2, 10**5), "model.diffusion.schedule": ("cosine", "linear"),
-    "model.diffusion.prediction": ("x0", "v", "eps"), "judges.steps": (1, 10**7), "backbone.autoencoder_steps": (0, 10**7),
-    "backbone.steps": (1, 10**7), "backbone.speech_steps": (0, 10**6), "model.prior_modes": (1, 4096), "backbone.num_frames": (5, 10**4), "backbone.batch_size": (1, 10**4),
-    "backbone.ema_decay": (0, 1), "backbone.speech_dropout": (0, 1),
+    "data.synthetic.seconds": (0.8, 60), "data.synthetic.unreliable": (0, 1),
+    "data.synthetic.clips_per_client": (3, 10**4), "data.synthetic.public_people": (2, 10**6),
+    "data.synthetic.clips_per_public": (1, 10**4), "model.diffusion.num_steps": (2, 10**5),
+    "model.diffusion.schedule": ("cosine", "linear"), "model.diffusion.prediction": ("x0", "v", "eps"),
+    "judges.steps": (1, 10**7), "backbone.autoencoder_steps": (0, 10**7), "backbone.steps": (1, 10**7),
+    "backbone.speech_steps": (0, 10**6), "model.prior_modes": (1, 4096), "backbone.num_frames": (5, 10**4),
+    "backbone.batch_size": (1, 10**4), "backbone.ema_decay": (0, 1), "backbone.speech_dropout": (0, 1),
     "lora.rank": (1, 4096), "lora.dropout": (0, 0.99), "loss.tdc": (0, 1e3), "loss.identity": (0, 1e3),
     "loss.perceptual": (0, 1e3), "loss.sync": (0, 1e3), "fed.rounds": (0, 10**7), "fed.sample_rate": (0, 1),
     "fed.local_epochs": (0, 10**4), "fed.batch_size": (1, 10**4), "fed.num_frames": (5, 10**4), "fed.lr": (0, 10),
     "fed.server_lr": (0, 100), "fed.gamma": (0, 100), "fed.reliability_alpha": (0, 1), "fed.sample_cap": (1, 10**9),
     "fed.min_weight": (1e-6, 1e9), "fed.proximal": (0, 1e3), "privacy.clip_norm": (1e-9, 1e9),
-    "privacy.noise_multiplier": (0, 1e3), "privacy.target_epsilon": (0, 1e6), "privacy.weight_scale": (0, 1e3), "privacy.delta": (1e-300, 0.5),
-    "privacy.noise": ("distributed", "server", "local"), "privacy.min_honest": (1, 10**6),
-    "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1), "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6),
-    "sampling.num_steps": (1, 1000), "sampling.solver": ("dpm", "ddim"), "sampling.guidance": (0, 100),
-    "evaluate.num_frames": (6, 10**5), "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (1, 1024),
+    "privacy.noise_multiplier": (0, 1e3), "privacy.target_epsilon": (0, 1e6), "privacy.weight_scale": (0, 1e3),
+    "privacy.delta": (1e-300, 0.5), "privacy.noise": ("distributed", "server", "local"),
+    "privacy.min_honest": (1, 10**6), "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1),
+    "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6), "sampling.num_steps": (1, 1000),
+    "sampling.solver": ("dpm", "ddim"), "sampling.guidance": (0, 100), "evaluate.num_frames": (6, 10**5),
+    "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (1, 1024),
 }
 
 
@@ -197,8 +199,10 @@ def load_people(config):
         tqdm.write(f"skipped {path}: {reason}")
     roles = data.split_people(list(dataset.people), settings["clients"], settings["unseen"], config["seed"])
     if len(roles[0]) < 4:
-        raise ValueError(f"{root}: {len(roles[0])} public people are left beside data.clients and data.unseen; 4 are needed")
-    return {role: {name: dataset.people[name] for name in names} for role, names in zip(("public", "clients", "unseen"), roles)}
+        raise ValueError(f"{root}: {len(roles[0])} public people are left beside data.clients and data.unseen, "
+                         "4 are needed")
+    return {role: {name: dataset.people[name] for name in names}
+            for role, names in zip(("public", "clients", "unseen"), roles)}
 
 
 @torch.inference_mode()
@@ -302,7 +306,8 @@ def train_autoencoder(autoencoder, clips, settings, seed, device):
 
 def train_speech(model, batches, settings, generator):
     """Warm the speech encoder up: regress how the lower half of the face differs from its mean over the clip."""
-    motion = torch.cat([b["motion"] - b["motion"].mean(1, keepdim=True) for b in batches])[:, :, 2:].flatten(0, 1)  # n c h w
+    motion = torch.cat([b["motion"] - b["motion"].mean(1, keepdim=True) for b in batches])[:, :, 2:]
+    motion = motion.flatten(0, 1)  # n c h w
     target = motion[:, :, motion.shape[2] // 2:].flatten(1)
     target, mel = target / target.std(), torch.cat([b["mel"] for b in batches]).flatten(0, 1)
     head = torch.nn.Linear(model.speech_encoder.proj.out_features, target.shape[1]).to(target.device)
@@ -310,7 +315,8 @@ def train_speech(model, batches, settings, generator):
     for step in tqdm(range(settings["speech_steps"]), "speech", mininterval=1):
         picks = torch.randint(len(target), (256,), generator=generator)
         summary = model.speech_encoder(mel[picks][None])[0, :, -1]
-        descend(optimizer, (head(summary) - target[picks]).square().mean(), schedule(step, settings["speech_steps"], settings["lr"]))
+        loss = (head(summary) - target[picks]).square().mean()
+        descend(optimizer, loss, schedule(step, settings["speech_steps"], settings["lr"]))
 
 
 def train_unet(model, public, settings, window, seed, device):
@@ -355,7 +361,8 @@ def backbone(config, people, device, cache):
         clips = [clip for own in people["public"].values() for clip in own]
         train_autoencoder(model.autoencoder, clips, config["backbone"], config["seed"], device)
         seconds["autoencoder"] = time.perf_counter() - started - sum(seconds.values())
-        model, losses = train_unet(model, people["public"], config["backbone"], config["data"]["window"], config["seed"], device)
+        model, losses = train_unet(model, people["public"], config["backbone"], config["data"]["window"], config["seed"],
+                                   device)
         seconds["backbone"] = time.perf_counter() - started - sum(seconds.values())
         path.parent.mkdir(parents=True, exist_ok=True)
         save_torch({"model": model.state_dict(), "judges": judges.state_dict(), "losses": losses, "seconds": seconds}, path)
@@ -374,7 +381,9 @@ def load_backbone(config, path, device):
 def build_model(config):
     m = config["model"]
     speech = m["speech"] | {"window": config["data"]["window"]}
-    return talking.TalkingHead(m["autoencoder"], m["unet"], speech, m["diffusion"], config["data"]["size"], m["prior_modes"]).to(memory_format=torch.channels_last)
+    model = talking.TalkingHead(m["autoencoder"], m["unet"], speech, m["diffusion"], config["data"]["size"],
+                                m["prior_modes"])
+    return model.to(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -436,8 +445,8 @@ def evaluate(model, judges, clients, adapters, config, device):
     networks = {name: network.to(device) for name, network in networks.items()}
     extractors = {"*": judges.features} | ({"": networks["fid"]} if "fid" in networks else {})
     with torch.inference_mode():
-        faces = [judges.identity(fed.unit_range(pixels(np.concatenate([c.frames[::5] for c in clients[n]["train"]]), device))).mean(0)
-                 for n in names]
+        known = [np.concatenate([clip.frames[::5] for clip in clients[n]["train"]]) for n in names]
+        faces = [judges.identity(fed.unit_range(pixels(frames, device))).mean(0) for frames in known]
     gallery = F.normalize(torch.stack(faces), dim=1)
     portraits = [portrait(clients[n]["train"]) for n in names]
     cases = [(i, clip, test_case(clip, portraits[i], settings, window, device))
@@ -633,7 +642,8 @@ def speak(args, config, device):
     audio = np.pad(audio, (0, max(0, num_frames * 640 - len(audio))))[:num_frames * 640]
     mel = torch.from_numpy(data.audio_windows(data.log_mel(audio), config["data"]["window"])).to(device)
     started = time.perf_counter()
-    frames = generate(model, {"mel": mel[None], "reference": pixels(picture, device)[None]}, config["seed"], config["sampling"])
+    case = {"mel": mel[None], "reference": pixels(picture, device)[None]}
+    frames = generate(model, case, config["seed"], config["sampling"])
     seconds = time.perf_counter() - started
     data.write_video(args.output, (frames * 255).round().byte().cpu().numpy(), audio, {"comment": "synthetic"})
     print(f"{args.output}: {num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames a second)")
@@ -663,13 +673,10 @@ def make_mechanism(config, length):
     return mechanism
 
 
-def mean_validation_loss(model, clients, vectors, seed):
-    """Validation loss [clips] of every client's clips under its own vector of `vectors` (one a client)."""
-    losses = []
-    for client, vector in zip(clients, vectors):
-        lora.load_adapter_vector(model, vector)
-        losses.append(fed.validation_loss(model, client.validation, seed).cpu())
-    return torch.cat(losses)
+def mean_validation_loss(model, clients, adapter, seed):
+    """Validation loss of the global adapter, in the mean over every client's clips."""
+    lora.load_adapter_vector(model, adapter)
+    return float(torch.cat([fed.validation_loss(model, c.validation, seed, num_levels=4).cpu() for c in clients]).mean())
 
 
 def federate(model, judges, clients, config, run, public_jitter):
@@ -679,9 +686,10 @@ def federate(model, judges, clients, config, run, public_jitter):
     state = {"adapter": start, "round": 0, "accountant": [], "best": float("inf"), "clip_norm": p["clip_norm"]}
     if (run / "last.pt").exists():
         state = load_state(run / "last.pt")
-    clients, settings, mechanism = list(clients.values()), settings_of(config, public_jitter), make_mechanism(config, len(start))
+    clients, settings = list(clients.values()), settings_of(config, public_jitter)
+    mechanism, num_rounds = make_mechanism(config, len(start)), config["fed"]["rounds"]
     accountant = privacy.Accountant(state["accountant"])
-    bar = tqdm(range(state["round"], config["fed"]["rounds"]), "rounds", initial=state["round"], total=config["fed"]["rounds"])
+    bar = tqdm(range(state["round"], num_rounds), "rounds", initial=state["round"], total=num_rounds)
     for index in bar:
         if mechanism:  # spent before the round, so that a round cut off after its upload stays spent
             mechanism = dataclasses.replace(mechanism, clip_norm=state["clip_norm"])
@@ -691,14 +699,15 @@ def federate(model, judges, clients, config, run, public_jitter):
                 break
             accountant.spend(**spending)
             save_torch(state | {"accountant": accountant.history}, run / "last.pt")
-        adapter, record = fed.run_round(model, judges, clients, state["adapter"], index, config["seed"], mechanism, settings)
-        record["validation_loss"] = float(mean_validation_loss(model, clients, [adapter] * len(clients), config["seed"]).mean())
+        adapter, record = fed.run_round(model, judges, clients, state["adapter"], index, config["seed"], mechanism,
+                                        settings)
+        record["validation_loss"] = mean_validation_loss(model, clients, adapter, config["seed"])
         record["epsilon"] = accountant.epsilon(p["delta"]) if mechanism else None
         state |= {"adapter": adapter, "round": index + 1, "accountant": accountant.history,
                   "best": min(state["best"], record["validation_loss"])}
         if record.get("unclipped_fraction") is not None:
-            state["clip_norm"] = privacy.next_clip_norm(mechanism.clip_norm, record["unclipped_fraction"], p["clip_quantile"],
-                                                        p["clip_rate"])
+            state["clip_norm"] = privacy.next_clip_norm(mechanism.clip_norm, record["unclipped_fraction"],
+                                                        p["clip_quantile"], p["clip_rate"])
         for gone in record["dropouts"]:
             say(run, f"round {index}: {gone['client']} dropped out: {gone['reason']}")
         if "skipped" in record:
@@ -708,7 +717,8 @@ def federate(model, judges, clients, config, run, public_jitter):
         save_torch(state, run / "last.pt")
         if state["best"] == record["validation_loss"]:
             save_torch(state, run / "best.pt")
-        bar.set_postfix(validation=f"{record['validation_loss']:.4f}", epsilon=record["epsilon"] and f"{record['epsilon']:.4g}")
+        bar.set_postfix(validation=f"{record['validation_loss']:.4f}",
+                        epsilon=record["epsilon"] and f"{record['epsilon']:.4g}")
     return state["adapter"]  # the last: choosing the best would look at the clients' losses outside of the guarantee
 
 
@@ -721,7 +731,8 @@ def personalize(model, judges, clients, adapter, config, run):
         path = run / "personal" / f"{name}.pt"
         if not path.exists():
             seed = fed.derived_seed(config["seed"], 10**6, number)
-            vector, _ = fed.train_adapter(model, judges, client.draw, adapter, config["personal"]["steps"], seed, **settings)
+            vector, _ = fed.train_adapter(model, judges, client.draw, adapter, config["personal"]["steps"], seed,
+                                          **settings)
             save_torch({"adapter": vector}, path)
         vectors[name] = load_state(path)["adapter"]
     return vectors
@@ -797,7 +808,8 @@ def test_losses(model, splits, adapters, config, device):
     losses, window, batches = {}, config["data"]["window"], {}
     for name, split in splits.items():
         length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["test"]))
-        batches[name] = clip_batch(split["test"], encode_clips(model, split["test"], device), length, window, device, config["seed"])
+        motions = encode_clips(model, split["test"], device)
+        batches[name] = clip_batch(split["test"], motions, length, window, device, config["seed"])
     for method, vectors in adapters.items():
         losses[method] = []
         for name, batch in batches.items():
@@ -814,7 +826,8 @@ def make_report(config, rows, sources, losses, judges, seconds, speed, model, ru
     """report.json as DESIGN describes it."""
     table = [{"name": name} | row for name, row in rows.items()]
     d, whole = len(lora.adapter_vector(model)), sum(p.numel() for p in model.parameters())
-    mechanism, guarantee = make_mechanism(config, d), {"private": False, "epsilon": None, "reason": "privacy.enabled is false"}
+    mechanism = make_mechanism(config, d)
+    guarantee = {"private": False, "epsilon": None, "reason": "privacy.enabled is false"}
     if mechanism:
         accountant = privacy.Accountant(load_state(run / "last.pt")["accountant"])
         guarantee = privacy.privacy_report(mechanism, accountant, config["privacy"]["delta"], config["fed"]["rounds"])
@@ -823,13 +836,16 @@ def make_report(config, rows, sources, losses, judges, seconds, speed, model, ru
     return {"name": config["name"], "rows": table, "validation_loss": losses, "judges": judged, "privacy": guarantee,
             "communication": {"adapter_parameters": d, "model_parameters": whole, "bytes_up_plain": 4 * (d + 1),
                               "bytes_up_secure": mechanism and mechanism.coordinates * 4, "bytes_down": 4 * d},
-            "seconds": {k: round(v, 1) for k, v in seconds.items()}, "speed": {"generated_frames_per_second": round(speed, 1)},
+            "seconds": {k: round(v, 1) for k, v in seconds.items()},
+            "speed": {"generated_frames_per_second": round(speed, 1)},
             "hardware": {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-                         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}}
+                         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                         "torch": torch.__version__}}
 
 
 def draw_history(run, backbone_losses):
-    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()] if (run / "rounds.jsonl").exists() else []
+    log = run / "rounds.jsonl"
+    rounds = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     smooth = np.convolve(backbone_losses, np.ones(25) / 25, "valid")
     panels = {"backbone: diffusion loss by step": {"training": list(enumerate(smooth))}}
     if rounds:
@@ -849,8 +865,10 @@ def audit(config, device, run):
     mechanism = make_mechanism(config, len(start))
     if mechanism is None:
         raise ValueError("--action audit: privacy.enabled is false: there is no noise to audit")
-    canaries = {str(defect or "no defect"): privacy.canary_audit(mechanism, delta, defect=defect) for defect in privacy.DEFECTS}
-    protected = dataclasses.replace(mechanism, noise_multiplier=privacy.find_noise_multiplier(8, delta, f["sample_rate"], f["rounds"]))
+    canaries = {str(defect or "no defect"): privacy.canary_audit(mechanism, delta, defect=defect)
+                for defect in privacy.DEFECTS}
+    z = privacy.find_noise_multiplier(8, delta, f["sample_rate"], f["rounds"])
+    protected = dataclasses.replace(mechanism, noise_multiplier=z)
     settings = settings_of(config, 1.0) | {"gamma": 0.0}
     local = [fed.client_update(model, judges, client, start, fed.derived_seed(config["seed"], 2 * 10**6, i), settings)
              for i, client in enumerate(tqdm(clients.values(), "local updates"))]
@@ -862,7 +880,8 @@ def audit(config, device, run):
         others = split["validation"] + split["test"]
         clips = split["train"] + others
         length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
-        batch = clip_batch(clips, encode_clips(model, clips, device), length, config["data"]["window"], device, config["seed"])
+        motions = encode_clips(model, clips, device)
+        batch = clip_batch(clips, motions, length, config["data"]["window"], device, config["seed"])
         for name, seen in zip(attack, (update, *released.values())):
             gains = fed.membership_gains(model, batch, start, torch.as_tensor(seen).float(), config["seed"])
             members, strangers = gains[:len(split["train"])], gains[len(split["train"]):]
@@ -870,8 +889,8 @@ def audit(config, device, run):
     result = {"canaries": canaries, "membership_auc": {name: metrics.mean_ci(values) for name, values in attack.items()}}
     save_text(json.dumps(finite(result), indent=1), run / "audit.json")
     for name, c in canaries.items():
-        print(f"canaries, {name}: epsilon {c['measured_epsilon']:.4g} [{c['epsilon_lower_bound']:.4g}, {c['epsilon_upper_bound']:.4g}], "
-              f"accounted {c['accounted_epsilon']:.4g}: {'FLAGGED, ' + c['why'] if c['flagged'] else 'as accounted'}")
+        print(f"canaries, {name}: epsilon {c['measured_epsilon']:.4g} "
+              f"[{c['epsilon_lower_bound']:.4g}, {c['epsilon_upper_bound']:.4g}], accounted {c['accounted_epsilon']:.4g}: {'FLAGGED, ' + c['why'] if c['flagged'] else 'as accounted'}")
     for name, auc in result["membership_auc"].items():
         print(f"membership of clips by {name}: AUC {auc['mean']:.3f} [{auc['ci95'][0]:.3f}, {auc['ci95'][1]:.3f}]")
 

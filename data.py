@@ -273,7 +273,7 @@ def split_clips(clips, seed):
 
 def draw_batch(clips, motions, batch_size, num_frames, generator, window=5):
     """Random windows: frames [b, f, 3, h, w] and reference [b, 3, h, w] in [-1, 1], mel [b, f, 4 window, 40], opening
-    [b, f] (NaN where unknown), person, and out of `motions` {path: (moment, motion [f, m, y, x], latents [c, y, x])}
+    [b, f] (NaN where unknown), person, and out of `motions` {path: [(moment, motion [f, m, y, x], latents [c, y, x])]}
     motion [b, f, m, y, x] and reference_latents [b, c, y, x]: the reference is frame `moment` of the window's own clip,
     and outside of the window where there is room.  (A clip to be generated gets another clip's.)"""
     people = _by_person(clip for clip in clips if len(clip.frames) >= num_frames)
@@ -283,7 +283,7 @@ def draw_batch(clips, motions, batch_size, num_frames, generator, window=5):
     names, rows, drawn = sorted(people), [], []
     for _ in range(batch_size):
         clip = pick(people[pick(names)])
-        moment, motion, latents = motions[clip.path]
+        moment, motion, latents = pick(motions[clip.path])
         starts = range(len(clip.frames) - num_frames + 1)
         start = pick([s for s in starts if not s <= moment < s + num_frames] or starts)
         span = slice(start, start + num_frames)

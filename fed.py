@@ -70,9 +70,9 @@ def objective(model, batch, weights, judges, generator, speech_dropout):
     if weights["tdc"]:
         terms["tdc"] = tdc_loss(eps_hat, eps)
     if weights["identity"] or weights["perceptual"] or weights["sync"]:
-        # Two clips, drawn with probability ~ alpha_bar: the expectation of weighting all of them by it, at half the cost.
+        # One clip, drawn with probability ~ alpha_bar: the expectation of weighting all by it, at a fraction of the cost.
         alpha_bar = model.diffusion.alpha_bar[t.cpu()]
-        picks = torch.multinomial(alpha_bar, min(2, len(t)), replacement=True, generator=generator).to(device)
+        picks = torch.multinomial(alpha_bar, 1, generator=generator).to(device)
         first = int(torch.randint(x0_hat.shape[1] - 4, (), generator=generator))
         picked = {key: batch[key][picks] for key in ("frames", "reference", "mel")}
         terms |= judged_terms(model, judges, picked, x0_hat[picks], float(alpha_bar.mean()), slice(first, first + 5))
@@ -125,7 +125,7 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
     lora.load_adapter_vector(model, start)
     parameters = lora.adapter_parameters(model)
     anchors = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     generator, sums = torch.Generator().manual_seed(seed), {}
     torch.manual_seed(seed)  # adapter dropout draws from the global generator
     model.unet.train()

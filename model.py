@@ -454,14 +454,16 @@ def warp(pictures, flow):
 
 @torch.no_grad()
 def estimate_flow(source, target, side, damping=0.05):
-    """Flow [n 2 side side] for which warp(source, flow) is like target [n 3 H W]: Lucas & Kanade (1981), coarse to fine.
+    """Flow [n 2 side side] for which warp(source [1 3 H W], flow) is like target [n 3 H W]: Lucas & Kanade (1981), coarse
+    to fine.
 
     Every cell solves its 2 x 2 normal equations over itself and its neighbours; between steps the flow is smoothed.
     """
-    flow = source.new_zeros(len(source), 2, side, side)
+    flow = target.new_zeros(len(target), 2, side, side)
     for shrink, iterations in ((4, 3), (2, 4), (1, 1)):
         size = max(source.shape[-1] // shrink, side)
-        small, aim = (F.interpolate(x, size=(size, size), mode="area") for x in (source, target))
+        small, aim = (F.avg_pool2d(x, source.shape[-1] // size) for x in (source, target))
+        small = small.expand_as(aim)
         for _ in range(iterations):
             warped = warp(small, flow)
             error = aim - warped
@@ -570,11 +572,11 @@ class TalkingHead(nn.Module):
         self.prior.fit(motion / self.spread)
 
     @torch.no_grad()
-    def motion(self, frames, reference):
-        """Frames [f 3 H W] as the motion of reference [3 H W]: flow and latent residual [f m h w], not yet spread."""
-        reference = reference.expand_as(frames)
-        flow = estimate_flow(reference, frames, self.side)
-        residual = self.autoencoder.encode(frames) - self.autoencoder.encode(warp(reference, flow))
+    def motion(self, frames, latents, reference):
+        """Frames [f 3 H W], whose latents are [f c h w], as the motion of reference [3 H W]: flow and latent residual
+        [f m h w], not yet spread."""
+        flow = estimate_flow(reference[None], frames, self.side)
+        residual = latents - self.autoencoder.encode(warp(reference.expand_as(frames), flow))
         return torch.cat([flow, residual], dim=1)
 
     def decode(self, x0, reference):

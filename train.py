@@ -29,6 +29,7 @@ import model as talking
 import privacy
 
 DEFAULTS = Path(__file__).with_name("config.yaml")
+NUM_REFERENCES = 3  # frames of each training clip that serve as its reference picture, in turn
 
 # What a key may hold, where its type does not say it: (least, greatest) or the choices.
 LIMITS = {
@@ -206,16 +207,18 @@ def load_people(config):
 
 
 @torch.inference_mode()
-def encode_clips(model, clips, device):
-    """Each clip as the motion of its middle frame, {path: (moment, motion [f m h w], latents [c h w])}.
+def encode_clips(model, clips, device, num_references=1):
+    """Each clip as the motion of `num_references` of its frames, {path: [(moment, motion [f m h w], latents [c h w])]}.
 
-    The autoencoder is frozen by then, so once is enough.
+    The autoencoder is frozen by then, so once is enough. Several references teach what does not depend on the picture:
+    with one, adapters learn the clips by heart.
     """
     motions = {}
     for clip in tqdm(clips, "motion", leave=False, mininterval=1):
-        frames, moment = pixels(clip.frames, device), len(clip.frames) // 2
-        latents = model.autoencoder.encode(frames[moment:moment + 1])[0]
-        motions[clip.path] = (moment, model.motion(frames, frames[moment]).cpu(), latents.cpu())
+        frames = pixels(clip.frames, device)
+        latents = model.autoencoder.encode(frames)
+        moments = [int((i + 0.5) / num_references * len(frames)) for i in range(num_references)]
+        motions[clip.path] = [(m, model.motion(frames, latents, frames[m]).cpu(), latents[m].cpu()) for m in moments]
     return motions
 
 
@@ -322,13 +325,14 @@ def train_speech(model, batches, settings, generator):
 def train_unet(model, public, settings, window, seed, device):
     """Diffusion loss on public clips; returns the moving average of the model and the loss curve."""
     clips = [clip for own in public.values() for clip in own]
-    draw = drawer(clips, encode_clips(model, clips, device), window, device)
+    draw = drawer(clips, encode_clips(model, clips, device, NUM_REFERENCES), window, device)
     generator = torch.Generator().manual_seed(seed)
     batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
     model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("motion", "reference_latents")))
     train_speech(model, batches, settings, generator)
     model.autoencoder.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=True)
     average, losses = talking.EMA(model, settings["ema_decay"]), []
     bar = tqdm(range(settings["steps"]), "backbone", mininterval=1)
     for step in bar:
@@ -468,7 +472,8 @@ def evaluate(model, judges, clients, adapters, config, device):
 
     def ceiling(i, clip, case):
         with torch.inference_mode():
-            motion = model.motion(case["frames"][0], case["reference"][0])
+            frames = case["frames"][0]
+            motion = model.motion(frames, model.autoencoder.encode(frames), case["reference"][0])
             return fed.unit_range(model.decode(motion[None] / model.spread, case["reference"]))[0]
 
     methods = {"truth": lambda i, clip, case: fed.unit_range(case["frames"])[0], "copy reference": still,
@@ -610,12 +615,13 @@ def make_clients(model, people, config, device):
     splits = {name: data.split_clips(own, config["seed"]) for name, own in people["clients"].items()}
     clients, window, f = {}, config["data"]["window"], config["fed"]["num_frames"]
     for name, split in splits.items():
-        motions = encode_clips(model, split["train"] + split["validation"], device)
+        motions = encode_clips(model, split["train"], device, NUM_REFERENCES)
+        draw, unseen = drawer(split["train"], motions, window, device), encode_clips(model, split["validation"], device)
         length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["validation"]))
-        validation = clip_batch(split["validation"], motions, length, window, device, config["seed"])
+        validation = clip_batch(split["validation"], unseen, length, window, device, config["seed"])
         validation["other_reference"] = pixels(portrait(split["train"])[None], device).expand_as(validation["reference"])
         num_samples = sum(len(c.frames) // f for c in split["train"])
-        clients[name] = fed.Client(name, num_samples, drawer(split["train"], motions, window, device), validation)
+        clients[name] = fed.Client(name, num_samples, draw, validation)
     return clients, splits
 
 
@@ -676,7 +682,7 @@ def make_mechanism(config, length):
 def mean_validation_loss(model, clients, adapter, seed):
     """Validation loss of the global adapter, in the mean over every client's clips."""
     lora.load_adapter_vector(model, adapter)
-    return float(torch.cat([fed.validation_loss(model, c.validation, seed, num_levels=4).cpu() for c in clients]).mean())
+    return float(torch.cat([fed.validation_loss(model, c.validation, seed, num_levels=3).cpu() for c in clients]).mean())
 
 
 def federate(model, judges, clients, config, run, public_jitter):

@@ -29,7 +29,7 @@ def drawer(model, shift=0.0):
         frames = torch.rand(batch_size, num_frames, 3, 32, 32, generator=generator) * 2 - 1
         reference = torch.rand(batch_size, 3, 32, 32, generator=generator) * 2 - 1
         with torch.no_grad():
-            motion = torch.stack([model.motion(f, r) for f, r in zip(frames, reference)]) + shift
+            motion = torch.stack([model.motion(f, model.autoencoder.encode(f), r) for f, r in zip(frames, reference)]) + shift
             reference_latents = model.autoencoder.encode(reference)
         mel = torch.randn(batch_size, num_frames, 20, 40, generator=generator)
         return dict(frames=frames, reference=reference, motion=motion, reference_latents=reference_latents, mel=mel,

@@ -304,7 +304,7 @@ def test_decode_inverts_motion_where_the_autoencoder_is_exact():
     model, (_, _, reference) = small_model(), inputs()
     frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1
     model.spread.copy_(torch.rand(model.motion_channels, 1, 1) + 0.5)
-    motion = torch.stack([model.motion(f, r) for f, r in zip(frames, reference)])
+    motion = torch.stack([model.motion(f, model.autoencoder.encode(f), r) for f, r in zip(frames, reference)])
     decoded, flow = model.decode(motion / model.spread, reference), motion[:, :, :2]
     for b in range(2):
         warped = talking.warp(reference[b].expand_as(frames[b]), flow[b])

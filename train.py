@@ -810,7 +810,8 @@ def public_jitter(public):
 
 
 def test_losses(model, splits, adapters, config, device):
-    """Diffusion loss on every client's test clips under every method: {method: {mean, ci95, n}} and paired gains."""
+    """Validation loss on every client's test clips under every method, {method: {mean, ci95, n}}; clip by clip, the
+    difference to the method before and the ratio to the first, from which what clips differ in is gone."""
     losses, window, batches = {}, config["data"]["window"], {}
     for name, split in splits.items():
         length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["test"]))
@@ -825,6 +826,7 @@ def test_losses(model, splits, adapters, config, device):
     methods = list(losses)
     for better, worse in zip(methods[1:], methods):
         table[f"{better} minus {worse}, paired"] = metrics.mean_ci(np.subtract(losses[better], losses[worse]))
+        table[f"{better} / {methods[0]}, paired"] = metrics.mean_ci(np.divide(losses[better], losses[methods[0]]))
     return table
 
 

@@ -4,13 +4,16 @@ A batch is a dict: frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b
 reference_latents [b c h w]. Clients draw their own; nothing here reads files.
 """
 
+import contextlib
 import math
+import signal
 import time
 from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 
 import lora
@@ -20,7 +23,7 @@ import privacy
 
 @dataclass(frozen=True)
 class Client:
-    """One person: `draw(batch_size, num_frames, generator)` gives training batches, `validation` is one fixed batch.
+    """One person: `draw(batch_size, num_frames, generator)` gives training batches, `validation()` one fixed batch.
 
     That batch also has other_reference [b 3 H W], pictures from training clips: to generate, a clip's own won't do.
     """
@@ -28,7 +31,7 @@ class Client:
     name: str
     num_samples: int
     draw: Callable
-    validation: dict
+    validation: Callable
 
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -117,33 +120,40 @@ def validation_loss(model, batch, seed, num_levels=8):
 
 
 def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size, num_frames, loss_weights,
-                  speech_dropout, proximal=0.0, on_step=None):
+                  speech_dropout, optimizer="adamw", proximal=0.0, correction=None):
     """Train the adapter from the vector `start` [d] for `num_steps`; returns the new vector and the mean loss terms.
 
-    `proximal` is FedProx's mu: it adds (mu / 2) |phi - g|^2 to the loss (Li et al. 2020, Eq. 2).
+    `proximal` is FedProx's mu: it adds (mu / 2) |phi - g|^2 to the loss (Li et al. 2020, Eq. 2). `correction` [d] is
+    SCAFFOLD's c - c_i, added to every gradient (Karimireddy et al. 2020, Alg. 1); `optimizer` sgd is plain, of constant
+    rate, as its control variates ask.
     """
     lora.load_adapter_vector(model, start)
     parameters = lora.adapter_parameters(model)
     anchors = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    corrections = lora.split_vector(model, correction) if correction is not None else []
+    steady = optimizer == "sgd"
+    optimizer = (torch.optim.SGD(parameters, lr=lr) if steady else
+                 torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True))
     generator, sums = torch.Generator().manual_seed(seed), {}
     torch.manual_seed(seed)  # adapter dropout draws from the global generator
     model.unet.train()
-    for step in range(num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))  # constant, then linear to zero
-        loss, terms = objective(model, draw(batch_size, num_frames, generator), loss_weights, judges, generator,
-                                speech_dropout)
-        if proximal:
-            loss = loss + proximal / 2 * sum((p - a).square().sum() for p, a in zip(parameters, anchors))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        sums = {name: sums.get(name, 0.0) + value / num_steps for name, value in terms.items()}
-        if on_step:
-            on_step(terms)
-    model.unet.eval()
+    try:
+        for step in range(num_steps):
+            loss, terms = objective(model, draw(batch_size, num_frames, generator), loss_weights, judges, generator,
+                                    speech_dropout)
+            if proximal:
+                loss = loss + proximal / 2 * sum((p - a).square().sum() for p, a in zip(parameters, anchors))
+            optimizer.zero_grad()
+            loss.backward()
+            if not steady:
+                optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))  # constant, then linear to zero
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for parameter, c in zip(parameters, corrections):
+                parameter.grad += c
+            optimizer.step()
+            sums = {name: sums.get(name, 0.0) + value / num_steps for name, value in terms.items()}
+    finally:
+        model.unet.eval()
     return lora.adapter_vector(model), sums
 
 
@@ -169,19 +179,31 @@ def isfa_weight(num_samples, reliability, gamma, cap):
     return min(num_samples, cap) / cap * math.exp(gamma * (reliability - 1))
 
 
-def client_update(model, judges, client, adapter, seed, settings):
-    """One client's share of a round: (update [d], weight, record)."""
-    started = time.perf_counter()
-    steps = max(1, round(settings["local_epochs"] * client.num_samples / settings["train"]["batch_size"]))
-    trained, terms = train_adapter(model, judges, client.draw, adapter, steps, seed, **settings["train"])
+def num_steps(client, settings):
+    """Gradient steps of one client in one round."""
+    return max(1, round(settings["local_epochs"] * client.num_samples / settings["train"]["batch_size"]))
+
+
+def client_update(model, judges, client, adapter, seed, settings, control=None, own_control=None):
+    """One client's share of a round: (update [d], weight, record).
+
+    With SCAFFOLD's control variates c and c_i [d] the update is [2 d]: that of the adapter, then that of c_i, which is
+    c_i+ - c_i = (x - y_i) / (K lr) - c (option II of Karimireddy et al. 2020, Alg. 1).
+    """
+    started, steps, train = time.perf_counter(), num_steps(client, settings), settings["train"]
+    correction = None if control is None else control - own_control
+    trained, terms = train_adapter(model, judges, client.draw, adapter, steps, seed, **train, correction=correction)
+    update = trained - adapter
+    if control is not None:
+        update = torch.cat([update, -update / (steps * train["lr"]) - control])
     r, parts = 1.0, {}
     if settings["gamma"]:
-        r, parts = reliability(model, judges, client.validation, settings["reliability_alpha"],
+        r, parts = reliability(model, judges, client.validation(), settings["reliability_alpha"],
                                settings["public_jitter"], seed, **settings["sampling"])
     weight = isfa_weight(client.num_samples, r, settings["gamma"], settings["sample_cap"])
     record = {"client": client.name, "steps": steps, "terms": terms, "reliability": r, **parts, "weight": weight,
               "seconds": time.perf_counter() - started}
-    return (trained - adapter).numpy(), weight, record
+    return update.numpy(), weight, record
 
 
 def membership_gains(model, batch, adapter, update, seed):
@@ -210,61 +232,220 @@ def derived_seed(*parts):
     return int(np.random.SeedSequence([int(p) for p in parts]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def run_round(model, judges, clients, adapter, round_index, seed, mechanism, settings, on_client=None):
-    """Algorithm 1, one round: (new global adapter [d], record). `mechanism` None aggregates in the clear, unclipped.
+class Workers:
+    """The processes of a run: one a device, each with its own model. Rank 0 is also the server.
 
-    A client whose update is not finite drops out; a cohort too small to aggregate leaves the adapter as it was.
+    They are those of torch.distributed where it is initialised, else this process alone. All that travels between them
+    goes through `ask`: adapters, records, protocol messages.
     """
-    started = time.perf_counter()
-    cohort = poisson_cohort(len(clients), settings["sample_rate"], round_index, seed)
-    record = {"round": round_index, "cohort": [clients[i].name for i in cohort], "dropouts": [], "clients": []}
-    updates, weights = [], []
-    for i in cohort:
-        update, weight, about = client_update(model, judges, clients[i], adapter, derived_seed(seed, round_index, i),
-                                              settings)
-        if np.isfinite(update).all():
-            updates.append(update), weights.append(weight), record["clients"].append(about)
-        else:
-            record["dropouts"].append({"client": clients[i].name, "reason": "update is not finite"})
-        if on_client:
-            on_client(about)
-    norms = [float(np.linalg.norm(u)) for u in updates]
-    record["seconds"] = {"clients": time.perf_counter() - started}
-    mean, about = aggregate(updates, weights, mechanism, round_index)
-    record |= about | summary(record["clients"], norms, mechanism)
-    record["seconds"]["aggregation"] = time.perf_counter() - started - record["seconds"]["clients"]
-    return adapter + settings["server_lr"] * torch.from_numpy(mean).float() if mean is not None else adapter, record
+
+    def __init__(self):
+        alone = not dist.is_initialized()
+        self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+
+    def ask(self, item, answer):
+        """`answer` of every process's `item`, worked out at the server and given to all; so is an error of it."""
+        if self.size == 1:
+            return answer([item])
+        items, reply = [None] * self.size if self.rank == 0 else None, [None]
+        dist.gather_object(item, items)
+        if self.rank == 0:
+            try:
+                reply = [(answer(items), None)]
+            except (ValueError, OSError, RuntimeError) as error:
+                reply = [(None, error)]
+        dist.broadcast_object_list(reply)
+        result, error = reply[0]
+        if error is not None:
+            raise error
+        return result
+
+    def in_turn(self, make):
+        """make() in every process, first at the server: the files that it makes are there for the others."""
+        first = []
+        self.ask(None, lambda _: first.append(make()))
+        return first[0] if first else make()
+
+    def share(self, loads):
+        """The indices of `loads` that fall to this process: heaviest first, each to whom has least to do (Graham 1969)."""
+        busy, own = [0.0] * self.size, []
+        for i in sorted(range(len(loads)), key=lambda i: -loads[i]):
+            rank = busy.index(min(busy))
+            busy[rank] += loads[i]
+            own += [i] if rank == self.rank else []
+        return own
 
 
-def aggregate(updates, weights, mechanism, round_index):
-    """The ISFA mean [d] of the updates, or None where too few clients are left, and what there is to say of it."""
+def union(parts):
+    """One dict of the processes' dicts, in the order of its keys: no sum depends on who worked out what."""
+    return dict(sorted((key, value) for part in parts for key, value in part.items()))
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """TimeoutError in this block after `seconds`; 0 is no limit. Main thread only."""
+    def expire(*_):
+        raise TimeoutError(f"took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expire) if seconds else None
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if seconds:
+            signal.signal(signal.SIGALRM, before)
+
+
+def dropout_stage(rate, seed):
+    """The stage before which a client leaves its round: training or one of the protocol's; None for 1 - rate of them."""
+    u, stages = np.random.default_rng(seed).random(2), ("training", *privacy.STAGES)
+    return stages[int(u[1] * len(stages))] if u[0] < rate else None
+
+
+def train_cohort(model, judges, clients, cohort, state, round_index, seed, settings, workers):
+    """This process's clients of the cohort: ({client: (update, weight)}, {client: record}). One that throws, hangs past
+    its time or returns what is not finite loses its own update only: its record has a reason instead."""
+    updates, records = {}, {}
+    for position in workers.share([clients[i].num_samples for i in cohort]):
+        i = cohort[position]
+        stage = dropout_stage(settings["dropout_rate"], derived_seed(seed, round_index, i, 1))
+        try:
+            if stage == "training":
+                raise RuntimeError("left before training")
+            with time_limit(settings["client_timeout_seconds"]):
+                control = (state["control"], state["controls"][i]) if "control" in state else ()
+                update, weight, about = client_update(model, judges, clients[i], state["adapter"],
+                                                      derived_seed(seed, round_index, i), settings, *control)
+            if not np.isfinite(update).all():
+                raise ValueError("update is not finite")
+            updates[i], records[i] = (update, weight), about | {"leaves": stage}
+            records[i]["norm"] = float(np.linalg.norm(update))
+        except Exception as error:  # whatever a client does, the round goes on
+            reason = str(error) if type(error) in (ValueError, RuntimeError, TimeoutError) else repr(error)
+            records[i] = {"client": clients[i].name, "reason": reason}
+    return updates, records
+
+
+def run_round(model, judges, clients, state, round_index, seed, mechanism, settings, workers=None):
+    """Algorithm 1, one round: (new state, record). `mechanism` None aggregates in the clear, unclipped.
+
+    `state` holds the global adapter [d] and, for SCAFFOLD, control [d] and controls {client: [d]}. A cohort too small
+    to aggregate leaves it as it was. The same state comes out whatever the number of processes: a client's randomness
+    follows from (seed, round, client), and the sum is one of integers, or taken in the clients' order.
+    """
+    workers, clock = workers or Workers(), time.perf_counter
+    started, cohort = clock(), poisson_cohort(len(clients), settings["sample_rate"], round_index, seed)
+    if settings["algorithm"] == "centralized":
+        return centralized_round(model, judges, clients, cohort, state, round_index, seed, settings, workers)
+    updates, own = train_cohort(model, judges, clients, cohort, state, round_index, seed, settings, workers)
+    busy, trained = clock() - started, clock()
+    records, busy = workers.ask((own, busy), lambda parts: (union(p[0] for p in parts), [p[1] for p in parts]))
+    record = {"round": round_index, "cohort": [clients[i].name for i in cohort],
+              "dropouts": [{"client": r["client"], "reason": r["reason"]} for r in records.values() if "reason" in r]}
+    present = [i for i, r in records.items() if "reason" not in r]
+    drop = {stage: [i for i in present if records[i]["leaves"] == stage] for stage in privacy.STAGES}
+    record["seconds"] = {"clients": trained - started, "waiting": max(busy) - min(busy)}
+    mean, survivors, about = aggregate(updates, present, mechanism, round_index, drop, workers)
+    gone = [i for i in present if i not in survivors]
+    record["dropouts"] += [{"client": clients[i].name, "reason": f"left before {records[i]['leaves']}"} for i in gone
+                           if records[i]["leaves"]]
+    record["clients"] = [records[i] for i in survivors]
+    record["idle"] = 1 - sum(busy) / (len(busy) * max(busy))
+    record |= about | summary(record["clients"], mechanism)
+    if mean is not None:
+        state = move(state, torch.from_numpy(mean).float(), updates, survivors, len(clients), settings, workers)
+    record["seconds"]["aggregation"] = clock() - trained
+    return state, record
+
+
+def move(state, mean, updates, survivors, num_clients, settings, workers):
+    """The server's step: x += eta mean(dx), and for SCAFFOLD c += |S| / N mean(dc), c_i += dc_i of the survivors."""
+    d = len(state["adapter"])
+    after = state | {"adapter": state["adapter"] + settings["server_lr"] * mean[:d]}
+    if "control" in state:
+        after["control"] = state["control"] + len(survivors) / num_clients * mean[d:]
+        own = {i: state["controls"][i] + torch.from_numpy(updates[i][0][d:]) for i in updates if i in survivors}
+        after["controls"] = state["controls"] | workers.ask(own, union)
+    return after
+
+
+def centralized_round(model, judges, clients, cohort, state, round_index, seed, settings, workers):
+    """As many gradient steps as the cohort would take, on all clients' pooled clips: the upper bound without privacy."""
+    def draw(batch_size, num_frames, generator):
+        picks = torch.randint(len(clients), (batch_size,), generator=generator).tolist()
+        return join_batches([clients[i].draw(1, num_frames, generator) for i in picks])
+
+    def train(_):
+        return train_adapter(model, judges, draw, state["adapter"], steps, derived_seed(seed, round_index, 0),
+                             **settings["train"])
+
+    started, steps = time.perf_counter(), sum(num_steps(clients[i], settings) for i in cohort)
+    adapter, terms = workers.ask(None, train)
+    return state | {"adapter": adapter}, {
+        "round": round_index, "cohort": [clients[i].name for i in cohort], "dropouts": [], "clients": [], "steps": steps,
+        "terms": terms, "bytes_up": 0, "seconds": {"clients": time.perf_counter() - started}}
+
+
+def join_batches(parts):
+    """Batches as one; only their tensors."""
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if torch.is_tensor(parts[0][key])}
+
+
+def aggregate(updates, present, mechanism, round_index, drop=None, workers=None):
+    """The ISFA mean [d] of the updates, or None where too few clients are left; the survivors; and what to say of it.
+
+    `updates` {client: (update, weight)} are this process's, `present` names all that arrived. `drop` as in
+    `privacy.run_protocol`. Without a mechanism every client of `drop` is just left out.
+    """
+    workers, drop = workers or Workers(), drop or {}
     if mechanism is None:
-        if not updates:
-            return None, {"skipped": "no client took part"}
-        total = sum(w * u.astype(np.float64) for w, u in zip(weights, updates))
-        return total / sum(weights), {"weight_sum": sum(weights), "bytes_up": 4 * (len(updates[0]) + 1)}
-    if len(updates) < max(2, mechanism.min_honest):
-        return None, {"skipped": f"{len(updates)} clients are left, {max(2, mechanism.min_honest)} are needed"}
-    threshold = len(updates) // 2 + 1
-    terms = privacy.Terms(len(updates), mechanism.coordinates, threshold,
-                          min_survivors=max(threshold, mechanism.min_honest), largest=mechanism.largest,
-                          ring=mechanism.ring)
+        survivors = sorted(set(present).difference(*drop.values()))
+        return clear_mean({i: updates[i] for i in updates if i in survivors}, survivors, workers)
+    least = max(2, mechanism.min_honest)
+    if len(present) < least:
+        return None, [], {"skipped": f"{len(present)} clients are left, {least} are needed"}
+    threshold, place = len(present) // 2 + 1, {i: k for k, i in enumerate(present)}
 
-    def upload(index):  # leaves the client as integers on the ring, clipped, weighted, noised; masked by the protocol
-        contribution, _ = mechanism.contribution(updates[index], weights[index])
-        return mechanism.encode(contribution, round_index, index)
+    def upload(k):  # leaves the client as integers on the ring, clipped, weighted, noised; masked by the protocol
+        contribution, _ = mechanism.contribution(*updates[present[k]])
+        return mechanism.encode(contribution, round_index, present[k])
 
-    total, survivors = privacy.run_protocol(terms, upload)
-    mean, weight_sum, unclipped = mechanism.decode(total, len(survivors), round_index)
-    return mean, {"weight_sum": weight_sum, "bytes_up": mechanism.coordinates * mechanism.ring // 8,
-                  "clip_norm": mechanism.clip_norm, "unclipped_fraction": unclipped}
+    try:
+        terms = workers.ask(None, lambda _: privacy.Terms(
+            len(present), mechanism.coordinates, threshold, min_survivors=max(threshold, mechanism.min_honest),
+            largest=mechanism.largest, ring=mechanism.ring))
+        total, survivors = privacy.run_protocol(terms, upload, {s: [place[i] for i in who] for s, who in drop.items()},
+                                                [place[i] for i in updates], workers.ask)
+    except privacy.AggregationAborted as error:
+        return None, [], {"skipped": str(error)}
+    # The server's noise, if there is one, is drawn once.
+    mean, weight_sum, unclipped = workers.ask(None, lambda _: mechanism.decode(total, len(survivors), round_index))
+    return mean, [present[k] for k in survivors], {
+        "weight_sum": weight_sum, "bytes_up": mechanism.coordinates * mechanism.ring // 8,
+        "clip_norm": mechanism.clip_norm, "unclipped_fraction": unclipped}
 
 
-def summary(clients, norms, mechanism):
+def clear_mean(updates, survivors, workers):
+    """`aggregate` without a mechanism: the server sees every update."""
+    if not survivors:
+        return None, [], {"skipped": "no client is left"}
+
+    def mean(parts):
+        pairs = union(parts).values()
+        total = sum(weight for _, weight in pairs)
+        return sum(weight * update.astype(np.float64) for update, weight in pairs) / total, total
+
+    mean, weight_sum = workers.ask(updates, mean)
+    return mean, survivors, {"weight_sum": weight_sum, "bytes_up": 4 * (len(mean) + 1)}
+
+
+def summary(clients, mechanism):
     """Loss terms averaged over a round's clients, and how large their updates were."""
     if not clients:
         return {}
     terms = {name: float(np.mean([c["terms"][name] for c in clients])) for name in clients[0]["terms"]}
+    norms = [c["norm"] for c in clients]
     clipped = float(np.mean([n > mechanism.clip_norm for n in norms])) if mechanism else 0.0
     return {"terms": terms, "update_norm": dict(zip(("min", "median", "max"), np.quantile(norms, (0, 0.5, 1)).tolist())),
             "clipped_fraction": clipped}

@@ -39,11 +39,12 @@ class LoRALayer(nn.Module):
         return self.base
 
 
-def inject_lora(module, rank, alpha, dropout, targets):
+def inject_lora(module, rank, alpha, dropout, targets, freeze_a=False):
     """Freeze `module` and put adapters on its Linear and Conv2d layers that a target names; returns how many.
 
-    A target is a dotted piece of a layer's name: `unet`, `unet.up`, `to_q`. Raises ValueError for a target that
-    names no layer and for a rank below 1.
+    A target is a dotted piece of a layer's name: `unet`, `unet.up`, `to_q`. With `freeze_a` only B is trained and sent:
+    the mean of B_k A is (mean B_k) A, while mean B_k mean A_k is not the mean of B_k A_k (Sun et al. 2024, FFA-LoRA).
+    Raises ValueError for a target that names no layer and for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"lora.rank must be at least 1, not {rank}")
@@ -52,7 +53,9 @@ def inject_lora(module, rank, alpha, dropout, targets):
     module.requires_grad_(False)
     for name in sorted(chosen):
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, LoRALayer(layers[name], rank, alpha, dropout))
+        layer = LoRALayer(layers[name], rank, alpha, dropout)
+        layer.A.requires_grad_(not freeze_a)
+        setattr(module.get_submodule(parent), child, layer)
     return len(chosen)
 
 
@@ -72,8 +75,8 @@ def lora_layers(module):
 
 
 def adapter_parameters(module):
-    """A and B of every adapted layer, in the order of the flat vector."""
-    return [p for layer in lora_layers(module) for p in (layer.A, layer.B)]
+    """A (unless it is frozen) and B of every adapted layer, in the order of the flat vector."""
+    return [p for layer in lora_layers(module) for p in (layer.A, layer.B) if p.requires_grad]
 
 
 def adapter_vector(module):
@@ -81,15 +84,20 @@ def adapter_vector(module):
     return torch.cat([p.detach().float().flatten().cpu() for p in adapter_parameters(module)])
 
 
-@torch.no_grad()
-def load_adapter_vector(module, vector):
-    """Write a vector [d] back into the adapters. Raises ValueError where the length does not fit."""
+def split_vector(module, vector):
+    """A vector [d] as one tensor a parameter, in their shapes and on their device. ValueError where the length differs."""
     parameters = adapter_parameters(module)
     sizes = [p.numel() for p in parameters]
     if len(vector) != sum(sizes):
         raise ValueError(f"the adapter has {sum(sizes)} numbers and the vector {len(vector)}: rank or targets differ")
-    for parameter, piece in zip(parameters, torch.as_tensor(vector).split(sizes)):
-        parameter.copy_(piece.view_as(parameter))
+    return [piece.view_as(p).to(p) for p, piece in zip(parameters, torch.as_tensor(vector).split(sizes))]
+
+
+@torch.no_grad()
+def load_adapter_vector(module, vector):
+    """Write a vector [d] back into the adapters. Raises ValueError where the length does not fit."""
+    for parameter, piece in zip(adapter_parameters(module), split_vector(module, vector)):
+        parameter.copy_(piece)
 
 
 def merge_lora(module):

@@ -523,21 +523,28 @@ class SecureAggregationServer:
                     (np.subtract if i < owner else np.add)(total, expand(seeds[32 * k:32 * k + 32], terms), out=total)
         return total
 
-def run_protocol(terms, values, drop=None):
-    """(ring sum, survivors) of a round run in process; values(client) gives its ring vector.
+def run_protocol(terms, values, drop=None, mine=None, ask=lambda messages, answer: answer([messages])):
+    """(ring sum, survivors) of a round; values(client) gives its ring vector.
 
-    drop = {stage: clients that vanish before it}. Raises AggregationAborted when too few are left.
+    drop = {stage: clients that vanish before it}; mine = the clients of this process (None: all), and ask(messages,
+    answer) gives every process what `answer` makes of all their messages at the server's. Raises AggregationAborted
+    when too few are left.
     """
     drop = drop or {}
     require(set(drop) <= set(STAGES), f"Clients drop at one of {', '.join(STAGES)}.")
-    server, clients = SecureAggregationServer(terms), {i: SecureAggregationClient(terms, i) for i in terms.place}
+    server = SecureAggregationServer(terms)  # takes messages in one process only: where `ask` calls `answer`
+    clients = {i: SecureAggregationClient(terms, i) for i in (terms.place if mine is None else mine)}
 
-    def run(stage, answer):
+    def run(stage, reply):
+        def answer(parts):
+            for messages in parts:
+                for i, message in messages.items():
+                    server.receive(stage, i, message)
+            return server.close(stage)
+
         for i in drop.get(stage, ()):
             clients.pop(i, None)
-        for i, client in clients.items():
-            server.receive(stage, i, answer(client, i))
-        return server.close(stage)
+        return ask({i: reply(client, i) for i, client in clients.items()}, answer)
     roster = run("advertise", lambda client, i: client.advertise())
     inboxes = run("share", lambda client, i: client.share(roster))
     survivors = run("mask", lambda client, i: client.mask(values(i), inboxes[i]))

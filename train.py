@@ -4,11 +4,16 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
+import fcntl
+import functools
 import hashlib
 import json
+import math
 import os
 import platform
+import socket
 import sys
 import time
 from pathlib import Path
@@ -29,6 +34,7 @@ import model as talking
 import privacy
 
 DEFAULTS = Path(__file__).with_name("config.yaml")
+SAVE_EVERY = 100  # steps of the backbone
 NUM_REFERENCES = 3  # frames of each training clip that serve as its reference picture, in turn
 
 # What a key may hold, where its type does not say it: (least, greatest) or the choices.
@@ -51,7 +57,9 @@ LIMITS = {
     "privacy.min_honest": (1, 10**6), "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1),
     "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6), "sampling.num_steps": (1, 1000),
     "sampling.solver": ("dpm", "ddim"), "sampling.guidance": (0, 100), "evaluate.num_frames": (6, 10**5),
-    "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (1, 1024),
+    "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
+    "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.optimizer": ("adamw", "sgd"),
+    "fed.dropout_rate": (0, 1), "fed.client_timeout_seconds": (0, 10**7),
 }
 
 
@@ -125,17 +133,18 @@ def checked(name, value, default, where):
     return value
 
 
-def choose_device(gpus):
-    """The device that `--gpus` names: an index of a GPU that is there, or cpu."""
+def choose_devices(gpus):
+    """The devices that `--gpus` names, a worker each: `0,1` (CUDA indices, also `0,0`), `cpu`, or `cpu:2`, two on the CPU."""
     if gpus is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if gpus == "cpu":
-        return torch.device("cpu")
-    if not gpus.isdigit():
-        raise ValueError(f"--gpus {gpus}: give one CUDA index, or cpu")
-    if int(gpus) >= torch.cuda.device_count():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    kind, _, number = gpus.partition(":")
+    if kind == "cpu" and (number or "1").isdigit() and 1 <= int(number or 1) <= 64:
+        return ["cpu"] * int(number or 1)
+    if not all(index.isdigit() for index in gpus.split(",")):
+        raise ValueError(f"--gpus {gpus}: give CUDA indices such as 0,1, or cpu, or cpu:2")
+    if max(int(index) for index in gpus.split(",")) >= torch.cuda.device_count():
         raise ValueError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", int(gpus))
+    return [f"cuda:{int(index)}" for index in gpus.split(",")]
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -240,8 +249,7 @@ def drawer(clips, motions, window, device):
 def clip_batch(clips, motions, num_frames, window, device, seed):
     """One window of every clip, as a batch."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [drawer([clip], motions, window, device)(1, num_frames, generator) for clip in clips]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if torch.is_tensor(parts[0][key])}
+    return fed.join_batches([drawer([clip], motions, window, device)(1, num_frames, generator) for clip in clips])
 
 
 # ---------------------------------------------------------------------------------------------- backbone
@@ -269,7 +277,7 @@ def augment(frames, generator):
 
 def schedule(step, num_steps, lr):
     """Warm-up over 50 steps, then a cosine to zero."""
-    return lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / num_steps))
+    return lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
 def descend(optimizer, loss, lr):
@@ -322,19 +330,30 @@ def train_speech(model, batches, settings, generator):
         descend(optimizer, loss, schedule(step, settings["speech_steps"], settings["lr"]))
 
 
-def train_unet(model, public, settings, window, seed, device):
-    """Diffusion loss on public clips; returns the moving average of the model and the loss curve."""
+def train_unet(model, public, settings, window, seed, device, partial):
+    """Diffusion loss on public clips; returns the moving average of the model and the loss curve.
+
+    Every SAVE_EVERY steps all of it goes to the file `partial`, from which a run that was cut off goes on."""
+    torch.manual_seed(seed)
     clips = [clip for own in public.values() for clip in own]
     draw = drawer(clips, encode_clips(model, clips, device, NUM_REFERENCES), window, device)
-    generator = torch.Generator().manual_seed(seed)
-    batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
-    model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("motion", "reference_latents")))
-    train_speech(model, batches, settings, generator)
+    generator, losses, first = torch.Generator().manual_seed(seed), [], 0
+    if not partial.exists():
+        batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
+        model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("motion", "reference_latents")))
+        train_speech(model, batches, settings, generator)
     model.autoencoder.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
-    average, losses = talking.EMA(model, settings["ema_decay"]), []
-    bar = tqdm(range(settings["steps"]), "backbone", mininterval=1)
+    average = talking.EMA(model, settings["ema_decay"])
+    if partial.exists():
+        state = load_state(partial, device)
+        for part, name in ((model, "model"), (average.module, "average"), (optimizer, "optimizer")):
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"].cpu())
+        losses, first = state["losses"], len(state["losses"])
+        average.step = first
+    bar = tqdm(range(first, settings["steps"]), "backbone", mininterval=1, initial=first, total=settings["steps"])
     for step in bar:
         batch = draw(settings["batch_size"], settings["num_frames"], generator)
         loss, terms = fed.objective(model, batch, dict(tdc=0, identity=0, perceptual=0, sync=0), None, generator,
@@ -344,42 +363,68 @@ def train_unet(model, public, settings, window, seed, device):
         losses.append(terms["diffusion"])
         if step % 10 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
+        if (step + 1) % SAVE_EVERY == 0:
+            save_torch({"model": model.state_dict(), "average": average.module.state_dict(), "losses": losses,
+                        "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, partial)
     return average.module, losses
 
 
+def train_backbone(config, people, device, path):
+    """The judges, the autoencoder and the model, into the file `path`; what is finished of them is kept beside it."""
+    public, seed, settings = people["public"], config["seed"], config["backbone"]
+    kept = path.with_suffix(".finished")
+    done = load_state(kept, device) if kept.exists() else {"seconds": {}}
+
+    def stage(name, work):
+        if name not in done:
+            started = time.perf_counter()
+            done[name] = work()
+            done["seconds"][name] = time.perf_counter() - started
+            save_torch(done, kept)
+        return done[name]
+
+    def judges():
+        with tqdm(total=100, desc="judges", unit="%") as bar:
+            return metrics.train_judges(public, config["judges"]["steps"], float("inf"), seed, progress=lambda share, _:
+                                        bar.update(round(100 * share) - bar.n)).state_dict()
+
+    def autoencoder():
+        train_autoencoder(model.autoencoder, [clip for own in public.values() for clip in own], settings, seed, device)
+        return model.autoencoder.state_dict()
+
+    def unet():
+        average, losses = train_unet(model, public, settings, config["data"]["window"], seed, device,
+                                     path.with_suffix(".partial"))
+        return {"model": average.state_dict(), "losses": losses}
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    judges = stage("judges", judges)
+    torch.manual_seed(seed)
+    model = build_model(config).to(device)
+    model.autoencoder.load_state_dict(stage("autoencoder", autoencoder))
+    save_torch(stage("backbone", unet) | {"judges": judges, "seconds": done["seconds"]}, path)
+    for leftover in (kept, path.with_suffix(".partial")):
+        leftover.unlink(missing_ok=True)
+
+
 def backbone(config, people, device, cache):
-    """The judges and the pretrained model, from the cache if the same public data and settings made them before."""
+    """Judges and pretrained model as a dict of states, from the cache if the same public data and settings made them."""
     recipe = {k: config[k] for k in ("seed", "data", "model", "judges", "backbone")}
     clips = [(c.path.name, c.path.stat().st_size) for own in people["public"].values() for c in own]
     code = "".join(Path(module.__file__).read_text() for module in (talking, metrics))
     key = hashlib.sha256(json.dumps([recipe, clips, code], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache) / f"backbone-{key}.pt"
     if not path.exists():
-        seconds, started = {}, time.perf_counter()
-        with tqdm(total=100, desc="judges", unit="%") as bar:
-            judges = metrics.train_judges(people["public"], config["judges"]["steps"], float("inf"), config["seed"],
-                                          progress=lambda share, losses: bar.update(round(100 * share) - bar.n))
-        seconds["judges"] = time.perf_counter() - started
-        torch.manual_seed(config["seed"])
-        model = build_model(config).to(device)
-        clips = [clip for own in people["public"].values() for clip in own]
-        train_autoencoder(model.autoencoder, clips, config["backbone"], config["seed"], device)
-        seconds["autoencoder"] = time.perf_counter() - started - sum(seconds.values())
-        model, losses = train_unet(model, people["public"], config["backbone"], config["data"]["window"], config["seed"],
-                                   device)
-        seconds["backbone"] = time.perf_counter() - started - sum(seconds.values())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_torch({"model": model.state_dict(), "judges": judges.state_dict(), "losses": losses, "seconds": seconds}, path)
-    return load_backbone(config, path, device)
+        train_backbone(config, people, device, path)
+    return load_state(path)
 
 
-def load_backbone(config, path, device):
-    """Model and judges, frozen, and the file's whole content."""
-    state = load_state(path, device)
+def restore(config, state, device):
+    """Model and judges, frozen, from what `backbone` gave."""
     model, judges = build_model(config).to(device), metrics.Judges().to(device)
     model.load_state_dict(state["model"])
     judges.load_state_dict(state["judges"])
-    return model.eval().requires_grad_(False), judges.eval().requires_grad_(False), state
+    return model.eval().requires_grad_(False), judges.eval().requires_grad_(False)
 
 
 def build_model(config):
@@ -611,18 +656,29 @@ def report_tables(report):
 
 
 def make_clients(model, people, config, device):
-    """fed.Client and the clip splits of every client."""
+    """fed.Client and the clip splits of every client. What a client trains on is made when it is first asked for: a
+    process of several needs only its own clients'."""
     splits = {name: data.split_clips(own, config["seed"]) for name, own in people["clients"].items()}
-    clients, window, f = {}, config["data"]["window"], config["fed"]["num_frames"]
-    for name, split in splits.items():
-        motions = encode_clips(model, split["train"], device, NUM_REFERENCES)
-        draw, unseen = drawer(split["train"], motions, window, device), encode_clips(model, split["validation"], device)
-        length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["validation"]))
-        validation = clip_batch(split["validation"], unseen, length, window, device, config["seed"])
-        validation["other_reference"] = pixels(portrait(split["train"])[None], device).expand_as(validation["reference"])
-        num_samples = sum(len(c.frames) // f for c in split["train"])
-        clients[name] = fed.Client(name, num_samples, draw, validation)
-    return clients, splits
+    window, f = config["data"]["window"], config["fed"]["num_frames"]
+
+    @functools.cache
+    def draw(name):
+        motions = encode_clips(model, splits[name]["train"], device, NUM_REFERENCES)
+        return drawer(splits[name]["train"], motions, window, device)
+
+    @functools.cache
+    def validation(name):
+        clips = splits[name]["validation"]
+        length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
+        batch = clip_batch(clips, encode_clips(model, clips, device), length, window, device, config["seed"])
+        picture = pixels(portrait(splits[name]["train"])[None], device)
+        return batch | {"other_reference": picture.expand_as(batch["reference"])}
+
+    def client(name):
+        num_samples = sum(len(c.frames) // f for c in splits[name]["train"])
+        return fed.Client(name, num_samples, lambda *args: draw(name)(*args), lambda: validation(name))
+
+    return {name: client(name) for name in splits}, splits
 
 
 def speak(args, config, device):
@@ -637,7 +693,7 @@ def speak(args, config, device):
     audio = data.load_speech(args.speech)
     if len(audio) > 20 * data.SAMPLE_RATE:  # attention over time grows with the square of it
         raise ValueError(f"--speech {args.speech}: {len(audio) / data.SAMPLE_RATE:.0f} s long; at most 20 s in one go")
-    model, _, _ = load_backbone(config, run / "backbone.pt", device)
+    model, _ = restore(config, load_state(run / "backbone.pt"), device)
     adapter = args.adapter or (run / "last.pt" if (run / "last.pt").exists() else None)
     if adapter:
         state = load_state(adapter, device)
@@ -658,17 +714,22 @@ def speak(args, config, device):
 def settings_of(config, public_jitter):
     """What fed.run_round needs, from the config."""
     f = config["fed"]
-    train = {k: f[k] for k in ("lr", "batch_size", "num_frames", "proximal")}
+    if f["algorithm"] == "scaffold" and (f["optimizer"] != "sgd" or f["proximal"]):
+        raise ValueError("fed.algorithm scaffold: its control variates are means of plain gradients: set "
+                         "fed.optimizer=sgd and fed.proximal=0")
+    train = {k: f[k] for k in ("lr", "batch_size", "num_frames", "proximal", "optimizer")}
     train |= {"loss_weights": config["loss"], "speech_dropout": config["backbone"]["speech_dropout"]}
-    return {k: f[k] for k in ("sample_rate", "local_epochs", "server_lr", "gamma", "reliability_alpha", "sample_cap")} | {
-        "train": train, "sampling": config["sampling"], "public_jitter": public_jitter}
+    names = ("algorithm", "sample_rate", "local_epochs", "server_lr", "gamma", "reliability_alpha", "sample_cap",
+             "dropout_rate", "client_timeout_seconds")
+    return {k: f[k] for k in names} | {"train": train, "sampling": config["sampling"], "public_jitter": public_jitter}
 
 
 def make_mechanism(config, length):
     """The DP mechanism for adapters of `length` numbers, or None; `target_epsilon`, if any, chooses its noise."""
     p, f = config["privacy"], config["fed"]
-    if not p["enabled"]:
+    if not p["enabled"] or f["algorithm"] == "centralized":
         return None
+    length *= 2 if f["algorithm"] == "scaffold" else 1  # the update of the control variate is clipped with the other
     mechanism = privacy.Mechanism(p["clip_norm"], p["noise_multiplier"], length, config["data"]["clients"], p["min_honest"],
                                   p["weight_scale"], f["min_weight"], bit_scale=0.5 if p["clip_quantile"] else 0.0,
                                   noise=p["noise"], mechanism=p["mechanism"])
@@ -679,22 +740,35 @@ def make_mechanism(config, length):
     return mechanism
 
 
-def mean_validation_loss(model, clients, adapter, seed):
+def mean_validation_loss(model, clients, adapter, seed, workers):
     """Validation loss of the global adapter, in the mean over every client's clips."""
     lora.load_adapter_vector(model, adapter)
-    return float(torch.cat([fed.validation_loss(model, c.validation, seed, num_levels=3).cpu() for c in clients]).mean())
+    own = {i: fed.validation_loss(model, clients[i].validation(), seed, num_levels=3).tolist()
+           for i in workers.share([1] * len(clients))}
+    return workers.ask(own, lambda parts: float(np.mean(np.concatenate(list(fed.union(parts).values())))))
 
 
-def federate(model, judges, clients, config, run, public_jitter):
-    """All rounds, resumed from `last.pt` where there is one; writes rounds.jsonl, last.pt and best.pt."""
+def initial_state(model, config):
+    """What the rounds start from: round 0 of `last.pt`."""
     start = lora.adapter_vector(model)
-    p = config["privacy"]
-    state = {"adapter": start, "round": 0, "accountant": [], "best": float("inf"), "clip_norm": p["clip_norm"]}
-    if (run / "last.pt").exists():
-        state = load_state(run / "last.pt")
+    state = {"adapter": start, "round": 0, "accountant": [], "best": float("inf"),
+             "clip_norm": config["privacy"]["clip_norm"]}
+    if config["fed"]["algorithm"] == "scaffold":
+        zeros = torch.zeros_like(start)
+        state |= {"control": zeros, "controls": {i: zeros for i in range(config["data"]["clients"])}}
+    return state
+
+
+def federate(model, judges, clients, config, run, public_jitter, workers):
+    """All rounds, resumed from `last.pt` where there is one; writes rounds.jsonl, last.pt and best.pt."""
+    p, lead = config["privacy"], workers.rank == 0
+    path = run / "last.pt"
+    state = workers.ask(None, lambda _: load_state(path) if path.exists() else initial_state(model, config))
     clients, settings = list(clients.values()), settings_of(config, public_jitter)
-    mechanism, num_rounds = make_mechanism(config, len(start)), config["fed"]["rounds"]
+    mechanism, num_rounds = make_mechanism(config, len(state["adapter"])), config["fed"]["rounds"]
     accountant = privacy.Accountant(state["accountant"])
+    if lead:
+        forget_rounds(run, state["round"])
     bar = tqdm(range(state["round"], num_rounds), "rounds", initial=state["round"], total=num_rounds)
     for index in bar:
         if mechanism:  # spent before the round, so that a round cut off after its upload stays spent
@@ -704,44 +778,59 @@ def federate(model, judges, clients, config, run, public_jitter):
                 say(run, f"stopped before round {index}: it would pass epsilon {p['target_epsilon']} at delta {p['delta']}")
                 break
             accountant.spend(**spending)
-            save_torch(state | {"accountant": accountant.history}, run / "last.pt")
-        adapter, record = fed.run_round(model, judges, clients, state["adapter"], index, config["seed"], mechanism,
-                                        settings)
-        record["validation_loss"] = mean_validation_loss(model, clients, adapter, config["seed"])
+            if lead:
+                save_torch(state | {"accountant": accountant.history}, path)
+        state, record = fed.run_round(model, judges, clients, state, index, config["seed"], mechanism, settings, workers)
+        started = time.perf_counter()
+        record["validation_loss"] = mean_validation_loss(model, clients, state["adapter"], config["seed"], workers)
         record["epsilon"] = accountant.epsilon(p["delta"]) if mechanism else None
-        state |= {"adapter": adapter, "round": index + 1, "accountant": accountant.history,
+        record["seconds"]["validation"] = time.perf_counter() - started
+        state |= {"round": index + 1, "accountant": accountant.history,
                   "best": min(state["best"], record["validation_loss"])}
         if record.get("unclipped_fraction") is not None:
             state["clip_norm"] = privacy.next_clip_norm(mechanism.clip_norm, record["unclipped_fraction"],
                                                         p["clip_quantile"], p["clip_rate"])
-        for gone in record["dropouts"]:
-            say(run, f"round {index}: {gone['client']} dropped out: {gone['reason']}")
-        if "skipped" in record:
-            say(run, f"round {index}: nothing aggregated: {record['skipped']}")
-        with open(run / "rounds.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
-        save_torch(state, run / "last.pt")
-        if state["best"] == record["validation_loss"]:
-            save_torch(state, run / "best.pt")
+        if lead:
+            write_round(record, state, run)
         bar.set_postfix(validation=f"{record['validation_loss']:.4f}",
-                        epsilon=record["epsilon"] and f"{record['epsilon']:.4g}")
+                        epsilon=f"{record['epsilon']:.4g}" if mechanism else "none")
     return state["adapter"]  # the last: choosing the best would look at the clients' losses outside of the guarantee
 
 
-def personalize(model, judges, clients, adapter, config, run):
+def forget_rounds(run, num_rounds):
+    """Take from rounds.jsonl what a run that was cut off had written of the round to be done again."""
+    log = run / "rounds.jsonl"
+    if log.exists():
+        save_text("".join(log.read_text().splitlines(keepends=True)[:num_rounds]), log)
+
+
+def write_round(record, state, run):
+    """Log a round, and keep the state that it ended in."""
+    for gone in record["dropouts"]:
+        say(run, f"round {record['round']}: {gone['client']} dropped out: {gone['reason']}")
+    if "skipped" in record:
+        say(run, f"round {record['round']}: nothing aggregated: {record['skipped']}")
+    with open(run / "rounds.jsonl", "a") as log:
+        log.write(json.dumps(finite(record)) + "\n")
+    save_torch(state, run / "last.pt")
+    if state["best"] == record["validation_loss"]:
+        save_torch(state, run / "best.pt")
+
+
+def personalize(model, judges, clients, adapter, config, run, workers):
     """Each client's own adapter, trained on from the global one on its own clips; kept in personal/<client>.pt."""
-    settings = settings_of(config, 1.0)["train"] | {"lr": config["personal"]["lr"], "proximal": 0.0}
+    train = settings_of(config, 1.0)["train"] | {"lr": config["personal"]["lr"], "proximal": 0.0, "optimizer": "adamw"}
     (run / "personal").mkdir(exist_ok=True)
-    vectors = {}
-    for number, (name, client) in enumerate(tqdm(clients.items(), "personal adapters")):
-        path = run / "personal" / f"{name}.pt"
+    names, vectors = list(clients), {}
+    for number in tqdm(workers.share([client.num_samples for client in clients.values()]), "personal adapters"):
+        name, path = names[number], run / "personal" / f"{names[number]}.pt"
         if not path.exists():
             seed = fed.derived_seed(config["seed"], 10**6, number)
-            vector, _ = fed.train_adapter(model, judges, client.draw, adapter, config["personal"]["steps"], seed,
-                                          **settings)
+            vector, _ = fed.train_adapter(model, judges, clients[name].draw, adapter, config["personal"]["steps"], seed,
+                                          **train)
             save_torch({"adapter": vector}, path)
         vectors[name] = load_state(path)["adapter"]
-    return vectors
+    return workers.ask(vectors, fed.union)
 
 
 def load_state(path, device="cpu"):
@@ -757,50 +846,75 @@ def load_state(path, device="cpu"):
 def add_adapters(model, config):
     torch.manual_seed(config["seed"])  # A is random: every party must start from the same
     a = config["lora"]
-    lora.inject_lora(model, a["rank"], a["alpha"], a["dropout"], a["targets"])
+    lora.inject_lora(model, a["rank"], a["alpha"], a["dropout"], a["targets"], a["freeze_a"])
     model.eval()
 
 
-def train(config, device, run):
+def train(config, device, run, workers):
     """The whole path: data, backbone, rounds, personal adapters, evaluation, report."""
-    seconds, clock = {}, time.perf_counter()
+    seconds, clock, lead = {}, time.perf_counter(), workers.rank == 0
 
     def lap(name):
         nonlocal clock
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
-        say(run, f"{name}: {seconds[name]:.0f} s")
+        if lead:
+            say(run, f"{name}: {seconds[name]:.0f} s")
 
-    people = load_people(config)  # refuses what it must before anything is written
+    people = workers.in_turn(lambda: load_people(config))  # refuses what it must before anything is written
     run.mkdir(parents=True, exist_ok=True)
+    with claimed(run) if lead else contextlib.nullcontext():
+        lap("data")
+        trained = workers.ask(None, lambda _: starting_point(config, people, device, run))
+        seconds |= trained["seconds"]  # of the run that trained it, should this one have found it in the cache
+        model, judges = restore(config, trained, device)
+        add_adapters(model, config)
+        clients, splits = make_clients(model, people, config, device)
+        untouched, clock = lora.adapter_vector(model), time.perf_counter()
+        shared = federate(model, judges, clients, config, run, public_jitter(people["public"]), workers)
+        lap("rounds")
+        own = personalize(model, judges, clients, shared, config, run, workers)
+        lap("personal adapters")
+        if lead:
+            adapters = {"backbone only": dict.fromkeys(clients, untouched), "global adapter": dict.fromkeys(clients, shared),
+                        "personal adapter": own}
+            rows, sources, shown, speed = evaluate(model, judges, splits, adapters, config, device)
+            losses = test_losses(model, splits, adapters, config, device)
+            lap("evaluation")
+            publish(make_report(config, rows, sources, losses, judges, seconds, speed, model, run), shown, run)
+            draw_history(run, trained["losses"])
+            print(f"report, pictures and videos: {run}")
+
+
+@contextlib.contextmanager
+def claimed(run):
+    """This process's claim on a run's directory, which ends with it; ValueError if another holds it."""
+    with open(run / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{run}: another process is at work there") from None
+        for half_written in run.rglob(".[0-9]*-*"):  # by one that was killed: see `replacing`
+            half_written.unlink()
+        yield
+
+
+def starting_point(config, people, device, run):
+    """The run's own backbone.pt, which its adapters were trained on, or what `backbone` gives; the config beside it."""
+    path = run / "backbone.pt"
     save_text(yaml.safe_dump(config, sort_keys=False), run / "config.yaml")
-    lap("data")
-    if (run / "backbone.pt").exists():  # resumed: its adapters fit no other
-        model, judges, trained = load_backbone(config, run / "backbone.pt", device)
-    else:
-        model, judges, trained = backbone(config, people, device, Path(config["runtime"]["directory"]) / "backbones")
-        save_torch(trained, run / "backbone.pt")
-    seconds |= trained["seconds"]  # of the run that trained it, should this one have found it in the cache
-    add_adapters(model, config)
-    clients, splits = make_clients(model, people, config, device)
-    untouched, clock = lora.adapter_vector(model), time.perf_counter()
-    shared = federate(model, judges, clients, config, run, public_jitter(people["public"]))
-    lap("rounds")
-    own = personalize(model, judges, clients, shared, config, run)
-    lap("personal adapters")
-    adapters = {"backbone only": dict.fromkeys(clients, untouched), "global adapter": dict.fromkeys(clients, shared),
-                "personal adapter": own}
-    rows, sources, shown, speed = evaluate(model, judges, splits, adapters, config, device)
-    losses = test_losses(model, splits, adapters, config, device)
-    lap("evaluation")
-    report = make_report(config, rows, sources, losses, judges, seconds, speed, model, run)
+    if not path.exists():
+        save_torch(backbone(config, people, device, Path(config["runtime"]["directory"]) / "backbones"), path)
+    return load_state(path)
+
+
+def publish(report, shown, run):
+    """Write the report, the pictures and the videos, and print the tables."""
     save_text(json.dumps(finite(report), indent=1), run / "report.json")
     save_text(report_tables(report), run / "report.md")
-    pictured = [m for m in rows if m not in ("mean frame", "copy reference")]
+    pictured = [row["name"] for row in report["rows"] if row["name"] not in ("mean frame", "copy reference")]
     draw_grid(shown, pictured, run / "grid.png")
     write_samples(shown, [m for m in pictured if "other" not in m], run / "samples")
-    draw_history(run, trained["losses"])
     print(report_tables(report))
-    print(f"report, pictures and videos: {run}")
 
 
 def public_jitter(public):
@@ -835,7 +949,8 @@ def make_report(config, rows, sources, losses, judges, seconds, speed, model, ru
     table = [{"name": name} | row for name, row in rows.items()]
     d, whole = len(lora.adapter_vector(model)), sum(p.numel() for p in model.parameters())
     mechanism = make_mechanism(config, d)
-    guarantee = {"private": False, "epsilon": None, "reason": "privacy.enabled is false"}
+    reason = "the clients' clips are pooled" if config["fed"]["algorithm"] == "centralized" else "privacy.enabled is false"
+    guarantee = {"private": False, "epsilon": None, "reason": reason}
     if mechanism:
         accountant = privacy.Accountant(load_state(run / "last.pt")["accountant"])
         guarantee = privacy.privacy_report(mechanism, accountant, config["privacy"]["delta"], config["fed"]["rounds"])
@@ -858,7 +973,7 @@ def draw_history(run, backbone_losses):
     panels = {"backbone: diffusion loss by step": {"training": list(enumerate(smooth))}}
     if rounds:
         panels["validation loss by round"] = {"global adapter": [(r["round"] + 1, r["validation_loss"]) for r in rounds]}
-        if rounds[0]["epsilon"] is not None:
+        if all(r["epsilon"] is not None for r in rounds):
             panels["epsilon spent by round"] = {"epsilon": [(r["round"] + 1, r["epsilon"]) for r in rounds]}
     draw_curves(panels, run / "curves.png")
 
@@ -866,7 +981,7 @@ def draw_history(run, backbone_losses):
 def audit(config, device, run):
     """--action audit: is the noise there, and what does an update tell of the clips behind it? Writes audit.json."""
     people = load_people(config)
-    model, judges, _ = load_backbone(config, run / "backbone.pt", device)
+    model, judges = restore(config, load_state(run / "backbone.pt"), device)
     add_adapters(model, config)
     clients, splits = make_clients(model, people, config, device)
     start, delta, f = lora.adapter_vector(model), config["privacy"]["delta"], config["fed"]
@@ -880,9 +995,10 @@ def audit(config, device, run):
     settings = settings_of(config, 1.0) | {"gamma": 0.0}
     local = [fed.client_update(model, judges, client, start, fed.derived_seed(config["seed"], 2 * 10**6, i), settings)
              for i, client in enumerate(tqdm(clients.values(), "local updates"))]
-    updates, weights, _ = zip(*local)
-    released = {"released mean": fed.aggregate(updates, weights, mechanism, 0)[0],
-                "released mean, noise for epsilon 8": fed.aggregate(updates, weights, protected, 0)[0]}
+    updates = [update for update, _, _ in local]
+    uploads = {i: (update, weight) for i, (update, weight, _) in enumerate(local)}
+    released = {"released mean": fed.aggregate(uploads, list(uploads), mechanism, 0)[0],
+                "released mean, noise for epsilon 8": fed.aggregate(uploads, list(uploads), protected, 0)[0]}
     attack = {"one client's update, unprotected": []} | {name: [] for name in released}
     for client, split, update in zip(clients.values(), splits.values(), updates):
         others = split["validation"] + split["test"]
@@ -923,35 +1039,77 @@ def dry_run(config):
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default="config.yaml", help="YAML file; what it leaves out has the default")
     parser.add_argument("--preset", nargs="*", default=[], help="named sets of overrides from the config's `presets`")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="single overrides, e.g. fed.rounds=20")
-    parser.add_argument("--gpus", help="CUDA index, or cpu; left out: a GPU if there is one")
+    parser.add_argument("--gpus", help="a worker on each: CUDA indices such as 0,1, or cpu, or cpu:2; left out: every "
+                                       "GPU there is, else the CPU")
     parser.add_argument("--resume", metavar="RUN", help="go on in this run directory, with its own config")
     parser.add_argument("--action", default="train", choices=["train", "evaluate", "generate", "audit", "dry-run"])
     parser.add_argument("--reference", help="generate: a picture of a face")
     parser.add_argument("--speech", help="generate: a sound or video file")
     parser.add_argument("--output", default="talk.mp4", help="generate: the video to write")
     parser.add_argument("--adapter", help="generate: personal/<client>.pt of the person")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def act(args, config, devices, workers):
+    """Do what the command line asks for, in this process."""
+    device = torch.device(devices[int(os.environ.get("LOCAL_RANK", 0)) % len(devices)])
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config["runtime"]["threads"] or max(1, os.cpu_count() // neighbours))
+    if args.action == "generate":
+        return speak(args, config, device)
+    if args.action == "dry-run":
+        return dry_run(config)
+    if args.action in ("evaluate", "audit") and not args.resume:
+        raise ValueError(f"--action {args.action}: give the run with --resume runs/NAME")
+    if args.action == "audit":
+        return audit(config, device, Path(args.resume))
+    name = f"{config['runtime']['directory']}/{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}"
+    train(config, device, workers.ask(None, lambda _: Path(args.resume or name)), workers)
+
+
+def launch(argv, num_workers):
+    """One process a device, which find each other as under torchrun; a worker that dies ends the run with one line."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     try:
-        device = choose_device(args.gpus)
+        torch.multiprocessing.start_processes(worker, (argv, num_workers, port), num_workers, start_method="spawn")
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name:
+            raise ValueError(f"worker {error.error_index} was ended by {error.signal_name}: go on with --resume") from None
+        sys.exit(error.exit_code)
+
+
+def worker(rank, argv, num_workers, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers),
+                   "LOCAL_WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main(argv)
+
+
+def main(argv=None):
+    args, rank, size = parse(argv), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        devices = choose_devices(args.gpus)
         config = load_config(Path(args.resume) / "config.yaml" if args.resume else args.config, args.preset, args.set)
-        torch.set_num_threads(config["runtime"]["threads"])
-        if args.action == "generate":
-            return speak(args, config, device)
-        if args.action == "dry-run":
-            return dry_run(config)
-        if args.action in ("evaluate", "audit") and not args.resume:
-            raise ValueError(f"--action {args.action}: give the run with --resume runs/NAME")
-        if args.action == "audit":
-            return audit(config, device, Path(args.resume))
-        run = Path(args.resume or f"{config['runtime']['directory']}/{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}")
-        train(config, device, run)
+        settings_of(config, 1.0)  # refuses what does not go together
+        if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
+            return launch(sys.argv[1:] if argv is None else argv, len(devices))
+        if size > 1:  # workers wait for each other as long as it takes to train a backbone
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        if rank > 0:
+            os.environ["TQDM_DISABLE"] = "1"
+        act(args, config, devices, fed.Workers())
+        if size > 1:
+            torch.distributed.destroy_process_group()
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        if rank == 0:  # the others met the same error, or the end of this one
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """The federation's equations against their definitions, and rounds against the plain weighted mean."""
 
+import dataclasses
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +43,25 @@ def drawer(model, shift=0.0):
 
 
 def clients_of(model, num):
-    return [fed.Client(f"c{i}", 4 + i, drawer(model, i / 10), drawer(model)(1, 6, torch.Generator().manual_seed(i)))
-            for i in range(num)]
+    held_out = [drawer(model)(1, 6, torch.Generator().manual_seed(i)) for i in range(num)]
+    return [fed.Client(f"c{i}", 4 + i, drawer(model, i / 10), lambda i=i: held_out[i]) for i in range(num)]
 
 
 def settings(**changes):
     train = dict(lr=1e-2, batch_size=2, num_frames=6, proximal=0.0, loss_weights=NO_JUDGES, speech_dropout=0.1)
-    return dict(sample_rate=1.0, local_epochs=0.5, server_lr=0.5, gamma=0.0, reliability_alpha=0.7, sample_cap=100,
-                train=train, sampling=SAMPLING, public_jitter=0.1) | changes
+    return dict(algorithm="isfa", sample_rate=1.0, local_epochs=0.5, server_lr=0.5, gamma=0.0, reliability_alpha=0.7,
+                sample_cap=100, train=train, sampling=SAMPLING, public_jitter=0.1, dropout_rate=0.0,
+                client_timeout_seconds=0.0) | changes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def soaked():
+    """The long proof, shortened, beside the other tests."""
+    script = Path(__file__).with_name("soak_rounds.py")
+    with subprocess.Popen([sys.executable, script, "6", "1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as child:
+        yield child
+        child.kill()
 
 
 def test_tdc_is_eq_8():
@@ -106,7 +121,7 @@ def test_judged_terms_are_weighted_by_alpha_bar_on_average(monkeypatch):
     monkeypatch.setattr(fed, "stratified_timesteps", lambda *_: t)
     batch = drawer(model)(4, 6, torch.Generator().manual_seed(0))
     batch["reference"] = torch.arange(4.0).view(4, 1, 1, 1).expand_as(batch["reference"])
-    for seed in range(300):
+    for seed in range(80):
         fed.objective(model, batch, dict(NO_JUDGES, sync=1.0), None, torch.Generator().manual_seed(seed), 0.0)
     expected = (model.diffusion.alpha_bar[t] * torch.arange(4.0)).mean()
     assert float(torch.stack(seen).mean()) == pytest.approx(float(expected), rel=0.1)
@@ -127,10 +142,10 @@ def test_local_training_lowers_the_loss_reproducibly():
     batch = drawer(model, 1.0)(4, 6, torch.Generator().manual_seed(5))
     before = fed.validation_loss(model, batch, 0).mean()
     fixed = dict(lr=2e-2, batch_size=4, num_frames=6, loss_weights=NO_JUDGES, speech_dropout=0.0)
-    runs = [fed.train_adapter(model, None, drawer(model, 1.0), start, 12, 7, **fixed)[0] for _ in range(2)]
+    runs = [fed.train_adapter(model, None, drawer(model, 1.0), start, 6, 7, **fixed)[0] for _ in range(2)]
     assert torch.equal(*runs)
     assert fed.validation_loss(model, batch, 0).mean() < before
-    near, _ = fed.train_adapter(model, None, drawer(model, 1.0), start, 12, 7, **fixed, proximal=1e4)
+    near, _ = fed.train_adapter(model, None, drawer(model, 1.0), start, 6, 7, **fixed, proximal=1e4)
     assert (near - start).norm() < (runs[0] - start).norm() / 2
 
 
@@ -147,16 +162,17 @@ def test_secure_round_is_the_plain_weighted_mean():
     updates = [np.random.default_rng(i).normal(size=50).astype(np.float32) * 0.05 for i in range(5)]
     weights = [0.2, 1.0, 0.5, 0.7, 0.9]
     mechanism = privacy.Mechanism(1.0, 0.0, 50, 5, 2, min_weight=0.1)
-    plain, _ = fed.aggregate(updates, weights, None, 0)
-    secure, about = fed.aggregate(updates, weights, mechanism, 0)
-    assert np.abs(secure - plain).max() < 1e-6
+    uploads = dict(enumerate(zip(updates, weights)))
+    plain, _, _ = fed.aggregate(uploads, list(uploads), None, 0)
+    secure, survivors, about = fed.aggregate(uploads, list(uploads), mechanism, 0)
+    assert np.abs(secure - plain).max() < 1e-6 and survivors == [0, 1, 2, 3, 4]
     assert about["weight_sum"] == pytest.approx(sum(weights), rel=1e-6) and about["bytes_up"] == 4 * 51
 
 
 def test_noise_and_clipping_reach_the_sum():
     updates, weights = [np.full(2000, 1.0, np.float32)] * 4, [1.0] * 4
     mechanism = privacy.Mechanism(0.5, 0.1, 2000, 4, 2, weight_scale=5.0)  # so that the sum of weights is nearly exact
-    mean, _ = fed.aggregate(updates, weights, mechanism, 0)
+    mean, _, _ = fed.aggregate(dict(enumerate(zip(updates, weights))), range(4), mechanism, 0)
     assert mean.mean() == pytest.approx(0.5 / math.sqrt(2000), abs=0.02)
     # four clients add N(0, z^2 S^2 / 2) each: more than z S because dropouts must never leave too little
     expected = 0.1 * mechanism.sensitivity * math.sqrt(4 / 2) / 4
@@ -166,7 +182,7 @@ def test_noise_and_clipping_reach_the_sum():
 def test_the_unclipped_share_comes_out_of_the_secure_sum():
     updates, weights = [np.full(100, size, np.float32) for size in (0.001, 0.01, 1.0, 2.0)], [1.0] * 4
     mechanism = privacy.Mechanism(0.5, 0.01, 100, 4, 2, bit_scale=0.5, mechanism="skellam")
-    _, about = fed.aggregate(updates, weights, mechanism, 0)
+    _, _, about = fed.aggregate(dict(enumerate(zip(updates, weights))), range(4), mechanism, 0)
     assert about["unclipped_fraction"] == pytest.approx(0.5, abs=0.1) and about["clip_norm"] == 0.5
 
 
@@ -180,29 +196,153 @@ def test_an_update_tells_of_its_members():
     assert gains[0] > max(0, gains[1])
 
 
-def test_rounds_move_the_adapter_and_survive_a_client_that_fails():
+def test_rounds_move_the_adapter_and_survive_clients_that_fail():
     model = adapted_model()
-    clients, start = clients_of(model, 4), lora.adapter_vector(model)
+    clients, start = clients_of(model, 5), {"adapter": lora.adapter_vector(model)}
     after, record = fed.run_round(model, None, clients, start, 0, 3, None, settings())
     again, _ = fed.run_round(model, None, clients, start, 0, 3, None, settings())
-    assert torch.equal(after, again) and not torch.equal(after, start)
-    assert [c["client"] for c in record["clients"]] == record["cohort"] == ["c0", "c1", "c2", "c3"]
+    assert torch.equal(after["adapter"], again["adapter"]) and not torch.equal(after["adapter"], start["adapter"])
+    assert [c["client"] for c in record["clients"]] == record["cohort"] == ["c0", "c1", "c2", "c3", "c4"]
 
-    def broken(batch_size, num_frames, generator):
-        return drawer(model, float("nan"))(batch_size, num_frames, generator)
+    def broken(*_):
+        raise KeyError("disk")
 
-    hurt = clients[:3] + [fed.Client("c3", 7, broken, clients[3].validation)]
-    without, record = fed.run_round(model, None, hurt, start, 0, 3, None, settings())
-    assert record["dropouts"] == [{"client": "c3", "reason": "update is not finite"}]
-    assert without.isfinite().all() and not torch.equal(without, after)
+    def endless(*_):
+        while True:
+            time.sleep(0.01)
+
+    draws = {2: broken, 3: lambda *a: drawer(model, float("nan"))(*a), 4: endless}
+    hurt = [dataclasses.replace(c, draw=draws.get(i, c.draw)) for i, c in enumerate(clients)]
+    without, record = fed.run_round(model, None, hurt, start, 0, 3, None, settings(client_timeout_seconds=3.0))
+    assert record["dropouts"] == [{"client": "c2", "reason": "KeyError('disk')"},
+                                  {"client": "c3", "reason": "update is not finite"},
+                                  {"client": "c4", "reason": "took longer than 3 s"}]
+    two, _ = fed.run_round(model, None, clients[:2], start, 0, 3, None, settings())
+    assert torch.equal(without["adapter"], two["adapter"])  # the survivors' mean, and theirs only
 
 
 def test_a_cohort_too_small_leaves_the_adapter_as_it_was():
     model = adapted_model()
-    start = lora.adapter_vector(model)
-    mechanism = privacy.Mechanism(1.0, 0.1, len(start), 4, 3)
+    start = {"adapter": lora.adapter_vector(model)}
+    mechanism = privacy.Mechanism(1.0, 0.1, len(start["adapter"]), 4, 3)
     after, record = fed.run_round(model, None, clients_of(model, 2), start, 0, 3, mechanism, settings())
-    assert torch.equal(after, start) and "2 clients are left, 3 are needed" in record["skipped"]
+    assert after == start and "2 clients are left, 3 are needed" in record["skipped"]
+
+
+def test_simulated_dropouts_leave_at_every_stage_and_cost_their_own_update_only(monkeypatch):
+    updates = [np.random.default_rng(i).normal(size=20).astype(np.float32) for i in range(8)]
+    clients = [fed.Client(str(i), 4 + i, None, None) for i in range(8)]
+    monkeypatch.setattr(fed, "client_update", lambda model, judges, client, *_: (
+        updates[int(client.name)], client.num_samples / 20, {"client": client.name, "terms": {}}))
+    mechanism, start = privacy.Mechanism(100.0, 0.0, 20, 8, 2, min_weight=0.01), {"adapter": torch.zeros(20)}
+    stages, skipped = set(), 0
+    for seed in range(30):
+        after, record = fed.run_round(None, None, clients, start, 0, seed, mechanism, settings(dropout_rate=0.3, server_lr=1.0))
+        stages |= {gone["reason"].split()[-1] for gone in record["dropouts"]}
+        if "skipped" in record:
+            assert torch.equal(after["adapter"], start["adapter"]) and "needed" in record["skipped"]
+            skipped += 1
+            continue
+        left = [int(gone["client"]) for gone in record["dropouts"]]
+        summed = [int(c["client"]) for c in record["clients"]]  # with who left before unmask: its update had arrived
+        assert sorted(left + summed) == list(range(8))
+        mean = np.average([updates[i] for i in summed], axis=0, weights=[clients[i].num_samples for i in summed])
+        assert np.abs(after["adapter"].numpy() - mean).max() < 1e-5
+    assert stages >= {"training", "advertise", "share", "mask"} and 0 < skipped < 20
+
+
+def test_shares_are_whole_and_balanced():
+    loads = [5, 1, 1, 8, 3, 2]
+    workers = [fed.Workers() for _ in range(3)]
+    for rank, worker in enumerate(workers):
+        worker.rank, worker.size = rank, 3
+    shares = [worker.share(loads) for worker in workers]
+    assert sorted(i for share in shares for i in share) == list(range(6))
+    assert [sum(loads[i] for i in share) for share in shares] == [8, 6, 6]
+
+
+# Client i has the loss a_i |x - t_i|^2 / 2: what K steps of gradient descent do to it is known.
+CURVATURES, TARGETS, RATE, STEPS = (1.0, 3.0, 0.5), (-1.0, 2.0, 4.0), 0.1, 5
+
+
+def quadratic_federation(monkeypatch, **train):
+    model = adapted_model()
+
+    def objective(model, batch, *_):
+        x = torch.cat([p.flatten() for p in lora.adapter_parameters(model)])
+        return batch["a"] / 2 * (x - batch["t"]).square().sum(), {"diffusion": 0.0}
+
+    monkeypatch.setattr(fed, "objective", objective)
+    clients = [fed.Client(f"c{i}", 10, lambda *_, a=a, t=t: dict(a=a, t=t), dict)
+               for i, (a, t) in enumerate(zip(CURVATURES, TARGETS))]
+    fixed = settings(local_epochs=STEPS * 2 / 10, server_lr=1.0)
+    fixed["train"] |= {"lr": RATE, "optimizer": "sgd"} | train
+    return model, clients, fixed, torch.zeros_like(lora.adapter_vector(model))
+
+
+@pytest.mark.parametrize("proximal", [0.0, 2.0])
+def test_fedavg_and_fedprox_on_quadratics(monkeypatch, proximal):
+    model, clients, fixed, zero = quadratic_federation(monkeypatch, proximal=proximal)
+    x, state = 1.0, {"adapter": zero + 1.0}
+    for index in range(3):
+        state, _ = fed.run_round(model, None, clients, state, index, 0, None, fixed)
+        ends = []
+        for a, t in zip(CURVATURES, TARGETS):  # x <- x* + (1 - lr (a + mu))^K (x - x*), x* = (a t + mu g) / (a + mu)
+            still = (a * t + proximal * x) / (a + proximal)
+            ends.append(still + (1 - RATE * (a + proximal)) ** STEPS * (x - still))
+        x = sum(ends) / 3
+        assert torch.allclose(state["adapter"], zero + x, atol=1e-5)
+
+
+def test_scaffold_on_quadratics_reaches_the_optimum_that_fedavg_misses(monkeypatch):
+    model, clients, fixed, zero = quadratic_federation(monkeypatch)
+    fixed["algorithm"] = "scaffold"
+    state = {"adapter": zero + 1.0, "control": zero, "controls": dict.fromkeys(range(3), zero)}
+    x, c, own = 1.0, 0.0, [0.0] * 3
+    for index in range(15):
+        state, _ = fed.run_round(model, None, clients, state, index, 0, None, fixed)
+        ends, renewed = [], []
+        for a, t, c_i in zip(CURVATURES, TARGETS, own):
+            y = x
+            for _ in range(STEPS):
+                y -= RATE * (a * (y - t) - c_i + c)
+            ends.append(y), renewed.append(c_i - c + (x - y) / (STEPS * RATE))
+        x, c, own = sum(ends) / 3, c + sum(n - o for n, o in zip(renewed, own)) / 3, renewed
+        if index in (0, 1, 5):
+            assert torch.allclose(state["adapter"], zero + x, atol=1e-4)
+            assert torch.allclose(state["control"], zero + c, atol=1e-4)
+    optimum = sum(a * t for a, t in zip(CURVATURES, TARGETS)) / sum(CURVATURES)
+    assert float((state["adapter"] - optimum).abs().max()) < 0.02
+    plain = {"adapter": zero + 1.0}
+    for index in range(15):
+        plain, _ = fed.run_round(model, None, clients, plain, index, 0, None, fixed | {"algorithm": "isfa"})
+    assert float((plain["adapter"] - optimum).abs().min()) > 0.05
+
+
+def test_scaffold_clips_both_updates_as_one_vector(monkeypatch):
+    model, clients, fixed, zero = quadratic_federation(monkeypatch)
+    fixed["algorithm"], d = "scaffold", len(zero)
+    state = {"adapter": zero + 1.0, "control": zero, "controls": dict.fromkeys(range(3), zero)}
+    free, _ = fed.run_round(model, None, clients, state, 0, 0, None, fixed)
+    mechanism = privacy.Mechanism(1e-3, 0.0, 2 * d, 3, 2, weight_scale=1.0, min_weight=1e-6)
+    bound, record = fed.run_round(model, None, clients, state, 0, 0, mechanism, fixed)
+    moved = torch.cat([bound["adapter"] - state["adapter"], bound["control"]])
+    assert 0 < float(moved.norm()) < 1.1e-3 and record["clipped_fraction"] == 1.0
+    assert float(free["control"].norm()) > 1
+
+
+def test_centralized_takes_the_cohorts_steps_on_everyones_clips(monkeypatch):
+    model, clients, fixed, zero = quadratic_federation(monkeypatch)
+    fixed |= {"algorithm": "centralized"}
+    fixed["train"]["batch_size"] = 3
+    monkeypatch.setattr(fed, "join_batches", lambda parts: {k: sum(p[k] for p in parts) / len(parts) for k in parts[0]})
+    state, record = fed.run_round(model, None, clients, {"adapter": zero}, 0, 0, None, fixed)
+    assert record["steps"] == 3 * round(STEPS * 2 / 3) and TARGETS[0] < float(state["adapter"].mean()) < TARGETS[2]
+
+
+def test_killed_rounds_resume_to_the_same_adapter(soaked):
+    output = soaked.communicate()[0]
+    assert soaked.returncode == 0 and "6 rounds, 1 kills: same adapter" in output, output
 
 
 def test_imports_follow_one_arrow():

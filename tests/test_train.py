@@ -40,6 +40,8 @@ def fails(capsys, *arguments):
     (["--config", "missing.yaml"], "missing.yaml"),
     (["--gpus", "333"], "--gpus 333"),
     (["--gpus", "one"], "--gpus one"),
+    (["--gpus", "cpu:0"], "--gpus cpu:0"),
+    (["--set", "fed.algorithm=scaffold"], "fed.optimizer=sgd"),
     (["--resume", "nowhere"], "nowhere"),
     (["--action", "audit", "--resume", "nowhere"], "nowhere"),
     (["--action", "evaluate"], "--resume"),
@@ -127,6 +129,19 @@ def finished(tmp_path_factory):
     return folder, next((folder / "runs").glob("*-talkers"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_two_workers(finished):
+    """The settings of a run with dropouts, SCAFFOLD and secure sums without noise, and it on two workers, meanwhile."""
+    folder, _ = finished
+    settings = TINY + [f"data.root={folder / 'people'}", f"runtime.directory={folder / 'runs'}", "fed.algorithm=scaffold",
+                       "fed.optimizer=sgd", "fed.gamma=0.0", "fed.dropout_rate=0.1", "privacy.noise_multiplier=0.0",
+                       "privacy.clip_quantile=0.0", "privacy.min_honest=2"]
+    command = [sys.executable, Path(train.__file__), "--gpus", "cpu:2", "--set", *settings, "name=on-two"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        yield settings, child
+        child.kill()
+
+
 def test_the_whole_path_leaves_what_it_promises(finished):
     _, run = finished
     assert {"config.yaml", "log.txt", "rounds.jsonl", "backbone.pt", "last.pt", "best.pt", "report.json", "report.md",
@@ -188,6 +203,39 @@ def test_resuming_a_finished_run_repeats_no_round_and_changes_nothing(finished):
     assert torch.equal(train.load_state(run / "last.pt")["adapter"], adapter) and (run / "rounds.jsonl").read_text() == history
 
 
+def test_a_run_has_one_process_at_work_and_loses_its_half_written_files(finished, capsys):
+    _, run = finished
+    with train.claimed(run):
+        assert "another process is at work" in fails(capsys, "--gpus", "cpu", "--resume", str(run))
+    (run / "personal" / ".123-client-000.pt").write_text("half")
+    with train.claimed(run):
+        assert not list(run.rglob(".[0-9]*"))
+
+
+def test_a_backbone_that_is_cut_off_goes_on_where_it_was(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    config = train.load_config(train.DEFAULTS, overrides=TINY + [f"data.root={folder / 'people'}", "backbone.steps=4"])
+    people, cpu = train.load_people(config), torch.device("cpu")
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    train.train_backbone(config, people, cpu, tmp_path / "whole.pt")
+    calls, update = [], train.talking.EMA.update
+
+    def cut_off(self, module):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        update(self, module)
+
+    monkeypatch.setattr(train.talking.EMA, "update", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_backbone(config, people, cpu, tmp_path / "cut.pt")
+    train.train_backbone(config, people, cpu, tmp_path / "cut.pt")
+    whole, cut = (train.load_state(tmp_path / name) for name in ("whole.pt", "cut.pt"))
+    assert len(calls) == 5 and whole["losses"] == cut["losses"] and len(cut["losses"]) == 4
+    assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pt", "whole.pt"]
+
+
 def test_one_person_is_no_dataset(tmp_path, capsys):
     data.make_synthetic(tmp_path / "one", 1, 0, 0, 3, 3, 0.8, size=32)
     assert "1 people" in fails(capsys, "--set", f"data.root={tmp_path / 'one'}", f"runtime.directory={tmp_path / 'runs'}")
@@ -202,3 +250,18 @@ def test_help_and_dry_run_work_from_a_shell():
     root = Path(train.__file__).parent
     out = subprocess.run([sys.executable, "train.py", "--action", "dry-run"], cwd=root, capture_output=True, text=True, check=True).stdout
     assert "epsilon" in out and "adapter" in out
+
+
+def test_two_workers_make_the_same_run_as_one(finished, on_two_workers):
+    folder, (settings, child) = finished[0], on_two_workers
+    train.main(["--gpus", "cpu", "--set", *settings, "name=on-one"])
+    output = child.communicate()[0]
+    assert child.returncode == 0, output
+    one, two = (next((folder / "runs").glob(f"*-on-{workers}")) for workers in ("one", "two"))
+    for name in ("last.pt", "personal/client-000.pt", "personal/client-002.pt"):
+        assert torch.equal(*(train.load_state(run / name)["adapter"] for run in (one, two)))
+    states = [train.load_state(run / "last.pt") for run in (one, two)]
+    assert states[0]["control"].norm() > 0 and torch.equal(states[0]["control"], states[1]["control"])
+    assert all(torch.equal(states[0]["controls"][i], states[1]["controls"][i]) for i in range(3))
+    losses = [json.loads((run / "report.json").read_text())["validation_loss"] for run in (one, two)]
+    assert losses[0] == losses[1]

@@ -129,13 +129,15 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
     """
     lora.load_adapter_vector(model, start)
     parameters = lora.adapter_parameters(model)
-    anchors = [p.detach().clone() for p in parameters]
+    anchors = [p.detach().clone() for p in parameters] if proximal else []
     corrections = lora.split_vector(model, correction) if correction is not None else []
     steady = optimizer == "sgd"
     optimizer = (torch.optim.SGD(parameters, lr=lr) if steady else
                  torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True))
     generator, sums = torch.Generator().manual_seed(seed), {}
-    torch.manual_seed(seed)  # adapter dropout draws from the global generator
+    torch.default_generator.manual_seed(seed)  # adapter dropout draws from the global one, of the CPU or of the GPU;
+    if torch.cuda.is_initialized():  # torch.manual_seed does both, in a millisecond where there is no GPU
+        torch.cuda.manual_seed_all(seed)
     model.unet.train()
     try:
         for step in range(num_steps):
@@ -317,10 +319,10 @@ def train_cohort(model, judges, clients, cohort, state, round_index, seed, setti
                 control = (state["control"], state["controls"][i]) if "control" in state else ()
                 update, weight, about = client_update(model, judges, clients[i], state["adapter"],
                                                       derived_seed(seed, round_index, i), settings, *control)
-            if not np.isfinite(update).all():
+            norm = float(np.linalg.norm(update))
+            if not math.isfinite(norm):
                 raise ValueError("update is not finite")
-            updates[i], records[i] = (update, weight), about | {"leaves": stage}
-            records[i]["norm"] = float(np.linalg.norm(update))
+            updates[i], records[i] = (update, weight), about | {"norm": norm, "leaves": stage}
         except Exception as error:  # whatever a client does, the round goes on
             reason = str(error) if type(error) in (ValueError, RuntimeError, TimeoutError) else repr(error)
             records[i] = {"client": clients[i].name, "reason": reason}
@@ -433,8 +435,10 @@ def clear_mean(updates, survivors, workers):
 
     def mean(parts):
         pairs = union(parts).values()
-        total = sum(weight for _, weight in pairs)
-        return sum(weight * update.astype(np.float64) for update, weight in pairs) / total, total
+        mean, total = np.zeros(len(next(iter(pairs))[0])), sum(weight for _, weight in pairs)
+        for update, weight in pairs:  # summed in float64
+            mean += weight / total * update
+        return mean, total
 
     mean, weight_sum = workers.ask(updates, mean)
     return mean, survivors, {"weight_sum": weight_sum, "bytes_up": 4 * (len(mean) + 1)}

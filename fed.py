@@ -286,17 +286,20 @@ def union(parts):
 @contextlib.contextmanager
 def time_limit(seconds):
     """TimeoutError in this block after `seconds`; 0 is no limit. Main thread only."""
+    if not seconds:
+        yield
+        return
+
     def expire(*_):
         raise TimeoutError(f"took longer than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, expire) if seconds else None
+    before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if seconds:
-            signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, before)
 
 
 def dropout_stage(rate, seed):
@@ -349,9 +352,8 @@ def run_round(model, judges, clients, state, round_index, seed, mechanism, setti
     drop = {stage: [i for i in present if records[i]["leaves"] == stage] for stage in privacy.STAGES}
     record["seconds"] = {"clients": trained - started, "waiting": max(busy) - min(busy)}
     mean, survivors, about = aggregate(updates, present, mechanism, round_index, drop, workers)
-    gone = [i for i in present if i not in survivors]
-    record["dropouts"] += [{"client": clients[i].name, "reason": f"left before {records[i]['leaves']}"} for i in gone
-                           if records[i]["leaves"]]
+    record["dropouts"] += [{"client": clients[i].name, "reason": f"left before {records[i]['leaves']}"}
+                           for i in present if records[i]["leaves"] and i not in survivors]
     record["clients"] = [records[i] for i in survivors]
     record["idle"] = 1 - sum(busy) / (len(busy) * max(busy))
     record |= about | summary(record["clients"], mechanism)
@@ -424,8 +426,8 @@ def aggregate(updates, present, mechanism, round_index, drop=None, workers=None)
     # The server's noise, if there is one, is drawn once.
     mean, weight_sum, unclipped = workers.ask(None, lambda _: mechanism.decode(total, len(survivors), round_index))
     return mean, [present[k] for k in survivors], {
-        "weight_sum": weight_sum, "bytes_up": mechanism.coordinates * mechanism.ring // 8,
-        "clip_norm": mechanism.clip_norm, "unclipped_fraction": unclipped}
+        "weight_sum": weight_sum, "bytes_up": mechanism.num_bytes, "clip_norm": mechanism.clip_norm,
+        "unclipped_fraction": unclipped}
 
 
 def clear_mean(updates, survivors, workers):
@@ -433,14 +435,14 @@ def clear_mean(updates, survivors, workers):
     if not survivors:
         return None, [], {"skipped": "no client is left"}
 
-    def mean(parts):
+    def weighted_mean(parts):
         pairs = union(parts).values()
         mean, total = np.zeros(len(next(iter(pairs))[0])), sum(weight for _, weight in pairs)
         for update, weight in pairs:  # summed in float64
             mean += weight / total * update
         return mean, total
 
-    mean, weight_sum = workers.ask(updates, mean)
+    mean, weight_sum = workers.ask(updates, weighted_mean)
     return mean, survivors, {"weight_sum": weight_sum, "bytes_up": 4 * (len(mean) + 1)}
 
 

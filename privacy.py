@@ -225,6 +225,7 @@ class Mechanism:
                 and min(self.noise_multiplier, self.bit_scale) >= 0,
                 "clip_norm, weight_scale and min_weight are above 0, noise_multiplier and bit_scale not below.")
         self.coordinates = self.length + 1 + (self.bit_scale > 0)
+        self.num_bytes = self.coordinates * self.ring // 8  # of an upload
         # [w clip(u), s w, bit_scale C (b - 1/2)]: one vector is added, or one replaced (Andrew et al. 2021, Sec. 2).
         swapped = self.sampling == "fixed"
         added = 1 + self.weight_scale ** 2  # replacing, the worst weights are (1, 1) or (1, 0)

@@ -337,8 +337,9 @@ def train_unet(model, public, settings, window, seed, device, partial):
     torch.manual_seed(seed)
     clips = [clip for own in public.values() for clip in own]
     draw = drawer(clips, encode_clips(model, clips, device, NUM_REFERENCES), window, device)
-    generator, losses, first = torch.Generator().manual_seed(seed), [], 0
-    if not partial.exists():
+    generator, losses = torch.Generator().manual_seed(seed), []
+    state = load_state(partial, device) if partial.exists() else None
+    if state is None:
         batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
         model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("motion", "reference_latents")))
         train_speech(model, batches, settings, generator)
@@ -346,13 +347,12 @@ def train_unet(model, public, settings, window, seed, device, partial):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     average = talking.EMA(model, settings["ema_decay"])
-    if partial.exists():
-        state = load_state(partial, device)
+    if state is not None:
         for part, name in ((model, "model"), (average.module, "average"), (optimizer, "optimizer")):
             part.load_state_dict(state[name])
         generator.set_state(state["generator"].cpu())
-        losses, first = state["losses"], len(state["losses"])
-        average.step = first
+        losses, average.step = state["losses"], len(state["losses"])
+    first = len(losses)
     bar = tqdm(range(first, settings["steps"]), "backbone", mininterval=1, initial=first, total=settings["steps"])
     for step in bar:
         batch = draw(settings["batch_size"], settings["num_frames"], generator)
@@ -775,7 +775,9 @@ def federate(model, judges, clients, config, run, public_jitter, workers):
             mechanism = dataclasses.replace(mechanism, clip_norm=state["clip_norm"])
             spending = mechanism.spending(settings["sample_rate"])
             if p["target_epsilon"] and accountant.would_exceed(p["target_epsilon"], p["delta"], **spending):
-                say(run, f"stopped before round {index}: it would pass epsilon {p['target_epsilon']} at delta {p['delta']}")
+                if lead:
+                    say(run, f"stopped before round {index}: it would pass epsilon {p['target_epsilon']} "
+                             f"at delta {p['delta']}")
                 break
             accountant.spend(**spending)
             if lead:
@@ -958,7 +960,7 @@ def make_report(config, rows, sources, losses, judges, seconds, speed, model, ru
     judged |= {"self-trained, scores on held-out public people": judges.scores}
     return {"name": config["name"], "rows": table, "validation_loss": losses, "judges": judged, "privacy": guarantee,
             "communication": {"adapter_parameters": d, "model_parameters": whole, "bytes_up_plain": 4 * (d + 1),
-                              "bytes_up_secure": mechanism and mechanism.coordinates * 4, "bytes_down": 4 * d},
+                              "bytes_up_secure": mechanism and mechanism.num_bytes, "bytes_down": 4 * d},
             "seconds": {k: round(v, 1) for k, v in seconds.items()},
             "speed": {"generated_frames_per_second": round(speed, 1)},
             "hardware": {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
@@ -995,28 +997,32 @@ def audit(config, device, run):
     settings = settings_of(config, 1.0) | {"gamma": 0.0}
     local = [fed.client_update(model, judges, client, start, fed.derived_seed(config["seed"], 2 * 10**6, i), settings)
              for i, client in enumerate(tqdm(clients.values(), "local updates"))]
-    updates = [update for update, _, _ in local]
     uploads = {i: (update, weight) for i, (update, weight, _) in enumerate(local)}
     released = {"released mean": fed.aggregate(uploads, list(uploads), mechanism, 0)[0],
                 "released mean, noise for epsilon 8": fed.aggregate(uploads, list(uploads), protected, 0)[0]}
     attack = {"one client's update, unprotected": []} | {name: [] for name in released}
-    for client, split, update in zip(clients.values(), splits.values(), updates):
-        others = split["validation"] + split["test"]
-        clips = split["train"] + others
-        length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
-        motions = encode_clips(model, clips, device)
-        batch = clip_batch(clips, motions, length, config["data"]["window"], device, config["seed"])
-        for name, seen in zip(attack, (update, *released.values())):
-            gains = fed.membership_gains(model, batch, start, torch.as_tensor(seen).float(), config["seed"])
-            members, strangers = gains[:len(split["train"])], gains[len(split["train"]):]
-            attack[name].append(float((members[:, None] > strangers).float().mean()))  # AUC: 0.5 is a guess
+    for split, (update, _) in zip(splits.values(), uploads.values()):
+        for name, auc in zip(attack, membership_auc(model, split, start, (update, *released.values()), config, device)):
+            attack[name].append(auc)
     result = {"canaries": canaries, "membership_auc": {name: metrics.mean_ci(values) for name, values in attack.items()}}
     save_text(json.dumps(finite(result), indent=1), run / "audit.json")
     for name, c in canaries.items():
-        print(f"canaries, {name}: epsilon {c['measured_epsilon']:.4g} "
-              f"[{c['epsilon_lower_bound']:.4g}, {c['epsilon_upper_bound']:.4g}], accounted {c['accounted_epsilon']:.4g}: {'FLAGGED, ' + c['why'] if c['flagged'] else 'as accounted'}")
+        print(f"canaries, {name}: epsilon {c['measured_epsilon']:.4g} [{c['epsilon_lower_bound']:.4g}, "
+              f"{c['epsilon_upper_bound']:.4g}], accounted {c['accounted_epsilon']:.4g}: "
+              f"{'FLAGGED, ' + c['why'] if c['flagged'] else 'as accounted'}")
     for name, auc in result["membership_auc"].items():
         print(f"membership of clips by {name}: AUC {auc['mean']:.3f} [{auc['ci95'][0]:.3f}, {auc['ci95'][1]:.3f}]")
+
+
+def membership_auc(model, split, start, updates, config, device):
+    """How well each of `updates` tells a client's training clips from its others, by `fed.membership_gains`; 0.5: a guess."""
+    clips = split["train"] + split["validation"] + split["test"]
+    length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
+    batch = clip_batch(clips, encode_clips(model, clips, device), length, config["data"]["window"], device, config["seed"])
+    for update in updates:
+        gains = fed.membership_gains(model, batch, start, torch.as_tensor(update).float(), config["seed"])
+        members, strangers = gains[:len(split["train"])], gains[len(split["train"]):]
+        yield float((members[:, None] > strangers).float().mean())
 
 
 def dry_run(config):
@@ -1028,7 +1034,7 @@ def dry_run(config):
     mechanism = make_mechanism(config, d)
     print(yaml.safe_dump(config, sort_keys=False))
     print(f"parameters: model {whole:,}, adapter {d:,}")
-    print(f"bytes a client and round: down {4 * d:,}, up {4 * (mechanism.coordinates if mechanism else d + 1):,} "
+    print(f"bytes a client and round: down {4 * d:,}, up {mechanism.num_bytes if mechanism else 4 * (d + 1):,} "
           f"(the whole model: {4 * whole:,})")
     if mechanism:
         accountant = privacy.Accountant()
@@ -1101,8 +1107,8 @@ def main(argv=None):
             return launch(sys.argv[1:] if argv is None else argv, len(devices))
         if size > 1:  # workers wait for each other as long as it takes to train a backbone
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        if rank > 0:
-            os.environ["TQDM_DISABLE"] = "1"
+        if rank > 0:  # one process's bars are enough; TQDM_DISABLE would be read at import only
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         act(args, config, devices, fed.Workers())
         if size > 1:
             torch.distributed.destroy_process_group()

@@ -4,17 +4,19 @@ A clip has 25 frames a second, sound at 16 kHz (frame i spans samples 640 i .. 6
 of four frames a video frame.  Each file is decoded once and memory-mapped afterwards.
 """
 import argparse
+import contextlib
 import difflib
 import functools
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw, ImageOps
 from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter1d
+from scipy.signal import correlate, correlation_lags
 from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
@@ -78,14 +81,22 @@ def audio_windows(mel, window=5):
 SOUND = ['-map', '0:a:0', '-ac', 1, '-af', f'aresample={SAMPLE_RATE}:async=1:first_pts=0', '-f', 's16le']
 
 
-def _ffmpeg(*arguments, stdin=None):
-    """Run ffmpeg and return what it printed; ValueError with the first line of its complaint."""
+def _ffmpeg(*arguments, blocks=()):
+    """Run ffmpeg on `blocks` of input and return what it printed; ValueError with the first line of its complaint."""
     command = [get_ffmpeg_exe(), '-v', 'error', '-xerror', '-y', '-nostdin', *map(str, arguments)]
-    result = subprocess.run(command, input=stdin, capture_output=True)
-    if result.returncode:
-        lines = result.stderr.decode(errors='replace').strip().splitlines() or ['ffmpeg failed']
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            with contextlib.suppress(BrokenPipeError):                 # it stopped reading: its complaint says why
+                for block in blocks:
+                    process.stdin.write(block)
+            output, complaint = process.communicate()
+        except BaseException:                                          # whoever makes the blocks failed
+            process.kill()
+            raise
+    if process.returncode:
+        lines = complaint.decode(errors='replace').strip().splitlines() or ['ffmpeg failed']
         raise ValueError('no sound' if 'matches no streams' in lines[0] else re.sub(r'^\[[^]]*\] *', '', lines[0]))
-    return result.stdout
+    return output
 
 
 def _decode(path, size):
@@ -119,7 +130,8 @@ def load_speech(path):
 
 
 def load_image(path, size):
-    """Picture uint8 [3, size, size], cut to its central square; ValueError if the file is no picture."""
+    """Picture uint8 [3, size, size], cut to its central square, and whether much of it was cut off; ValueError if the file
+    is no picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith('I'):                           # 16 bits a pixel, which convert() would clip to white
@@ -129,28 +141,41 @@ def load_image(path, size):
         reason = 'no such image' if isinstance(error, FileNotFoundError) else 'not an image that can be read'
         raise ValueError(f'{reason}: {path}') from None
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'grey'), image).convert('RGB')
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)).transpose(2, 0, 1).copy()
+    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square).transpose(2, 0, 1).copy(), max(image.size) > 1.1 * min(image.size)
 
 
 def write_video(path, frames, audio=None, metadata=None, crf=16):
-    """Write uint8 frames [f, 3, h, w] or [f, h, w, 3] and int16 audio (16 kHz) as 25 fps mp4, whole or not at all."""
-    path, frames, sound = Path(path), np.asarray(frames), []
-    if frames.ndim != 4 or frames.dtype != np.uint8 or not len(frames) or 3 not in frames.shape[1::2]:
-        raise ValueError(f'a video needs uint8 frames [f, 3, h, w], not {frames.dtype} {list(frames.shape)}')
-    if frames.shape[3] != 3:
-        frames = frames.transpose(0, 2, 3, 1)
+    """Write uint8 frames [f, 3, h, w] or [f, h, w, 3], or an iterator of such blocks, and int16 audio [640 f] (16 kHz) as
+    25 fps mp4, whole or not at all."""
+    path, sound = Path(path), []
+    blocks = map(_rows_of_pixels, [frames] if isinstance(frames, np.ndarray) else frames)
+    first = next(blocks)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.video-', dir=path.parent) as folder:
         if audio is not None:
-            audio = np.pad(audio, (0, max(0, len(frames) * SAMPLES_PER_FRAME - len(audio))))
-            audio[:len(frames) * SAMPLES_PER_FRAME].astype(np.int16).tofile(Path(folder, 'sound'))
+            audio.astype(np.int16).tofile(Path(folder, 'sound'))
             sound = ['-f', 's16le', '-ar', SAMPLE_RATE, '-ac', 1, '-i', Path(folder, 'sound')]
         tags = [part for key, value in (metadata or {}).items() for part in ('-metadata', f'{key}={value}')]
-        _ffmpeg('-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{frames.shape[2]}x{frames.shape[1]}', '-r', FPS,
+        _ffmpeg('-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{first.shape[2]}x{first.shape[1]}', '-r', FPS,
                 '-i', 'pipe:0', *sound, '-vf', 'pad=ceil(iw/2)*2:ceil(ih/2)*2', '-c:v', 'libx264', '-crf', crf,
                 '-preset', 'veryfast', '-pix_fmt', 'yuv420p', '-threads', 1, '-c:a', 'aac', '-b:a', '96k', '-movflags',
-                '+faststart+use_metadata_tags', *tags, Path(folder, 'new.mp4'), stdin=np.ascontiguousarray(frames).data)
+                '+faststart+use_metadata_tags', *tags, Path(folder, 'new.mp4'), blocks=itertools.chain([first], blocks))
         Path(folder, 'new.mp4').replace(path)
+
+
+def _rows_of_pixels(frames):
+    """uint8 frames [f, h, w, 3] of either order of axes."""
+    if frames.ndim != 4 or frames.dtype != np.uint8 or not len(frames) or 3 not in frames.shape[1::2]:
+        raise ValueError(f'a video needs uint8 frames [f, 3, h, w], not {frames.dtype} {list(frames.shape)}')
+    return np.ascontiguousarray(frames if frames.shape[3] == 3 else frames.transpose(0, 2, 3, 1))
+
+
+def sound_lag(path, audio):
+    """Seconds by which the sound of a video file comes later than int16 `audio` [n] at 16 kHz."""
+    heard, said = load_speech(path).astype(np.float32), np.asarray(audio, np.float32)
+    lags = correlation_lags(len(heard), len(said))
+    return float(lags[np.argmax(correlate(heard, said, method='fft'))]) / SAMPLE_RATE
 
 
 # ---- datasets
@@ -271,11 +296,25 @@ def split_clips(clips, seed):
     return parts
 
 
+def cut(clips, seconds):
+    """The clips in pieces of `seconds`; of what is left over, a piece that is at least half as long."""
+    pieces, length = [], max(1, round(seconds * FPS))
+    for clip in clips:
+        starts = range(0, max(1, len(clip.frames) - length // 2 + 1), length)
+        for number, start in enumerate(starts):
+            part = lambda values, each: values[each * start:each * (start + length)]
+            opening = None if clip.opening is None else part(clip.opening, 1)
+            pieces.append(replace(clip, name=f'{clip.name}-{number}', path=clip.path / str(number), opening=opening,
+                                  frames=part(clip.frames, 1), audio=part(clip.audio, SAMPLES_PER_FRAME),
+                                  mel=part(clip.mel, MELS_PER_FRAME)))
+    return pieces
+
+
 def draw_batch(clips, motions, batch_size, num_frames, generator, window=5):
     """Random windows: frames [b, f, 3, h, w] and reference [b, 3, h, w] in [-1, 1], mel [b, f, 4 window, 40], opening
-    [b, f] (NaN where unknown), person, and out of `motions` {path: [(moment, motion [f, m, y, x], latents [c, y, x])]}
-    motion [b, f, m, y, x] and reference_latents [b, c, y, x]: the reference is frame `moment` of the window's own clip,
-    and outside of the window where there is room.  (A clip to be generated gets another clip's.)"""
+    [b, f] (NaN where unknown), person, prompt, and out of `motions` {path: [(picture [3, h, w], moment, motion
+    [f, m, y, x], latents [c, y, x])]} motion [b, f, m, y, x] and reference_latents [b, c, y, x] of one picture, the
+    reference: frame `moment` of the window's own clip, outside of the window where there is room, or another clip's (-1)."""
     people = _by_person(clip for clip in clips if len(clip.frames) >= num_frames)
     if not people:
         raise ValueError(f'no clip has the {num_frames} frames that a training window needs')
@@ -283,18 +322,18 @@ def draw_batch(clips, motions, batch_size, num_frames, generator, window=5):
     names, rows, drawn = sorted(people), [], []
     for _ in range(batch_size):
         clip = pick(people[pick(names)])
-        moment, motion, latents = pick(motions[clip.path])
+        picture, moment, motion, latents = pick(motions[clip.path])
         starts = range(len(clip.frames) - num_frames + 1)
         start = pick([s for s in starts if not s <= moment < s + num_frames] or starts)
         span = slice(start, start + num_frames)
         opening = np.full(num_frames, np.nan, np.float32) if clip.opening is None else clip.opening[span]
-        rows.append((clip.frames[span], audio_windows(clip.mel, window)[span], clip.frames[moment], opening))
-        drawn.append((clip.person, motion[span], latents))
+        rows.append((clip.frames[span], audio_windows(clip.mel, window)[span], picture, opening))
+        drawn.append((clip.person, clip.prompt, motion[span], latents))
     frames, mel, reference, opening = (torch.from_numpy(np.stack(a)) for a in zip(*rows))
     frames, reference = (t.float().mul_(1 / 127.5).sub_(1) for t in (frames, reference))
-    person, motion, latents = zip(*drawn)
-    return dict(frames=frames, mel=mel, reference=reference, opening=opening, person=person, motion=torch.stack(motion),
-                reference_latents=torch.stack(latents))
+    person, prompt, motion, latents = zip(*drawn)
+    return dict(frames=frames, mel=mel, reference=reference, opening=opening, person=person, prompt=prompt,
+                motion=torch.stack(motion), reference_latents=torch.stack(latents))
 
 
 # ---- synthetic talkers

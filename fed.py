@@ -1,7 +1,7 @@
 """The federation: Eq. 12 on each client, reliability, and the private, secure, identity-stable mean at the server.
 
 A batch is a dict: frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f n m], motion [b f m h w],
-reference_latents [b c h w]. Clients draw their own; nothing here reads files.
+reference_latents [b c h w], words [b n] of the prompt. Clients draw their own; nothing here reads files.
 """
 
 import contextlib
@@ -19,6 +19,9 @@ from einops import rearrange
 import lora
 import metrics
 import privacy
+from model import KNOWN_FRAMES
+
+CONTINUED = 0.25  # share of training clips that go on from frames without noise
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ def tdc_loss(eps_hat, eps):
     return (error[:, 1:] - error[:, :-1]).abs().mean()
 
 
-def noised(model, batch, t, eps, keep_speech=None):
-    """Network output, its target, and the implied x0 and eps, for a batch at timesteps t [b]."""
+def noised(model, batch, t, eps, scales=None):
+    """Network output, its target, and the implied x0 and eps, for a batch at timesteps t [b] or, by frame, [b f]."""
     x0 = batch["motion"] / model.spread
     xt = model.diffusion.add_noise(x0, t, eps)
-    speech, identity = model.conditions(batch["mel"], batch["reference"], keep_speech)
-    output = model(xt, t, speech, identity, batch["reference_latents"])
+    conditions = model.conditions(batch["mel"], batch["reference"], batch["words"], scales)
+    output = model(xt, t, conditions, batch["reference_latents"])
     return output, model.diffusion.target(x0, t, eps), *model.diffusion.split(output, xt, t)
 
 
@@ -58,25 +61,31 @@ def stratified_timesteps(model, num, generator):
     return (u * model.diffusion.num_steps).long()
 
 
-def objective(model, batch, weights, judges, generator, speech_dropout):
+def objective(model, batch, weights, judges, generator, condition_dropout):
     """Eq. 12: the loss to minimise and its terms by name.
 
     L_diff is the squared error of what the network states (`TalkingHead.loss`). For v and x0 this is Eq. 6 divided by
     alpha_bar_t, which keeps the step of pure noise in the loss. `weights` holds tdc, identity, perceptual and sync.
+    Speech, identity and text are each withheld from a share `condition_dropout` of the clips; a share CONTINUED knows its first
+    frames already, as the windows of a long clip do.
     """
-    device = batch["motion"].device
-    t = stratified_timesteps(model, len(batch["motion"]), generator).to(device)
-    eps = torch.randn(batch["motion"].shape, generator=generator).to(device)
-    keep = torch.rand(len(t), generator=generator).to(device) >= speech_dropout
-    output, target, x0_hat, eps_hat = noised(model, batch, t, eps, keep)
+    device, (num_clips, num_frames) = batch["motion"].device, batch["motion"].shape[:2]
+    t = stratified_timesteps(model, num_clips, generator)
+    alpha_bar = model.diffusion.alpha_bar[t]
+    eps = torch.randn(batch["motion"].shape, generator=generator)
+    keep = (torch.rand(3, num_clips, generator=generator) >= condition_dropout).float().to(device)
+    known = min(KNOWN_FRAMES, num_frames // 2) * (torch.rand(num_clips, generator=generator) < CONTINUED)
+    known = torch.arange(num_frames) < known[:, None]  # b f
+    t = t[:, None].where(~known, -1).to(device)
+    eps = (eps * ~known[:, :, None, None, None]).to(device)
+    output, target, x0_hat, eps_hat = noised(model, batch, t, eps, dict(zip(("speech", "identity", "text"), keep)))
     terms = {"diffusion": model.loss(output, target, t).mean()}
     if weights["tdc"]:
         terms["tdc"] = tdc_loss(eps_hat, eps)
     if weights["identity"] or weights["perceptual"] or weights["sync"]:
         # One clip, drawn with probability ~ alpha_bar: the expectation of weighting all by it, at a fraction of the cost.
-        alpha_bar = model.diffusion.alpha_bar[t.cpu()]
         picks = torch.multinomial(alpha_bar, 1, generator=generator).to(device)
-        first = int(torch.randint(x0_hat.shape[1] - 4, (), generator=generator))
+        first = int(torch.randint(num_frames - 4, (), generator=generator))
         picked = {key: batch[key][picks] for key in ("frames", "reference", "mel")}
         terms |= judged_terms(model, judges, picked, x0_hat[picks], float(alpha_bar.mean()), slice(first, first + 5))
     loss = terms["diffusion"] + sum(weights[name] * term for name, term in terms.items() if name != "diffusion")
@@ -120,7 +129,7 @@ def validation_loss(model, batch, seed, num_levels=8):
 
 
 def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size, num_frames, loss_weights,
-                  speech_dropout, optimizer="adamw", proximal=0.0, correction=None):
+                  condition_dropout, optimizer="adamw", proximal=0.0, correction=None):
     """Train the adapter from the vector `start` [d] for `num_steps`; returns the new vector and the mean loss terms.
 
     `proximal` is FedProx's mu: it adds (mu / 2) |phi - g|^2 to the loss (Li et al. 2020, Eq. 2). `correction` [d] is
@@ -142,7 +151,7 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
     try:
         for step in range(num_steps):
             loss, terms = objective(model, draw(batch_size, num_frames, generator), loss_weights, judges, generator,
-                                    speech_dropout)
+                                    condition_dropout)
             if proximal:
                 loss = loss + proximal / 2 * sum((p - a).square().sum() for p, a in zip(parameters, anchors))
             optimizer.zero_grad()
@@ -165,9 +174,9 @@ def reliability(model, judges, batch, alpha, public_jitter, seed, **sampling):
     ID is the cosine to the reference's identity, TS = exp(-max(0, jitter / public_jitter - 1)): a client whose
     clips shake no more than public people's is fully stable, whatever its own clips look like.
     """
-    noise = torch.randn(batch["motion"].shape, generator=torch.Generator().manual_seed(seed))
     reference = batch["other_reference"]
-    frames = unit_range(model.generate(reference, batch["mel"], noise.to(reference.device), **sampling))
+    frames = unit_range(model.generate(reference, batch["mel"], batch["words"], torch.Generator().manual_seed(seed),
+                                       **sampling))
     person = judges.identity(unit_range(reference))
     similarity = judges.identity(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     identity = float((similarity * person[:, None]).sum(-1).mean().clamp(0, 1))

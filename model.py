@@ -5,11 +5,15 @@ Axes: b clips, f frames, n images or tokens, c channels, h w pixels or latent gr
 
 import copy
 import math
+import re
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+
+KNOWN_FRAMES = 4  # that a window of a long clip takes over from the window before
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder
@@ -203,6 +207,7 @@ class SpeechEncoder(nn.Module):
 
     def __init__(self, num_mels, window, dim, mels_per_frame=4):
         super().__init__()
+        self.window = window  # video frames
         self.conv = nn.Sequential(
             nn.Conv1d(num_mels, dim, 3, padding=1), nn.SiLU(),
             nn.Conv1d(dim, dim, mels_per_frame, stride=mels_per_frame), nn.SiLU(),
@@ -210,15 +215,13 @@ class SpeechEncoder(nn.Module):
         self.position = nn.Parameter(torch.randn(window, dim) * 0.02)
         self.norm = nn.LayerNorm(dim)
         self.proj = nn.Linear(window * dim, dim)
-        self.null = nn.Parameter(torch.zeros(window + 1, dim))  # "no speech", for guidance
 
-    def forward(self, mel, keep=None):
-        """mel [b f n m] -> tokens [b f window+1 d], the last a summary; where keep [b] is False the speech is withheld."""
+    def forward(self, mel):
+        """mel [b f n m] -> tokens [b f window+1 d], the last a summary."""
         h = self.conv(rearrange(mel, "b f n m -> (b f) m n"))  # (b f) d window
         tokens = rearrange(h, "n d w -> n w d") + self.position
         summary = self.proj(rearrange(tokens, "n w d -> n 1 (w d)"))  # a token that sees the whole window
-        tokens = rearrange(self.norm(torch.cat([tokens, summary], dim=1)), "(b f) w d -> b f w d", b=len(mel))
-        return tokens if keep is None else torch.where(keep[:, None, None, None], tokens, self.null)
+        return rearrange(self.norm(torch.cat([tokens, summary], dim=1)), "(b f) w d -> b f w d", b=len(mel))
 
 
 class IdentityEncoder(nn.Module):
@@ -234,34 +237,108 @@ class IdentityEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, reference):
-        """reference [b 3 H W] -> tokens [b 16 d]."""
-        return self.norm(rearrange(self.conv(reference), "b d h w -> b (h w) d"))
+        """reference [b 3 H W], or [b n 3 H W] of n pictures of the person -> tokens [b (n 16) d]."""
+        pictures = reference.flatten(0, -4)
+        return self.norm(rearrange(self.conv(pictures), "(b n) d h w -> b (n h w) d", b=len(reference)))
+
+
+class TextEncoder(nn.Module):
+    """Prompts of a few words -> a token for each word and a summary; the words are those of the public captions."""
+
+    def __init__(self, dim, num_words=256, max_words=8):
+        super().__init__()
+        self.words, self.max_words = [], max_words  # word i of the list is row i + 1; row 0 is no word
+        self.table = nn.Embedding(num_words, dim, padding_idx=0)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.norm = nn.LayerNorm(dim)
+
+    def get_extra_state(self):
+        return self.words
+
+    def set_extra_state(self, words):
+        self.words = list(words)
+
+    def learn_words(self, prompts):
+        """Know the words of `prompts`, the most frequent first, as many as the table has rows for."""
+        counts = Counter(word for prompt in prompts for word in split_words(prompt))
+        self.words = sorted(counts, key=lambda word: (-counts[word], word))[:self.table.num_embeddings - 1]
+
+    def ids(self, prompts):
+        """Words [b max_words] of prompts as rows of the table, 0 where there is none; unknown words are left out."""
+        rows = torch.zeros(len(prompts), self.max_words, dtype=torch.long)
+        for row, prompt in zip(rows, prompts):
+            known = [self.words.index(word) + 1 for word in split_words(prompt) if word in self.words][:self.max_words]
+            row[:len(known)] = torch.tensor(known)
+        return rows
+
+    def forward(self, ids):
+        """ids [b max_words] -> tokens [b max_words+1 d], the last a summary."""
+        words = self.table(ids)
+        return self.norm(torch.cat([words, self.mlp(words.sum(1, keepdim=True))], dim=1))
+
+
+def split_words(prompt):
+    return re.findall(r"[a-z']+", prompt.lower())
 
 
 # ---------------------------------------------------------------------------------------------- UNet
 
 
-class Attention(nn.Module):
-    """Pre-norm multi-head attention with a residual; zero at the start. `b n d`, context `b m e`."""
+def attend(q, k, v, heads, bias=None):
+    """Multi-head attention of q [b n c] to k, v [b m c]."""
+    q, k, v = (rearrange(x, "b n (k d) -> b k n d", k=heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b k n d -> b n (k d)")
 
-    def __init__(self, dim, heads, context_dim=None):
+
+def zero_linear(dim):
+    """A linear layer that starts at zero: what it closes starts as no more than its residual."""
+    linear = nn.Linear(dim, dim)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Attention(nn.Module):
+    """Pre-norm multi-head self-attention of b n d with a residual; zero at the start."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = zero_linear(dim)
+
+    def forward(self, x, bias=None):
+        h = self.norm(x)
+        return x + self.to_out(attend(self.to_q(h), self.to_k(h), self.to_v(h), self.heads, bias))
+
+
+class CrossAttention(nn.Module):
+    """Decoupled cross-attention (Ye et al. 2023, Eq. 5): one query; every condition has its own keys, values and scale.
+
+    A condition of scale 0 is one that is not there, also in training. Zero at the start.
+    """
+
+    def __init__(self, dim, heads, condition_dim, names):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_out = nn.Linear(dim, dim)
-        nn.init.zeros_(self.to_out.weight)
-        nn.init.zeros_(self.to_out.bias)
+        self.to_k, self.to_v = (nn.ModuleDict({name: nn.Linear(condition_dim, dim, bias=False) for name in names})
+                                for _ in range(2))
+        self.to_out = zero_linear(dim)
 
-    def forward(self, x, context=None, bias=None):
-        h = self.norm(x)
-        context = h if context is None else context
-        q, k, v = self.to_q(h), self.to_k(context), self.to_v(context)
-        q, k, v = (rearrange(y, "b n (k d) -> b k n d", k=self.heads) for y in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return x + self.to_out(rearrange(h, "b k n d -> b n (k d)"))
+    def forward(self, x, conditions, num_frames):
+        """x [(b f) n c]; conditions {name: (tokens, scale [b])}, tokens b m d for the whole clip or b f m d by frame."""
+        q, found = self.to_q(self.norm(x)), 0.0
+        for name, (tokens, scale) in conditions.items():
+            shared = num_frames if tokens.dim() == 3 else 1  # frames that look at the same tokens
+            tokens = tokens.flatten(0, -3)
+            h = attend(rearrange(q, "(b f) n c -> b (f n) c", f=shared), self.to_k[name](tokens), self.to_v[name](tokens),
+                       self.heads)
+            h = rearrange(h, "b (f n) c -> (b f) n c", f=shared)
+            found = found + scale.repeat_interleave(num_frames)[:, None, None] * h
+        return x + self.to_out(found)
 
 
 class TemporalAttention(nn.Module):
@@ -283,48 +360,44 @@ class TemporalAttention(nn.Module):
         bias = self.bias[:, distance.clamp(-self.reach, self.reach) + self.reach]
         bias = bias.masked_fill(distance.abs() > self.reach, -math.inf)
         h = rearrange(x, "(b f) n d -> (b n) f d", f=num_frames)
-        return rearrange(self.attention(h, bias=bias), "(b n) f d -> (b f) n d", n=x.shape[1])
+        return rearrange(self.attention(h, bias), "(b n) f d -> (b f) n d", n=x.shape[1])
 
 
 class TalkingBlock(nn.Module):
-    """Convolve, then attend to space, speech, identity and time."""
+    """Convolve, then attend to space, to the conditions and to time."""
 
-    def __init__(self, in_channels, channels, temb_channels, speech_dim, identity_dim, heads, reach, spatial):
+    def __init__(self, in_channels, channels, temb_channels, condition_dim, heads, reach, spatial):
         super().__init__()
         self.resnet = ResnetBlock(in_channels, channels, 8, temb_channels)
         self.space = Attention(channels, heads) if spatial else None
-        self.speech = Attention(channels, heads, speech_dim)
-        self.identity = Attention(channels, heads, identity_dim)
+        self.conditions = CrossAttention(channels, heads, condition_dim, ("speech", "identity", "text"))
         self.time = TemporalAttention(channels, heads, reach)
 
-    def forward(self, x, temb, speech, identity, num_frames):
+    def forward(self, x, temb, conditions, num_frames):
         x = self.resnet(x, temb)  # (b f) c h w
         height = x.shape[2]
         x = rearrange(x, "n c h w -> n (h w) c")
         if self.space is not None:
             x = self.space(x)
-        x = self.speech(x, speech)
-        x = rearrange(x, "(b f) n c -> b (f n) c", f=num_frames)
-        x = self.identity(x, identity)
-        x = rearrange(x, "b (f n) c -> (b f) n c", f=num_frames)
+        x = self.conditions(x, conditions, num_frames)
         x = self.time(x, num_frames)
         return rearrange(x, "n (h w) c -> n c h w", h=height)
 
 
 class TalkingUNet(nn.Module):
-    """Denoise motion clips given speech tokens, identity tokens and the reference latent."""
+    """Denoise motion clips given speech, identity and text tokens and the reference latent."""
 
-    def __init__(self, motion_channels, latent_channels, channels, speech_dim, identity_dim, heads, reach):
+    def __init__(self, motion_channels, latent_channels, channels, condition_dim, heads, reach):
         super().__init__()
         temb = 4 * channels[0]
         self.frequencies = channels[0]
         self.time_mlp = nn.Sequential(nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb))
-        self.speech_mlp = nn.Linear(speech_dim, temb)
+        self.modulation = nn.ModuleDict({name: nn.Linear(condition_dim, temb, bias=False) for name in ("speech", "text")})
         self.position = nn.Parameter(torch.randn(1, channels[0], 8, 8) * 0.02)
         self.conv_in = nn.Conv2d(motion_channels + latent_channels, channels[0], 3, padding=1)
 
         def block(i, o, level):
-            return TalkingBlock(i, o, temb, speech_dim, identity_dim, heads, reach, spatial=level > 0)
+            return TalkingBlock(i, o, temb, condition_dim, heads, reach, spatial=level > 0)
 
         self.down = nn.ModuleList(block(channels[max(i - 1, 0)], c, i) for i, c in enumerate(channels))
         self.shrink = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in channels[:-1])
@@ -336,23 +409,30 @@ class TalkingUNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, xt, t, speech, identity, reference_latents):
-        """xt [b f m h w], t [b] in [0, 1], speech [b f n d], identity [b n d], reference [b c h w] -> [b f m h w]."""
+    def embed(self, t, conditions):
+        """What scales and shifts each frame [(b f) d]: its time t [b f] in [0, 1], and the summaries of speech and text."""
+        temb = self.time_mlp(sinusoid(1000 * t.flatten(), self.frequencies)).unflatten(0, t.shape)  # b f d
+        for name, layer in self.modulation.items():
+            tokens, scale = conditions[name]
+            summary = layer(tokens[..., -1, :]) * scale.view(-1, *[1] * (tokens.dim() - 2))
+            temb = temb + (summary if summary.dim() == 3 else summary[:, None])
+        return F.silu(temb.flatten(0, 1))
+
+    def forward(self, xt, t, conditions, reference_latents):
+        """xt [b f m h w], t [b f] in [0, 1], conditions as in `CrossAttention`, reference [b c h w] -> [b f m h w]."""
         num_frames = xt.shape[1]
-        temb = repeat(self.time_mlp(sinusoid(1000 * t, self.frequencies)), "b d -> (b f) d", f=num_frames)
-        speech = rearrange(speech, "b f n d -> (b f) n d")
-        temb = F.silu(temb + self.speech_mlp(speech[:, -1]))
+        temb = self.embed(t, conditions)
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
         x = self.conv_in(rearrange(torch.cat([xt, reference], dim=2), "b f c h w -> (b f) c h w"))
         x = x + F.interpolate(self.position, size=x.shape[-2:], mode="bilinear", align_corners=False)
         skips = []
         for block, shrink in zip(self.down, self.shrink):
-            skips.append(block(x, temb, speech, identity, num_frames))
+            skips.append(block(x, temb, conditions, num_frames))
             x = shrink(skips[-1])
-        x = self.middle(self.down[-1](x, temb, speech, identity, num_frames), temb, speech, identity, num_frames)
+        x = self.middle(self.down[-1](x, temb, conditions, num_frames), temb, conditions, num_frames)
         for grow, block in zip(self.grow, self.up):
             x = skips.pop() + F.interpolate(grow(x), scale_factor=2.0)
-            x = block(x, temb, speech, identity, num_frames)
+            x = block(x, temb, conditions, num_frames)
         return rearrange(self.conv_out(F.silu(self.norm_out(x))), "(b f) c h w -> b f c h w", f=num_frames)
 
 
@@ -377,8 +457,11 @@ class Diffusion:
         self.alpha_bar = noise_schedule(num_steps, schedule, zero_terminal_snr).float()
 
     def coefficients(self, t, like):
-        """sqrt(alpha_bar), sqrt(1 - alpha_bar) at integer t [b], shaped to multiply `like` [b ...]."""
-        alpha_bar = self.alpha_bar.to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
+        """sqrt(alpha_bar), sqrt(1 - alpha_bar) at integer t [b] or, by frame, [b f], shaped to multiply `like` [b f ...].
+
+        t = -1 is a frame without noise.
+        """
+        alpha_bar = self.alpha_bar.to(like.device)[t].where(t >= 0, 1.0).view(*t.shape, *[1] * (like.dim() - t.dim()))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def add_noise(self, x0, t, eps):
@@ -398,7 +481,7 @@ class Diffusion:
         if self.prediction == "eps":
             return (xt - noise * output) / signal, output
         if self.prediction == "x0":
-            return output, (xt - signal * output) / noise
+            return output, (xt - signal * output) / noise.clamp(min=1e-3)  # without noise both are zero
         return signal * xt - noise * output, noise * xt + signal * output
 
     def timesteps(self, num_steps):
@@ -516,22 +599,29 @@ class GaussianPrior(nn.Module):
         return (self.variance.sum() + (num_values - num_modes) * self.rest) / num_values
 
     def denoise(self, xt, signal, noise):
-        """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b 1 1 1 1]), and the deviation [b 1 c h w] that it
-        leaves at each place."""
-        frame = torch.arange(xt.shape[1], device=xt.device)
+        """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b f 1 1 1]: frames of less noise inform the others), and
+        the deviation [b f c h w] that it leaves at each place.
+
+        In a mode of variance v, frames are N(0, v K): the gain is v K S (v S K S + N^2)^-1, S and N the coefficients.
+        """
+        signal, noise = signal.flatten(1)[:, None], noise.flatten(1)[:, None]  # b 1 f
+        covariance = torch.cat([self.variance, self.rest[None]])[:, None, None] * self.between_frames(xt.shape[1])
+        seen = covariance * signal[..., None, :]  # b k+1 f f: Cov(x0, signal x0)
+        total = signal[..., :, None] * seen + torch.diag_embed(noise**2)
+        gain = torch.linalg.solve(total, seen, left=False)
+        left = (covariance.diagonal(dim1=1, dim2=2) - (gain * seen).sum(-1)).clamp(min=0).transpose(1, 2)  # b f k+1
+        flat = xt.flatten(2)
+        mean = torch.einsum("bkfg,bgk->bfk", gain[:, :-1] - gain[:, -1:], flat @ self.modes) @ self.modes.T
+        mean = mean + gain[:, -1] @ flat
+        deviation = (left[..., -1:] + (left[..., :-1] - left[..., -1:]) @ (self.modes**2).T).clamp(min=0).sqrt()  # b f d
+        return mean.view_as(xt), deviation.view_as(xt)
+
+    def between_frames(self, num_frames):
+        """The correlation matrix K [f f] of frames by their distance, made positive definite."""
+        frame = torch.arange(num_frames, device=self.correlation.device)
         lag = (frame[None] - frame[:, None]).abs().clamp(max=len(self.correlation) - 1)
         slowness, times = torch.linalg.eigh(self.correlation[lag])
-        slowness = slowness.clamp(min=1e-3)[:, None]  # f 1
-        signal, noise = signal.flatten(2), noise.flatten(2)  # b 1 1
-        flat = torch.einsum("fg,bfd->bgd", times, xt.flatten(2))
-
-        def gain(variance):  # Wiener's: signal v / (signal^2 v + noise^2)
-            return signal * variance * slowness / (signal**2 * variance * slowness + noise**2)
-
-        mean = gain(self.rest) * flat + ((gain(self.variance) - gain(self.rest)) * (flat @ self.modes)) @ self.modes.T
-        left, rest = (v * noise**2 / (signal**2 * v + noise**2) for v in (self.variance, self.rest))  # b 1 k, b 1 1
-        deviation = (rest + (left - rest) @ (self.modes**2).T).sqrt()  # b 1 (c h w)
-        return torch.einsum("fg,bgd->bfd", times, mean).view_as(xt), deviation.view(len(xt), 1, *xt.shape[2:])
+        return times * slowness.clamp(min=1e-3) @ times.T
 
 
 class TalkingHead(nn.Module):
@@ -546,10 +636,10 @@ class TalkingHead(nn.Module):
         self.autoencoder = AutoencoderKL(**autoencoder)
         self.speech_encoder = SpeechEncoder(**speech)
         self.identity_encoder = IdentityEncoder(speech["dim"])
+        self.text_encoder = TextEncoder(speech["dim"])
         latent_channels = autoencoder["latent_channels"]
         self.motion_channels = 2 + latent_channels
-        self.unet = TalkingUNet(self.motion_channels, latent_channels, **unet, speech_dim=speech["dim"],
-                                identity_dim=speech["dim"])
+        self.unet = TalkingUNet(self.motion_channels, latent_channels, **unet, condition_dim=speech["dim"])
         self.diffusion = Diffusion(**diffusion)
         self.side = size // self.autoencoder.factor
         num_values = self.motion_channels * self.side**2
@@ -594,56 +684,82 @@ class TalkingHead(nn.Module):
         frames = warped + self.autoencoder.decode(latents + residual) - without
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))
 
-    def conditions(self, mel, reference, keep_speech=None):
-        """Speech tokens and identity tokens of mel [b f n m] and reference [b 3 H W]."""
-        return self.speech_encoder(mel, keep_speech), self.identity_encoder(reference)
+    def conditions(self, mel, reference, words, scales=None):
+        """{name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or several [b n 3 H W], and words [b n].
 
-    def forward(self, xt, t, speech, identity, reference_latents):
-        """What the network states, in the diffusion's parametrisation, for integer t [b]; see `TalkingUNet` for shapes.
+        `scales` {name: number or [b]} are 1 where not given; a clip without words has none of text's.
+        """
+        said = (words > 0).any(1).float()
+        scale = {name: torch.ones_like(said) * (scales or {}).get(name, 1.0) for name in ("speech", "identity", "text")}
+        return {"speech": (self.speech_encoder(mel), scale["speech"]),
+                "identity": (self.identity_encoder(reference), scale["identity"]),
+                "text": (self.text_encoder(words), scale["text"] * said)}
+
+    def forward(self, xt, t, conditions, reference_latents):
+        """What the network states, in the diffusion's parametrisation, for integer t [b] or, by frame, [b f].
 
         For x0 the UNet sees the prior's linear guess and corrects it, by as much as the prior leaves open at each place
-        (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is zero.
+        (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is zero, and
+        frames without noise (t = -1) are as given: the others go on from them.
         """
+        t = t if t.dim() == 2 else t[:, None].expand(xt.shape[:2])
         time = (t.float() + 1) / self.diffusion.num_steps
         reference = reference_latents / self.reference_spread
         if self.diffusion.prediction != "x0":
-            return self.unet(xt, time, speech, identity, reference)
+            return self.unet(xt, time, conditions, reference)
         guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
-        return guess + deviation * self.unet(guess, time, speech, identity, reference)
+        return guess + deviation * self.unet(guess, time, conditions, reference)
 
     def loss(self, output, target, t):
-        """Squared error [b]; that of x0 as a share of x0's variance, times 1 / (1 - alpha_bar), as if v had been said."""
-        error = (output - target).square().flatten(1).mean(1)
+        """Squared error [b] at t [b f]; that of x0 as a share of x0's variance, times 1 / (1 - alpha_bar), as if v had been
+        said."""
+        error = (output - target).square().flatten(2).mean(2)  # b f
         if self.diffusion.prediction == "x0":
             _, noise = self.diffusion.coefficients(t, target)
-            error = error / self.prior.mean_variance() / noise.flatten().square().clamp(min=0.05)
-        return error
+            error = error / self.prior.mean_variance() / noise.flatten(1).square().clamp(min=0.05)
+        return error.mean(1)
 
-    @torch.inference_mode()
-    def generate(self, reference, mel, noise, num_steps, guidance=1.0, solver="dpm"):
-        """Frames [b f 3 H W] in [-1, 1] of `reference` [b 3 H W] speaking `mel` [b f n m], from noise [b f c h w].
-
-        guidance > 1 exaggerates the effect of speech (Ho & Salimans 2022) at twice the cost.
-        """
-        reference_latents = self.autoencoder.encode(reference)
-        speech, identity = self.conditions(mel, reference)
-        silent = self.speech_encoder.null.expand_as(speech)
+    def sample(self, conditions, reference_latents, noise, known, num_steps, guidance, solver):
+        """x0 [b f m h w] from `noise`; its first frames are those of `known` [b k m h w]."""
+        k = known.shape[1]
+        silent = conditions | {"speech": (conditions["speech"][0], torch.zeros_like(conditions["speech"][1]))}
+        both = {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name])) for name in conditions}
 
         def network(xt, t):
+            xt = torch.cat([known, xt[:, k:]], dim=1)
+            t = t[:, None].repeat(1, xt.shape[1])
+            t[:, :k] = -1
             if guidance == 1.0:
-                return self(xt, t, speech, identity, reference_latents)
-            both = (torch.cat([a, b]) for a, b in
-                    ((xt, xt), (t, t), (speech, silent), (identity, identity), (reference_latents, reference_latents)))
-            with_speech, without = self(*both).chunk(2)
-            return torch.lerp(without, with_speech, guidance)
+                return self(xt, t, conditions, reference_latents)
+            said, unsaid = self(xt.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), both, reference_latents.repeat(2, 1, 1, 1)).chunk(2)
+            return torch.lerp(unsaid, said, guidance)
 
-        x0 = self.diffusion.sample(network, noise, num_steps, solver)
-        return self.decode(x0, reference).clamp(-1, 1)
+        return torch.cat([known, self.diffusion.sample(network, noise, num_steps, solver)[:, k:]], dim=1)
 
-    def latent_shape(self, num_clips, num_frames, size):
-        """Shape [b f c h w] of the noise for `generate` at a picture size of `size` pixels."""
-        side = size // self.autoencoder.factor
-        return num_clips, num_frames, self.motion_channels, side, side
+    @torch.inference_mode()
+    def stream(self, reference, mel, words, generator, num_steps, guidance=1.0, solver="dpm", scales=None, window=None):
+        """Frames [b w 3 H W] in [-1, 1], a window at a time, of `reference` [b 3 H W] speaking `mel` [b f n m].
+
+        The first of several references [b n 3 H W] is the one that moves; words [b n] are the prompt's; guidance > 1
+        exaggerates the effect of speech (Ho & Salimans 2022) at twice the cost. Every window goes on from the last
+        KNOWN_FRAMES of the one before and is anchored on the reference again: memory does not grow with the clip, and
+        neither does what goes wrong.
+        """
+        first = reference if reference.dim() == 4 else reference[:, 0]
+        latents, (num_clips, num_frames) = self.autoencoder.encode(first), mel.shape[:2]
+        known, start = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:]), 0
+        while start < num_frames:
+            said = mel[:, start - known.shape[1]:][:, :window]
+            noise = torch.randn(num_clips, said.shape[1], *known.shape[2:], generator=generator).to(latents.device)
+            conditions = self.conditions(said, reference, words, scales)
+            x0 = self.sample(conditions, latents, noise, known, num_steps, guidance, solver)
+            new = x0[:, known.shape[1]:]
+            yield self.decode(new, first).clamp(-1, 1)
+            known, start = x0[:, -KNOWN_FRAMES:], start + new.shape[1]
+
+    def generate(self, *args, **kwargs):
+        """The whole of `stream` [b f 3 H W]; without `window`, in one."""
+        return torch.cat(list(self.stream(*args, **kwargs)), dim=1)
 
 
 class EMA:

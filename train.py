@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -46,7 +46,7 @@ LIMITS = {
     "model.diffusion.schedule": ("cosine", "linear"), "model.diffusion.prediction": ("x0", "v", "eps"),
     "judges.steps": (1, 10**7), "backbone.autoencoder_steps": (0, 10**7), "backbone.steps": (1, 10**7),
     "backbone.speech_steps": (0, 10**6), "model.prior_modes": (1, 4096), "backbone.num_frames": (5, 10**4),
-    "backbone.batch_size": (1, 10**4), "backbone.ema_decay": (0, 1), "backbone.speech_dropout": (0, 1),
+    "backbone.batch_size": (1, 10**4), "backbone.ema_decay": (0, 1), "backbone.condition_dropout": (0, 1),
     "lora.rank": (1, 4096), "lora.dropout": (0, 0.99), "loss.tdc": (0, 1e3), "loss.identity": (0, 1e3),
     "loss.perceptual": (0, 1e3), "loss.sync": (0, 1e3), "fed.rounds": (0, 10**7), "fed.sample_rate": (0, 1),
     "fed.local_epochs": (0, 10**4), "fed.batch_size": (1, 10**4), "fed.num_frames": (5, 10**4), "fed.lr": (0, 10),
@@ -56,7 +56,7 @@ LIMITS = {
     "privacy.delta": (1e-300, 0.5), "privacy.noise": ("distributed", "server", "local"),
     "privacy.min_honest": (1, 10**6), "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1),
     "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6), "sampling.num_steps": (1, 1000),
-    "sampling.solver": ("dpm", "ddim"), "sampling.guidance": (0, 100), "evaluate.num_frames": (6, 10**5),
+    "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100), "evaluate.num_frames": (6, 10**5),
     "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
     "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.optimizer": ("adamw", "sgd"),
     "fed.dropout_rate": (0, 1), "fed.client_timeout_seconds": (0, 10**7),
@@ -217,17 +217,26 @@ def load_people(config):
 
 @torch.inference_mode()
 def encode_clips(model, clips, device, num_references=1):
-    """Each clip as the motion of `num_references` of its frames, {path: [(moment, motion [f m h w], latents [c h w])]}.
+    """Each clip as the motion of several reference pictures, {path: [(picture, moment, motion [f m h w], latents [c h w])]}.
 
-    The autoencoder is frozen by then, so once is enough. Several references teach what does not depend on the picture:
-    with one, adapters learn the clips by heart.
+    They are `num_references` of its own frames and, where there are several, two of another clip of the person for a clip
+    with a prompt: in its own frames, what the prompt says can be seen. With one reference, adapters learn the clips by
+    heart. The autoencoder is frozen by then, so once is enough.
     """
     motions = {}
     for clip in tqdm(clips, "motion", leave=False, mininterval=1):
         frames = pixels(clip.frames, device)
         latents = model.autoencoder.encode(frames)
         moments = [int((i + 0.5) / num_references * len(frames)) for i in range(num_references)]
-        motions[clip.path] = [(m, model.motion(frames, latents, frames[m]).cpu(), latents[m].cpu()) for m in moments]
+        references = [(clip.frames[m], m) for m in moments]
+        if clip.prompt and num_references > 1:
+            others = [c for c in clips if c.person == clip.person and c.prompt != clip.prompt]
+            references += [(c.frames[len(c.frames) // 2], -1) for c in others[:2]]
+        motions[clip.path] = []
+        for picture, moment in references:
+            reference = pixels(picture, device)
+            motions[clip.path].append((picture, moment, model.motion(frames, latents, reference).cpu(),
+                                       model.autoencoder.encode(reference[None])[0].cpu()))
     return motions
 
 
@@ -236,20 +245,21 @@ def pixels(frames, device):
     return torch.from_numpy(np.array(frames)).to(device).float() / 127.5 - 1
 
 
-def drawer(clips, motions, window, device):
+def drawer(model, clips, motions, device):
     """A function (batch_size, num_frames, generator) -> batch on the device."""
 
     def draw(batch_size, num_frames, generator):
-        batch = data.draw_batch(clips, motions, batch_size, num_frames, generator, window)
+        batch = data.draw_batch(clips, motions, batch_size, num_frames, generator, model.speech_encoder.window)
+        batch["words"] = model.text_encoder.ids(batch["prompt"])
         return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     return draw
 
 
-def clip_batch(clips, motions, num_frames, window, device, seed):
+def clip_batch(model, clips, num_frames, device, seed):
     """One window of every clip, as a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    return fed.join_batches([drawer([clip], motions, window, device)(1, num_frames, generator) for clip in clips])
+    motions, generator = encode_clips(model, clips, device), torch.Generator().manual_seed(seed)
+    return fed.join_batches([drawer(model, [clip], motions, device)(1, num_frames, generator) for clip in clips])
 
 
 # ---------------------------------------------------------------------------------------------- backbone
@@ -330,13 +340,14 @@ def train_speech(model, batches, settings, generator):
         descend(optimizer, loss, schedule(step, settings["speech_steps"], settings["lr"]))
 
 
-def train_unet(model, public, settings, window, seed, device, partial):
+def train_unet(model, public, settings, seed, device, partial):
     """Diffusion loss on public clips; returns the moving average of the model and the loss curve.
 
     Every SAVE_EVERY steps all of it goes to the file `partial`, from which a run that was cut off goes on."""
     torch.manual_seed(seed)
     clips = [clip for own in public.values() for clip in own]
-    draw = drawer(clips, encode_clips(model, clips, device, NUM_REFERENCES), window, device)
+    model.text_encoder.learn_words(clip.prompt for clip in clips)
+    draw = drawer(model, clips, encode_clips(model, clips, device, NUM_REFERENCES), device)
     generator, losses = torch.Generator().manual_seed(seed), []
     state = load_state(partial, device) if partial.exists() else None
     if state is None:
@@ -357,7 +368,7 @@ def train_unet(model, public, settings, window, seed, device, partial):
     for step in bar:
         batch = draw(settings["batch_size"], settings["num_frames"], generator)
         loss, terms = fed.objective(model, batch, dict(tdc=0, identity=0, perceptual=0, sync=0), None, generator,
-                                    settings["speech_dropout"])
+                                    settings["condition_dropout"])
         descend(optimizer, loss, schedule(step, settings["steps"], settings["lr"]))
         average.update(model)
         losses.append(terms["diffusion"])
@@ -393,8 +404,7 @@ def train_backbone(config, people, device, path):
         return model.autoencoder.state_dict()
 
     def unet():
-        average, losses = train_unet(model, public, settings, config["data"]["window"], seed, device,
-                                     path.with_suffix(".partial"))
+        average, losses = train_unet(model, public, settings, seed, device, path.with_suffix(".partial"))
         return {"model": average.state_dict(), "losses": losses}
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -438,11 +448,12 @@ def build_model(config):
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def test_case(clip, reference, settings, window, device):
-    """A batch of one: the first frames of a test clip, its speech, and a reference picture from a training clip."""
+def test_case(model, clip, reference, settings, device):
+    """A batch of one: the first frames of a test clip, its speech and prompt, and a picture from a training clip."""
     f = min(len(clip.frames), settings["num_frames"])
-    mel = torch.from_numpy(data.audio_windows(clip.mel, window)[:f]).to(device)
-    return {"frames": pixels(clip.frames[:f], device)[None], "mel": mel[None], "reference": pixels(reference, device)[None]}
+    mel = torch.from_numpy(data.audio_windows(clip.mel, model.speech_encoder.window)[:f]).to(device)
+    return {"frames": pixels(clip.frames[:f], device)[None], "mel": mel[None], "reference": pixels(reference, device)[None],
+            "words": model.text_encoder.ids([clip.prompt]).to(device)}
 
 
 def portrait(clips):
@@ -455,9 +466,8 @@ def portrait(clips):
 def generate(model, case, seed, sampling, mel=None):
     """Frames [f 3 H W] in [0, 1] for a test case; `mel` speaks other words than the case's own."""
     mel = case["mel"] if mel is None else mel
-    shape = model.latent_shape(1, mel.shape[1], case["reference"].shape[-1])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(mel.device)
-    return fed.unit_range(model.generate(case["reference"], mel, noise, **sampling))[0]
+    return fed.unit_range(model.generate(case["reference"], mel, case["words"], torch.Generator().manual_seed(seed),
+                                         **sampling))[0]
 
 
 @torch.inference_mode()
@@ -498,7 +508,7 @@ def evaluate(model, judges, clients, adapters, config, device):
         faces = [judges.identity(fed.unit_range(pixels(frames, device))).mean(0) for frames in known]
     gallery = F.normalize(torch.stack(faces), dim=1)
     portraits = [portrait(clients[n]["train"]) for n in names]
-    cases = [(i, clip, test_case(clip, portraits[i], settings, window, device))
+    cases = [(i, clip, test_case(model, clip, portraits[i], settings, device))
              for i, n in enumerate(names) for clip in clients[n]["test"][:settings["clips_per_client"]]]
     for i, clip, case in cases:
         length = case["mel"].shape[1]
@@ -631,21 +641,19 @@ def write_samples(shown, methods, folder, num_clips=4):
                          {"comment": "synthetic: " + " | ".join(methods)})
 
 
+def written(cell):
+    """A mean and its interval, as far as there are any."""
+    if cell["mean"] is None:
+        return "–"
+    return f"{cell['mean']:.3f}" + (" [{:.3f}, {:.3f}]".format(*cell["ci95"]) if cell.get("ci95") else "")
+
+
 def report_tables(report):
     """report.json as Markdown."""
     names = [k for k in COLUMNS if any(row[k]["mean"] is not None for row in report["rows"])]
     lines = [f"# {report['name']}", "", "| method | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for row in report["rows"]:
-        cells = [row["name"]]
-        for name in names:
-            cell = row[name]
-            if cell["mean"] is None:
-                cells.append("–")
-            elif cell.get("ci95"):
-                cells.append(f"{cell['mean']:.3f} [{cell['ci95'][0]:.3f}, {cell['ci95'][1]:.3f}]")
-            else:
-                cells.append(f"{cell['mean']:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([row["name"], *(written(row[name]) for name in names)]) + " |")
     for section in ("validation_loss", "judges", "privacy", "communication", "seconds", "hardware", "speed"):
         lines += ["", f"## {section}", "", "| | |", "|---|---|"]
         lines += [f"| {k} | {json.dumps(v) if isinstance(v, (dict, list)) else v} |" for k, v in report[section].items()]
@@ -659,18 +667,18 @@ def make_clients(model, people, config, device):
     """fed.Client and the clip splits of every client. What a client trains on is made when it is first asked for: a
     process of several needs only its own clients'."""
     splits = {name: data.split_clips(own, config["seed"]) for name, own in people["clients"].items()}
-    window, f = config["data"]["window"], config["fed"]["num_frames"]
+    f = config["fed"]["num_frames"]
 
     @functools.cache
     def draw(name):
         motions = encode_clips(model, splits[name]["train"], device, NUM_REFERENCES)
-        return drawer(splits[name]["train"], motions, window, device)
+        return drawer(model, splits[name]["train"], motions, device)
 
     @functools.cache
     def validation(name):
         clips = splits[name]["validation"]
         length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
-        batch = clip_batch(clips, encode_clips(model, clips, device), length, window, device, config["seed"])
+        batch = clip_batch(model, clips, length, device, config["seed"])
         picture = pixels(portrait(splits[name]["train"])[None], device)
         return batch | {"other_reference": picture.expand_as(batch["reference"])}
 
@@ -681,36 +689,6 @@ def make_clients(model, people, config, device):
     return {name: client(name) for name in splits}, splits
 
 
-def speak(args, config, device):
-    """--action generate: a portrait and a voice become a talking video with sound."""
-    run = Path(args.resume or ".")
-    if not (run / "backbone.pt").exists():
-        raise ValueError(f"--resume {run}: no backbone.pt there; give the directory of a finished run")
-    for flag in ("reference", "speech", "output"):
-        if not getattr(args, flag):
-            raise ValueError(f"--action generate needs --{flag}")
-    picture = data.load_image(args.reference, config["data"]["size"])
-    audio = data.load_speech(args.speech)
-    if len(audio) > 20 * data.SAMPLE_RATE:  # attention over time grows with the square of it
-        raise ValueError(f"--speech {args.speech}: {len(audio) / data.SAMPLE_RATE:.0f} s long; at most 20 s in one go")
-    model, _ = restore(config, load_state(run / "backbone.pt"), device)
-    adapter = args.adapter or (run / "last.pt" if (run / "last.pt").exists() else None)
-    if adapter:
-        state = load_state(adapter, device)
-        add_adapters(model, config)
-        lora.load_adapter_vector(model, state["adapter"])
-        model = lora.merge_lora(model)
-    num_frames = max(6, len(audio) // 640)
-    audio = np.pad(audio, (0, max(0, num_frames * 640 - len(audio))))[:num_frames * 640]
-    mel = torch.from_numpy(data.audio_windows(data.log_mel(audio), config["data"]["window"])).to(device)
-    started = time.perf_counter()
-    case = {"mel": mel[None], "reference": pixels(picture, device)[None]}
-    frames = generate(model, case, config["seed"], config["sampling"])
-    seconds = time.perf_counter() - started
-    data.write_video(args.output, (frames * 255).round().byte().cpu().numpy(), audio, {"comment": "synthetic"})
-    print(f"{args.output}: {num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames a second)")
-
-
 def settings_of(config, public_jitter):
     """What fed.run_round needs, from the config."""
     f = config["fed"]
@@ -718,7 +696,7 @@ def settings_of(config, public_jitter):
         raise ValueError("fed.algorithm scaffold: its control variates are means of plain gradients: set "
                          "fed.optimizer=sgd and fed.proximal=0")
     train = {k: f[k] for k in ("lr", "batch_size", "num_frames", "proximal", "optimizer")}
-    train |= {"loss_weights": config["loss"], "speech_dropout": config["backbone"]["speech_dropout"]}
+    train |= {"loss_weights": config["loss"], "condition_dropout": config["backbone"]["condition_dropout"]}
     names = ("algorithm", "sample_rate", "local_epochs", "server_lr", "gamma", "reliability_alpha", "sample_cap",
              "dropout_rate", "client_timeout_seconds")
     return {k: f[k] for k in names} | {"train": train, "sampling": config["sampling"], "public_jitter": public_jitter}
@@ -928,11 +906,10 @@ def public_jitter(public):
 def test_losses(model, splits, adapters, config, device):
     """Validation loss on every client's test clips under every method, {method: {mean, ci95, n}}; clip by clip, the
     difference to the method before and the ratio to the first, from which what clips differ in is gone."""
-    losses, window, batches = {}, config["data"]["window"], {}
+    losses, batches = {}, {}
     for name, split in splits.items():
         length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["test"]))
-        motions = encode_clips(model, split["test"], device)
-        batches[name] = clip_batch(split["test"], motions, length, window, device, config["seed"])
+        batches[name] = clip_batch(model, split["test"], length, device, config["seed"])
     for method, vectors in adapters.items():
         losses[method] = []
         for name, batch in batches.items():
@@ -1011,14 +988,14 @@ def audit(config, device, run):
               f"{c['epsilon_upper_bound']:.4g}], accounted {c['accounted_epsilon']:.4g}: "
               f"{'FLAGGED, ' + c['why'] if c['flagged'] else 'as accounted'}")
     for name, auc in result["membership_auc"].items():
-        print(f"membership of clips by {name}: AUC {auc['mean']:.3f} [{auc['ci95'][0]:.3f}, {auc['ci95'][1]:.3f}]")
+        print(f"membership of clips by {name}: AUC {written(auc)}")
 
 
 def membership_auc(model, split, start, updates, config, device):
     """How well each of `updates` tells a client's training clips from its others, by `fed.membership_gains`; 0.5: a guess."""
     clips = split["train"] + split["validation"] + split["test"]
     length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
-    batch = clip_batch(clips, encode_clips(model, clips, device), length, config["data"]["window"], device, config["seed"])
+    batch = clip_batch(model, clips, length, device, config["seed"])
     for update in updates:
         gains = fed.membership_gains(model, batch, start, torch.as_tensor(update).float(), config["seed"])
         members, strangers = gains[:len(split["train"])], gains[len(split["train"]):]
@@ -1042,6 +1019,126 @@ def dry_run(config):
         print(f"epsilon {accountant.epsilon(config['privacy']['delta']):.4g} at delta {config['privacy']['delta']}")
 
 
+# ---------------------------------------------------------------------------------------------- speaking
+
+
+def speak(args, config, device):
+    """--action generate: a portrait and a voice become a talking video with sound."""
+    model, judges = speaker(args, config, device)
+    for flag in ("reference", "speech", "output"):
+        if not getattr(args, flag):
+            raise ValueError(f"--action generate needs --{flag}")
+    size, unknown = config["data"]["size"], set(talking.split_words(args.prompt)).difference(model.text_encoder.words)
+    if unknown:
+        print(f"--prompt: not known and ignored: {', '.join(sorted(unknown))}; "
+              f"known: {', '.join(model.text_encoder.words) or 'none, the dataset had no prompts'}")
+    case = hear(args, config) | {"reference": torch.stack([pixels(p, device) for p in see(args.reference, size)])[None]}
+    case["words"] = model.text_encoder.ids([args.prompt]).to(device)
+    sampling = config["sampling"] | {"num_steps": args.steps or config["sampling"]["num_steps"]}
+    sampling["scales"] = {name: getattr(args, f"{name}_scale") for name in ("speech", "identity", "text")}
+    seed = config["seed"] if args.seed is None else args.seed
+    started, times, num_frames = time.perf_counter(), [], case["mel"].shape[0]
+
+    def blocks():
+        stream = model.stream(case["reference"], case["mel"][None].to(device), case["words"],
+                              torch.Generator().manual_seed(seed), **sampling)
+        with tqdm(total=num_frames, desc="speaking", unit=" frames") as bar:
+            for block in stream:
+                frames = fed.unit_range(block)[0]
+                times.append(time.perf_counter() - started)
+                yield (frames if args.no_watermark else marked(frames)).mul(255).round().byte().cpu().numpy()
+                bar.update(len(frames))
+
+    data.write_video(args.output, blocks(), case["audio"], {"comment": "synthetic: generated by PrivFedTalk"})
+    seconds, lag = time.perf_counter() - started, data.sound_lag(args.output, case["audio"])
+    if abs(lag) > 0.5 / data.FPS and case["audio"].any():
+        raise ValueError(f"{args.output}: its sound comes {1000 * lag:.0f} ms late: the encoder shifted it")
+    print(f"{args.output}: {num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames a second, file included), "
+          f"the first after {times[0]:.2f} s; sound {1000 * lag:+.1f} ms")
+    if len(args.reference) > 1:
+        print(compare_references(model, judges, case, seed, config["sampling"]))
+
+
+def speaker(args, config, device):
+    """The model of --resume with the adapter that it is to speak with in its weights, and the judges."""
+    run = Path(args.resume or ".")
+    if not (run / "backbone.pt").exists():
+        raise ValueError(f"--resume {run}: no backbone.pt there; give the directory of a finished run")
+    model, judges = restore(config, load_state(run / "backbone.pt"), device)
+    adapter = args.adapter or (run / "last.pt" if (run / "last.pt").exists() else None)
+    if adapter:
+        add_adapters(model, config)
+        lora.load_adapter_vector(model, load_state(adapter, device)["adapter"])
+        model = lora.merge_lora(model)
+    return model, judges
+
+
+def see(paths, size):
+    """The pictures at `paths`, uint8 [3 H W]; says which ones lost their sides."""
+    for path in paths:
+        picture, cropped = data.load_image(path, size)
+        if cropped:
+            print(f"{path}: not square: its centre is used; crop it around the face if that is elsewhere")
+        yield picture
+
+
+def hear(args, config):
+    """The sound of --speech, at most --seconds of it, in whole frames: audio int16 [640 f] and mel [f n m]."""
+    audio = data.load_speech(args.speech)
+    audio = audio[:round(args.seconds * data.SAMPLE_RATE)] if args.seconds else audio
+    num_frames = max(6, len(audio) // data.SAMPLES_PER_FRAME)
+    audio = np.pad(audio, (0, num_frames * data.SAMPLES_PER_FRAME))[:num_frames * data.SAMPLES_PER_FRAME]
+    mel = data.audio_windows(data.log_mel(audio), config["data"]["window"])
+    return {"audio": audio, "mel": torch.from_numpy(mel)}
+
+
+def marked(frames):
+    """Frames [f 3 H W] in [0, 1] with the letters AI in a corner."""
+    height, width = frames.shape[-2:]
+    stamp = Image.new("L", (width, height))
+    ImageDraw.Draw(stamp).text((width - 2, height - 1), "AI", 160, ImageFont.load_default(max(8, height // 9)), anchor="rs")
+    return torch.lerp(frames, torch.ones_like(frames), torch.from_numpy(np.array(stamp)).to(frames.device) / 255)
+
+
+def compare_references(model, judges, case, seed, sampling):
+    """What several pictures of a person do for identity, in a sentence, from the first window."""
+    pictures, similarity = case["reference"], []
+    person = F.normalize(judges.identity(fed.unit_range(pictures[0])).mean(0), dim=0)
+    for some in (pictures[:, :1], pictures):
+        first = next(model.stream(some, case["mel"][None].to(some.device), case["words"], torch.Generator().manual_seed(seed),
+                                  **sampling))
+        similarity.append(float((judges.identity(fed.unit_range(first)[0]) @ person).mean()))
+    alone, together = similarity
+    return (f"identity similarity* with the first picture alone {alone:.3f}, with all {pictures.shape[1]} {together:.3f}: "
+            f"more pictures {'help' if together > alone else 'do not help'}")
+
+
+def personalize_own(args, config, device):
+    """--action personalize: a person's own videos become an adapter; what it gains is measured on a held-out fifth."""
+    if not args.clips or not args.resume:
+        raise ValueError("--action personalize needs --clips FOLDER and --resume runs/NAME")
+    run, settings = Path(args.resume), config["personal"]
+    dataset = data.TalkingHeads(args.clips, config["data"]["size"], progress=True)
+    for path, reason in dataset.skipped:
+        print(f"skipped {path}: {reason}")
+    clips = data.cut([dataclasses.replace(clip, person="me") for clip in dataset.clips], 2.0)
+    split = data.split_clips(clips, config["seed"])
+    split["train"] += split["validation"]
+    model, judges = restore(config, load_state(run / "backbone.pt"), device)
+    add_adapters(model, config)
+    start = load_state(run / "last.pt")["adapter"]
+    draw = drawer(model, split["train"], encode_clips(model, split["train"], device, NUM_REFERENCES), device)
+    train = settings_of(config, 1.0)["train"] | {"lr": settings["lr"], "proximal": 0.0, "optimizer": "adamw"}
+    own, _ = fed.train_adapter(model, judges, draw, start, settings["steps"], config["seed"], **train)
+    output = args.output or "me.pt"
+    save_torch({"adapter": own}, output)
+    adapters = {"global adapter": {"me": start}, "personal adapter": {"me": own}}
+    losses = test_losses(model, {"me": split}, adapters, config, device)
+    for name, loss in losses.items():
+        print(f"validation loss on {loss['n']} held-out pieces, {name}: {written(loss)}")
+    print(f"{output}: the adapter of {len(split['train'])} pieces of 2 s; it speaks with --action generate --adapter {output}")
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -1053,12 +1150,29 @@ def parse(argv):
     parser.add_argument("--gpus", help="a worker on each: CUDA indices such as 0,1, or cpu, or cpu:2; left out: every "
                                        "GPU there is, else the CPU")
     parser.add_argument("--resume", metavar="RUN", help="go on in this run directory, with its own config")
-    parser.add_argument("--action", default="train", choices=["train", "evaluate", "generate", "audit", "dry-run"])
-    parser.add_argument("--reference", help="generate: a picture of a face")
+    parser.add_argument("--action", default="train",
+                        choices=["train", "evaluate", "generate", "personalize", "audit", "dry-run"])
+    parser.add_argument("--reference", nargs="+", help="generate: a picture of a face, or several of the same; the first moves")
     parser.add_argument("--speech", help="generate: a sound or video file")
-    parser.add_argument("--output", default="talk.mp4", help="generate: the video to write")
+    parser.add_argument("--prompt", default="", help="generate: expression in a few words, such as smiling")
+    parser.add_argument("--seconds", type=positive, help="generate: at most this much of the speech")
+    parser.add_argument("--steps", type=int, choices=range(1, 1001), metavar="1..1000",
+                        help="generate: solver steps; left out: sampling.num_steps")
+    parser.add_argument("--seed", type=int, help="generate: of the noise; left out: the config's")
+    for name in ("speech", "identity", "text"):
+        parser.add_argument(f"--{name}-scale", type=float, default=1.0, help=f"generate: weight of {name}; 0 leaves it out")
+    parser.add_argument("--no-watermark", action="store_true", help="generate: without the letters AI in the corner")
     parser.add_argument("--adapter", help="generate: personal/<client>.pt of the person")
+    parser.add_argument("--clips", help="personalize: a folder of videos of one person")
+    parser.add_argument("--output", help="generate: the video to write (talk.mp4); personalize: the adapter (me.pt)")
     return parser.parse_args(argv)
+
+
+def positive(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
 
 
 def act(args, config, devices, workers):
@@ -1068,6 +1182,8 @@ def act(args, config, devices, workers):
     torch.set_num_threads(config["runtime"]["threads"] or max(1, os.cpu_count() // neighbours))
     if args.action == "generate":
         return speak(args, config, device)
+    if args.action == "personalize":
+        return personalize_own(args, config, device)
     if args.action == "dry-run":
         return dry_run(config)
     if args.action in ("evaluate", "audit") and not args.resume:

@@ -102,7 +102,8 @@ def test_images_of_any_mode(tmp_path, mode):
     grey = np.full((30, 50), 200, np.uint8)
     image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == 'I;16' else Image.fromarray(grey).convert(mode)
     image.save(tmp_path / 'a.png')
-    picture = data.load_image(tmp_path / 'a.png', 16)
+    picture, cropped = data.load_image(tmp_path / 'a.png', 16)
+    assert cropped
     assert picture.shape == (3, 16, 16) and picture.dtype == np.uint8
     if mode != '1':
         assert np.abs(picture.astype(int) - 200).max() <= 3
@@ -212,7 +213,8 @@ def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
     clips = [clip_of('a', str(i)) for i in range(3)] + [clip_of('b', '7')]
     level = lambda t: ((t + 1) * 127.5).round()
     number = {clip.path: k for k, clip in enumerate(clips)}
-    motions = {clip.path: [(moment, 1000 * moment + 100 * number[clip.path] + torch.arange(30.)[:, None, None, None],
+    motions = {clip.path: [(clip.frames[moment], moment,
+                            1000 * moment + 100 * number[clip.path] + torch.arange(30.)[:, None, None, None],
                             torch.full((1, 1, 1), float(moment))) for moment in (5, 15)] for clip in clips}
     batch = data.draw_batch(clips, motions, 64, 8, torch.Generator().manual_seed(0))
     assert batch['frames'].shape == (64, 8, 3, 8, 8) and batch['mel'].shape == (64, 8, 20, 40)

@@ -94,7 +94,8 @@ def test_samplers_reach_a_known_gaussian_and_dpm_is_of_higher_order():
     assert error["dpm", 40] < 0.02
 
 
-def test_prior_is_the_conditional_mean_of_a_gaussian():
+@pytest.mark.parametrize("levels", [(0.6, 0.6, 0.6, 0.6), (1.0, 1.0, 0.6, 0.0), (1.0, 0.0, 0.0, 0.0)])
+def test_prior_is_the_conditional_mean_of_a_gaussian(levels):
     torch.manual_seed(0)
     prior = talking.GaussianPrior(num_values=6, num_modes=3, num_lags=4)
     modes, _ = torch.linalg.qr(torch.randn(6, 3))
@@ -103,11 +104,13 @@ def test_prior_is_the_conditional_mean_of_a_gaussian():
     places = modes @ torch.diag(prior.variance) @ modes.T + 0.1 * (torch.eye(6) - modes @ modes.T)
     times = prior.correlation[(torch.arange(4)[None] - torch.arange(4)[:, None]).abs()]
     covariance = torch.kron(times, places)  # of x0 flattened as (f, values)
-    xt, signal, noise = torch.randn(1, 4, 6, 1, 1), 0.6, 0.8
-    gain = signal * covariance @ torch.linalg.inv(signal**2 * covariance + noise**2 * torch.eye(24))
-    guess, deviation = prior.denoise(xt, torch.full((1, 1, 1, 1, 1), signal), torch.full((1, 1, 1, 1, 1), noise))
+    xt, signal = torch.randn(1, 4, 6, 1, 1), torch.tensor(levels)
+    noise = (1 - signal**2).sqrt()
+    S, N = (torch.diag(c.repeat_interleave(6)) for c in (signal, noise))
+    gain = covariance @ S @ torch.linalg.inv(S @ covariance @ S + N**2)
+    guess, deviation = prior.denoise(xt, signal.view(1, 4, 1, 1, 1), noise.view(1, 4, 1, 1, 1))
     assert torch.allclose(guess.flatten(), gain @ xt.flatten(), atol=1e-4)
-    left = places - signal * places @ torch.linalg.inv(signal**2 * places + noise**2 * torch.eye(6)) @ places * signal
+    left = covariance - gain @ S @ covariance
     assert torch.allclose(deviation.flatten() ** 2, left.diagonal(), atol=1e-5)
 
 
@@ -205,33 +208,83 @@ def test_latents_are_scaled_by_the_factor():
 def inputs(f=9):
     g = torch.Generator().manual_seed(1)
     return (torch.randn(2, f, 6, 4, 4, generator=g), torch.randn(2, f, 20, 40, generator=g),
-            torch.rand(2, 3, 32, 32, generator=g) * 2 - 1)
+            torch.rand(2, 3, 32, 32, generator=g) * 2 - 1, torch.tensor([[1, 2, 0], [3, 0, 0]]))
 
 
-def output(model, xt, mel, reference, keep=None):
-    speech, identity = model.conditions(mel, reference, keep)
+def output(model, xt, mel, reference, words, picture=None, t=None, **scales):
+    """`picture` is what the denoiser is to warp, `reference` where its identity tokens come from."""
+    conditions = model.conditions(mel, reference, words, scales)
     with torch.no_grad():
-        return model(xt, torch.tensor([40, 80]), speech, identity, model.autoencoder.encode(reference))
+        return model(xt, torch.tensor([40, 80]) if t is None else t, conditions,
+                     model.autoencoder.encode(reference if picture is None else picture))
 
 
-def test_withheld_speech_has_no_effect():
-    model, (xt, mel, reference) = small_model(), inputs()
-    keep = torch.tensor([True, False])
-    a, b = output(model, xt, mel, reference, keep), output(model, xt, mel + 1, reference, keep)
-    assert torch.equal(a[1], b[1]) and not torch.allclose(a[0], b[0])
+@pytest.mark.parametrize("name", ["speech", "identity", "text"])
+def test_a_scale_of_zero_removes_one_condition_and_no_other(name):
+    model, (xt, mel, reference, words) = small_model(), inputs()
+    changed = {"speech": (mel + 1, reference, words), "identity": (mel, -reference, words), "text": (mel, reference, words + 1)}
+    plain, without = (output(model, xt, mel, reference, words, reference, **s) for s in ({}, {name: 0.0}))
+    for other, arguments in changed.items():
+        assert not torch.allclose(output(model, xt, *arguments, reference), plain, atol=1e-4)
+        assert torch.equal(output(model, xt, *arguments, reference, **{name: 0.0}), without) == (other == name)
+
+
+def test_scales_may_differ_by_clip_and_half_a_scale_is_between():
+    model, (xt, *rest) = small_model(), inputs()
+    none, half, whole = (output(model, xt, *rest, speech=s) for s in (0.0, 0.5, 1.0))
+    mixed = output(model, xt, *rest, speech=torch.tensor([1.0, 0.0]))
+    assert torch.allclose(mixed[0], whole[0], atol=1e-6) and torch.allclose(mixed[1], none[1], atol=1e-6)
+    assert float((half - none).norm()) < float((whole - none).norm())
+
+
+def test_a_clip_without_words_has_no_text():
+    model, (xt, mel, reference, words) = small_model(), inputs()
+    nothing = torch.zeros_like(words)
+    assert torch.equal(output(model, xt, mel, reference, nothing), output(model, xt, mel, reference, words, text=0.0))
+
+
+def test_words_are_those_of_the_captions_and_others_are_left_out():
+    text = talking.TextEncoder(16, num_words=4, max_words=2)
+    text.learn_words(["Smiling, calm", "calm", "calm brows", "raised brows"])
+    assert text.words == ["calm", "brows", "raised"]  # three fit beside "no word"
+    assert text.ids(["CALM! brows raised", "furious", ""]).tolist() == [[1, 2], [0, 0], [0, 0]]
+    again = talking.TextEncoder(16, num_words=4, max_words=2)
+    again.load_state_dict(text.state_dict())
+    assert again.words == text.words
+
+
+def test_several_references_are_more_identity_tokens():
+    model, (xt, mel, reference, words) = small_model(), inputs()
+    two = torch.stack([reference, reference], dim=1)
+    assert model.identity_encoder(two).shape == (2, 32, 16)  # the same picture twice says the same
+    assert torch.allclose(output(model, xt, mel, two, words, reference), output(model, xt, mel, reference, words), atol=1e-5)
 
 
 def test_speech_acts_on_its_own_frame_first():
-    model, (xt, mel, reference) = small_model(), inputs(f=25)
+    model, (xt, mel, *rest) = small_model(), inputs(f=25)
     changed = mel.clone()
     changed[:, 0] += 1.0
-    difference = (output(model, xt, mel, reference) - output(model, xt, changed, reference)).abs().mean((0, 2, 3, 4))
+    difference = (output(model, xt, mel, *rest) - output(model, xt, changed, *rest)).abs().mean((0, 2, 3, 4))
     assert int(difference.argmax()) == 0
 
 
 def test_identity_and_reference_matter():
-    model, (xt, mel, reference) = small_model(), inputs()
-    assert not torch.allclose(output(model, xt, mel, reference), output(model, xt, mel, -reference), atol=1e-3)
+    model, (xt, mel, reference, words) = small_model(), inputs()
+    plain = output(model, xt, mel, reference, words)
+    assert not torch.allclose(plain, output(model, xt, mel, -reference, words), atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_frames_without_noise_stay_and_inform_the_others(prediction):
+    model, (xt, *rest) = small_model(prediction), inputs()
+    t = torch.full((2, 9), 99)
+    t[:, :3] = -1
+    stated = output(model, xt, *rest, t=t)
+    x0, _ = model.diffusion.split(stated, xt, t)
+    assert torch.allclose(x0[:, :3], xt[:, :3], atol=1e-4)
+    other = xt.clone()
+    other[:, 2] += 1.0
+    assert not torch.allclose(output(model, other, *rest, t=t)[:, 3:], stated[:, 3:], atol=1e-3)
 
 
 def test_temporal_attention_reaches_so_far_and_no_farther():
@@ -254,20 +307,40 @@ def test_long_clips_look_to_each_frame_like_short_ones():
     assert torch.allclose(layer(x, 20)[6:10], layer(x[4:12], 8)[2:6], atol=1e-6)
 
 
+def generated(model, *conditions, steps=3, **kwargs):
+    return model.generate(*conditions, torch.Generator().manual_seed(0), steps, **kwargs)
+
+
 @pytest.mark.parametrize("solver", ["ddim", "dpm"])
 def test_generation_is_deterministic_and_in_range(solver):
-    model, (noise, mel, reference) = small_model(), inputs()
-    frames = model.generate(reference, mel, noise, 3, solver=solver)
+    model, (_, mel, reference, words) = small_model(), inputs()
+    frames = generated(model, reference, mel, words, solver=solver)
     assert frames.shape == (2, 9, 3, 32, 32) and float(frames.abs().max()) <= 1
-    assert torch.equal(frames, model.generate(reference, mel, noise, 3, solver=solver))
+    assert torch.equal(frames, generated(model, reference, mel, words, solver=solver))
 
 
 def test_guidance_zero_ignores_speech_and_one_is_plain():
-    model, (noise, mel, reference) = small_model(), inputs()
-    silent = [model.generate(reference, m, noise, 3, guidance=0.0) for m in (mel, mel + 1)]
+    model, (_, mel, reference, words) = small_model(), inputs()
+    silent = [generated(model, reference, m, words, guidance=0.0) for m in (mel, mel + 1)]
     assert torch.allclose(*silent, atol=1e-5)
-    near_one = model.generate(reference, mel, noise, 3, guidance=1.0 + 1e-6)
-    assert torch.allclose(model.generate(reference, mel, noise, 3), near_one, atol=1e-3)
+    near_one = generated(model, reference, mel, words, guidance=1.0 + 1e-6)
+    assert torch.allclose(generated(model, reference, mel, words), near_one, atol=1e-3)
+
+
+def test_a_long_clip_comes_in_windows_that_go_on_from_each_other(monkeypatch):
+    model, (_, mel, reference, words) = small_model("x0"), inputs(f=26)
+    seen, sample = [], talking.TalkingHead.sample
+
+    def watch(self, conditions, latents, noise, known, *rest):
+        seen.append((noise.shape[1], known, sample(self, conditions, latents, noise, known, *rest)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(talking.TalkingHead, "sample", watch)
+    generator = torch.Generator().manual_seed(0)
+    blocks = [block.shape[1] for block in model.stream(reference, mel, words, generator, 2, window=12)]
+    assert blocks == [12, 8, 6] and [f for f, *_ in seen] == [12, 12, 10]
+    for (_, _, before), (_, known, after) in zip(seen, seen[1:]):
+        assert torch.equal(known, before[:, -talking.KNOWN_FRAMES:]) and torch.equal(after[:, :4], known)
 
 
 # ------------------------------------------------------------------------------------------------ motion
@@ -301,7 +374,7 @@ def test_flow_is_recovered(pixels):
 
 
 def test_decode_inverts_motion_where_the_autoencoder_is_exact():
-    model, (_, _, reference) = small_model(), inputs()
+    model, (_, _, reference, _) = small_model(), inputs()
     frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1
     model.spread.copy_(torch.rand(model.motion_channels, 1, 1) + 0.5)
     motion = torch.stack([model.motion(f, model.autoencoder.encode(f), r) for f, r in zip(frames, reference)])

@@ -163,16 +163,47 @@ def test_the_whole_path_leaves_what_it_promises(finished):
     assert data.load_speech(video).any()  # with sound
 
 
-def test_a_finished_run_speaks(finished):
+def speak(run, speech, output, *arguments):
+    train.main(["--gpus", "cpu", "--action", "generate", "--resume", str(run), "--reference", str(run / "grid.png"),
+                "--speech", str(speech), "--output", str(output), *arguments])
+
+
+def decoded(video):
+    """The frames of a video file, and all that ffmpeg has to say about it."""
+    (folder := video.parent / video.stem / "somebody").mkdir(parents=True)
+    (folder / "1.mp4").write_bytes(video.read_bytes())
+    clip = data.TalkingHeads(folder.parent, 32, cache=folder.parent / "cache").clips[0]
+    about = subprocess.run([data.get_ffmpeg_exe(), "-i", str(video)], capture_output=True, text=True).stderr
+    return clip.frames.astype(int), clip.audio, about
+
+
+def test_a_finished_run_speaks_in_windows_and_in_step_with_the_sound(finished, tmp_path, capsys):
     folder, run = finished
     clip = next((folder / "people" / "client-000").glob("*.mp4"))
-    output = folder / "talk.mp4"
-    train.main(["--gpus", "cpu", "--action", "generate", "--resume", str(run), "--reference", str(run / "grid.png"), "--speech", str(clip),
-                "--output", str(output), "--adapter", str(run / "personal" / "client-000.pt")])
-    (folder / "spoken" / "somebody").mkdir(parents=True)
-    output.rename(folder / "spoken" / "somebody" / "1.mp4")
-    talk = data.TalkingHeads(folder / "spoken", 32, cache=folder / "spoken-cache").clips[0]
-    assert talk.frames.shape == (20, 3, 32, 32) and talk.audio.any()
+    speak(run, clip, tmp_path / "whole.mp4", "--adapter", str(run / "personal" / "client-000.pt"), "--prompt", "furious")
+    said = capsys.readouterr().out
+    assert "ignored: furious" in said and "20 frames" in said and "its centre is used" in said
+    speak(run, clip, tmp_path / "short.mp4", "--seconds", "0.5", "--steps", "3", "--seed", "7", "--no-watermark")
+    frames, audio, about = decoded(tmp_path / "whole.mp4")
+    assert frames.shape == (20, 3, 32, 32) and abs(data.sound_lag(tmp_path / "whole.mp4", data.load_speech(clip))) < 0.02
+    assert "synthetic" in about and len(decoded(tmp_path / "short.mp4")[0]) == 12
+
+
+def test_the_mark_is_in_the_corner_and_nowhere_else(finished, tmp_path):
+    frames = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.5
+    change = (train.marked(frames) - frames).amax((0, 1))
+    assert float(change[-12:, -16:].max()) > 0.3 and float(change[:-12].max()) == float(change[:, :-20].max()) == 0
+
+
+def test_own_videos_become_an_adapter_that_speaks(finished, tmp_path, capsys):
+    folder, run = finished
+    train.main(["--gpus", "cpu", "--action", "personalize", "--resume", str(run), "--clips",
+                str(folder / "people" / "client-001"), "--output", str(tmp_path / "me.pt")])
+    assert "personal adapter / global adapter, paired" in capsys.readouterr().out
+    assert not torch.equal(train.load_state(tmp_path / "me.pt")["adapter"], train.load_state(run / "last.pt")["adapter"])
+    clip = next((folder / "people" / "client-001").glob("*.mp4"))
+    speak(run, clip, tmp_path / "talk.mp4", "--adapter", str(tmp_path / "me.pt"), "--reference", *[str(run / "grid.png")] * 2)
+    assert "more pictures do not help" in capsys.readouterr().out  # the same one twice
 
 
 def test_the_audit_flags_every_defect_and_writes_what_it_found(finished, capsys):
@@ -232,6 +263,8 @@ def test_a_backbone_that_is_cut_off_goes_on_where_it_was(finished, tmp_path, mon
     train.train_backbone(config, people, cpu, tmp_path / "cut.pt")
     whole, cut = (train.load_state(tmp_path / name) for name in ("whole.pt", "cut.pt"))
     assert len(calls) == 5 and whole["losses"] == cut["losses"] and len(cut["losses"]) == 4
+    words = "text_encoder._extra_state"
+    assert whole["model"].pop(words) == cut["model"].pop(words)
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pt", "whole.pt"]
 

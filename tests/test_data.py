@@ -71,6 +71,28 @@ def test_flash_and_click_share_a_frame_through_a_real_file(tmp_path):
     assert np.abs(clip.audio).argmax() // SAMPLES_PER_FRAME == 17 and clip.mel.sum(1).argmax() // 4 == 17
 
 
+def test_a_video_written_in_blocks_is_the_same_and_a_failing_writer_leaves_nothing(tmp_path):
+    frames, audio = flash_and_click()
+    data.write_video(tmp_path / 'whole.mp4', frames, audio)
+    data.write_video(tmp_path / 'blocks.mp4', iter([frames[:7], frames[7:]]), audio)
+    assert (tmp_path / 'whole.mp4').read_bytes() == (tmp_path / 'blocks.mp4').read_bytes()
+
+    def fails():
+        yield frames
+        raise ValueError('no more')
+
+    with pytest.raises(ValueError, match='no more'):
+        data.write_video(tmp_path / 'half.mp4', fails(), audio)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['blocks.mp4', 'whole.mp4']
+
+
+@pytest.mark.parametrize('late', [0, 1600])
+def test_the_lag_of_a_sound_is_found(tmp_path, late):
+    frames, audio = flash_and_click()
+    data.write_video(tmp_path / 'a.mp4', frames, np.roll(audio, late))
+    assert data.sound_lag(tmp_path / 'a.mp4', audio) == pytest.approx(late / SAMPLE_RATE, abs=0.005)
+
+
 def test_other_rates_and_sizes_are_resampled(tmp_path):
     """30 fps, 50x38 pixels, 44.1 kHz stereo: one second in, the picture turns white and a tone starts."""
     (tmp_path / 'anna').mkdir()
@@ -207,6 +229,17 @@ def test_clips_are_split_per_person():
     assert alone['test'] == [c for c in parts['test'] if c.person == 'b']
     with pytest.raises(ValueError, match='dora has 2'):
         data.split_clips([clip_of('dora', '1'), clip_of('dora', '2')], 0)
+
+
+def test_pieces_of_a_clip_stay_aligned():
+    clip = clip_of('a', '1')                                                              # of 30 frames
+    pieces = data.cut([clip], 0.48)
+    assert [len(p.frames) for p in pieces] == [12, 12, 6] and len({p.path for p in pieces}) == 3
+    for number, piece in enumerate(pieces):
+        start = 12 * number
+        assert np.array_equal(piece.frames, clip.frames[start:start + 12]) and len(piece.audio) == 640 * len(piece.frames)
+        assert np.array_equal(piece.mel, clip.mel[4 * start:4 * start + 48])
+    assert [len(p.frames) for p in data.cut([clip], 2.0)] == [30] and [len(p.frames) for p in data.cut([clip], 1.0)] == [25]
 
 
 def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():

@@ -170,7 +170,7 @@ def measure(judges, clips, corrupt, strength, generator):
             "fid*": metrics.frechet_distance(truths, features), "kid*": metrics.kernel_distance(truths, features)[0]}
 
 
-def validity(root, seconds, steps, max_clips):
+def validity(root, steps, max_clips):
     """Train the judges on a dataset's public people and corrupt clips of others: a cell a metric and corruption."""
     cache = Path(__file__).resolve().parents[1] / "datasets" / ".cache" / "bench"
     talkers = data.TalkingHeads(root, size=64, cache=cache)
@@ -179,7 +179,7 @@ def validity(root, seconds, steps, max_clips):
     public = public or np.random.default_rng(1).permutation(names)[:2 * len(names) // 3].tolist()
     start = time.perf_counter()
     with tqdm(total=100, desc="training the judges", disable=None) as bar:
-        judges = metrics.train_judges({n: talkers.people[n] for n in public}, steps, seconds,
+        judges = metrics.train_judges({n: talkers.people[n] for n in public}, steps,
                                       progress=lambda share, losses: bar.update(int(100 * share) - bar.n))
     start = time.perf_counter() - start
     clips = [clip for n in names if n not in set(public) for clip in talkers.people[n]]
@@ -211,12 +211,11 @@ if __name__ == "__main__":
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--validity", metavar="DIR", nargs="+")
     parser.add_argument("--steps", type=int, default=320, help="of the judges' training")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="at most, of the judges' training")
     parser.add_argument("--clips", type=int, default=32, help="at most, to corrupt")
     args = parser.parse_args()
     if args.validity:
         for root in args.validity:
-            validity(root, args.seconds, args.steps, args.clips)
+            validity(root, args.steps, args.clips)
     else:
         bench_frechet(args.full)
         bench_table()

@@ -12,7 +12,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 import warnings
 from collections import defaultdict
 from functools import partial
@@ -166,10 +165,7 @@ class FeatureStatistics:
         """A matrix M with M^T M = covariance: the centred features [n, d] while they are few, else [d, d]."""
         if self.n <= min(self.capacity, len(self.mean)):
             return (self.sample - self.mean) / (self.n - 1) ** 0.5
-        root, failed = torch.linalg.cholesky_ex(self.covariance())
-        if not failed:
-            return root.T
-        values, vectors = torch.linalg.eigh(self.covariance())          # slower, but singular covariances have it too
+        values, vectors = torch.linalg.eigh(self.covariance())
         return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
@@ -215,6 +211,11 @@ def kernel_distance(real_features, fake_features, num_subsets=100, subset_size=1
 
 
 # ---------------------------------------------------------------- the standard networks
+
+def squared_distance(x, y):
+    """Squared Euclidean distance of rows, [n, d] twice -> [n]."""
+    return (x - y).square().sum(1)
+
 
 def _resize(frames, size):
     if frames.shape[-2:] == (size, size):
@@ -295,15 +296,19 @@ class LPIPS(nn.Module):
             nn.Dropout(), nn.Conv2d(c, 1, 1, bias=False))}) for i, c in enumerate(self.channels[net])})
         self.eval()
 
-    def forward(self, x, y):
-        shift, scale = (x.new_tensor(v).view(3, 1, 1) for v in ([-.030, -.088, -.188], [.458, .448, .450]))
-        x, y, total = (2 * x - 1 - shift) / scale, (2 * y - 1 - shift) / scale, 0
+    def embed(self, frames):
+        """Frames [n, 3, h, w] -> [n, d], between which LPIPS is the squared Euclidean distance."""
+        shift, scale = (frames.new_tensor(v).view(3, 1, 1) for v in ([-.030, -.088, -.188], [.458, .448, .450]))
+        x, parts = (2 * frames - 1 - shift) / scale, []
         for i, layer in enumerate(self.features[:self.tapped[-1] + 1]):
-            x, y = layer(x), layer(y)
+            x = layer(x)
             if i in self.tapped:
-                difference = (F.normalize(x, eps=1e-10) - F.normalize(y, eps=1e-10)).square()
-                total = total + self.lins[f"lin{self.tapped.index(i)}"]["model"](difference).mean((1, 2, 3))
-        return total
+                weight = self.lins[f"lin{len(parts)}"]["model"][1].weight / x[0, 0].numel()   # [1, c, 1, 1], never < 0
+                parts.append((F.normalize(x, eps=1e-10) * weight.sqrt()).flatten(1))
+        return torch.cat(parts, 1)
+
+    def forward(self, x, y):
+        return squared_distance(self.embed(x), self.embed(y))
 
 
 class _FaceBlock(nn.Module):
@@ -364,16 +369,18 @@ def mfcc(audio):
     return cepstra
 
 
-def sync_offset(video, audio, max_shift=15, outside=0.0):
+def sync_offset(video, audio):
     """LSE of window embeddings [t, d] -> {"lse_d", "lse_c", "offset"} (Chung & Zisserman 2016): mean distance at the
-    best of all shifts within +-max_shift, median minus that minimum, and by how many frames the sound must move to fit;
-    beyond the clip the audio counts as `outside`: 0 in SyncNet, NaN to leave those windows out."""
-    padded = F.pad(audio[:len(video)], (0, 0, max_shift, max_shift), value=outside)
-    shifted = padded.unfold(0, 2 * max_shift + 1, 1).mT                                    # [t, shifts, d]
-    distance = (video[:, None] - shifted + 1e-6).norm(dim=-1).nanmean(0)      # 1e-6: as torch's pairwise_distance
-    best = int(distance.nan_to_num(float("inf")).argmin())
-    return {"lse_d": float(distance[best]), "lse_c": float(distance.nanmedian() - distance[best]),
-            "offset": max_shift - best}
+    best of all shifts within +-15, median minus that minimum, and by how many frames the sound must move to fit; beyond
+    the clip the audio counts as 0."""
+    shifted = F.pad(audio[:len(video)], (0, 0, 15, 15)).unfold(0, 31, 1).mT                # [t, shifts, d]
+    distance = (video[:, None] - shifted + 1e-6).norm(dim=-1).mean(0)         # 1e-6: as torch's pairwise_distance
+    return _best_shift(distance)
+
+
+def _best_shift(distance):
+    best = int(distance.argmin())
+    return {"lse_d": float(distance[best]), "lse_c": float(distance.median() - distance[best]), "offset": 15 - best}
 
 
 class SyncNet(nn.Module):
@@ -406,7 +413,7 @@ class SyncNet(nn.Module):
 
 
 @torch.no_grad()
-def lse(syncnet, video_frames, audio, chunk=20):
+def lse(syncnet, video_frames, audio):
     """LSE-D, LSE-C and AV offset of frames [f, 3, h, w] at 25 Hz and int16 audio [n] at 16 kHz -> as `sync_offset`;
     ValueError below 6 frames with sound."""
     num_windows = min(len(video_frames), len(audio) // 640) - 5                            # SyncNet leaves out the last
@@ -414,7 +421,7 @@ def lse(syncnet, video_frames, audio, chunk=20):
         raise ValueError("lip sync needs at least 6 frames with their sound")
     cepstra = torch.from_numpy(mfcc(audio)).to(video_frames)
     cepstra = F.pad(cepstra, (0, 0, 0, max(0, 4 * (num_windows + 4) - len(cepstra))))
-    spans = [(i, min(i + chunk, num_windows) + 4) for i in range(0, num_windows, chunk)]
+    spans = [(i, min(i + 20, num_windows) + 4) for i in range(0, num_windows, 20)]         # bounds the memory
     sides = zip(*(syncnet(video_frames[i:j], cepstra[4 * i:4 * j]) for i, j in spans))
     return sync_offset(*(torch.cat(side) for side in sides))
 
@@ -433,8 +440,9 @@ def _mouth_net(channels, outputs, width=24):
 
 class Judges(nn.Module):
     """Small networks, trained by `train_judges` on public people only, that stand in for the standard ones: a face
-    embedder, whose layers also give the perceptual distance and the features of FID* and KID*, a sync network and a
-    judge of the mouth's opening. They see 64 x 64 pixels; other sizes are resampled.
+    embedder, whose layers also give the perceptual distance and the features of FID* and KID*, a sync network
+    for the training loss, axes that judge sync (less than a network can learn by heart) and a judge of the mouth's
+    opening. They see 64 x 64 pixels; other sizes are resampled.
 
     `scores` says how well they judge people they never saw; `has_opening` whether openings were known."""
 
@@ -451,6 +459,8 @@ class Judges(nn.Module):
                                     nn.Conv1d(96, 128, 4, 2, 1), nn.BatchNorm1d(128), nn.ReLU(), nn.Flatten(),
                                     nn.Dropout(0.2), nn.Linear(128 * 5, dim))
         self.trace_head = nn.Linear(dim, 5)                           # training only: the opening over a window
+        self.register_buffer("mouth_axes", torch.zeros(64, 4))        # of `_canonical_axes`
+        self.register_buffer("speech_axes", torch.zeros(144, 4))
         self.scores, self.has_opening = {}, False
 
     def get_extra_state(self):
@@ -472,9 +482,12 @@ class Judges(nn.Module):
     def perceptual(self, x, y):
         """LPIPS*: distance [n] >= 0 of frames [n, 3, h, w]: squared difference of unit-normalised features, averaged
         over the picture and the face network's four scales (after Zhang et al. 2018)."""
-        unit = lambda layer: layer / (layer.square().sum(1, keepdim=True) + 1e-8).sqrt()
-        pairs = zip(self._layers(x), self._layers(y))
-        return sum((unit(a) - unit(b)).square().sum(1).mean((-2, -1)) for a, b in pairs) / 4
+        return squared_distance(self.embed(x), self.embed(y))
+
+    def embed(self, frames):
+        """Frames [n, 3, h, w] -> [n, d], between which `perceptual` is the squared Euclidean distance."""
+        unit = lambda layer: layer / (4 * layer[0, 0].numel() * (layer.square().sum(1, keepdim=True) + 1e-8)).sqrt()
+        return torch.cat([unit(layer).flatten(1) for layer in self._layers(frames)], 1)
 
     def features(self, frames):
         """Features for FID* and KID*: frames [n, 3, h, w] -> [n, d], the mean activation of every channel."""
@@ -504,14 +517,65 @@ class Judges(nn.Module):
         x = self.speech(rearrange(windows, "b t n m -> (b t) m n"))
         return F.normalize(x, dim=-1).unflatten(0, windows.shape[:2])
 
-    def lip_sync(self, frames, mel):
-        """Sync of a clip [f, 3, h, w] with its log-mel [4 f, 40] -> {"sync", "lse_d", "lse_c", "offset"}: mean cosine
-        of the two sides, and as `sync_offset`; ValueError below 6 frames with sound."""
-        f = min(len(frames), len(mel) // 4)
-        if f < 6:
+    def watch(self, frames):
+        """How a clip's mouth moves, along the axes that sync is judged by: [f, 3, h, w] -> [f - 4, 4]."""
+        if len(frames) < 6:
             raise ValueError("lip sync needs at least 6 frames with their sound")
-        video, audio = self.mouth_video(frames[None, :f])[0], self._speech(_windows(mel[:4 * f])[None].to(frames))[0]
-        return {"sync": float((video * audio).sum(-1).mean())} | sync_offset(video, audio, outside=float("nan"))
+        return _mouth_energy(mouth_region(_resize(frames, 64))) @ self.mouth_axes
+
+    def lip_sync(self, frames, mel):
+        """`sync_scores` of a clip, frames [f, 3, h, w] or what `watch` made of them, with its log-mel [4 f, 40];
+        ValueError below 6 frames with sound."""
+        video = frames if frames.ndim == 2 else self.watch(frames)
+        t = min(len(video), len(mel) // 4 - 4)
+        if t < 2:
+            raise ValueError("lip sync needs at least 6 frames with their sound")
+        return sync_scores(video[:t], _speech_energy(_windows(mel)[:t].to(video)) @ self.speech_axes)
+
+
+def _mouth_energy(frames):
+    """Log of how much each of 4 x 4 places changes within windows of 5 frames: [f, 3, 28, 28] -> [f - 4, 64]."""
+    energy = torch.log(0.01 + F.avg_pool2d(frames.mean(1).diff(dim=0).abs(), 7)).flatten(1)
+    return energy.unfold(0, 4, 1).flatten(1)
+
+
+def _speech_energy(windows):
+    """Levels of 8 bands and how much they change in 40 ms, every 20 ms: log-mel [t, 20, 40] -> [t, 144]."""
+    bands = F.avg_pool1d(windows, 5)                                                       # [t, 20, 8]
+    changes = (bands[:, 4:] - bands[:, :-4]).abs()
+    return torch.cat([F.avg_pool1d(x.mT, 2).flatten(1) for x in (bands, changes)], 1)
+
+
+def _canonical_axes(video, audio, num_axes=4):
+    """Axes [d, 4] and [e, 4] along which centred features [n, d] and [n, e] correlate most (Hotelling 1936), scaled by
+    the root of their correlation and found within the 20 and 12 leading principal axes."""
+    def whiten(x, rank):
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        return vectors[:, -rank:] / (values[-rank:] + 0.1 * values[-rank:].mean() + 1e-9).sqrt()
+    whites = whiten(video, 20), whiten(audio, 12)
+    u, correlation, vt = torch.linalg.svd(whites[0].T @ (video.T @ audio) @ whites[1] / len(video))
+    return [white @ axes[:, :num_axes] * correlation[:num_axes].sqrt() for white, axes in zip(whites, (u, vt.T))]
+
+
+@torch.no_grad()
+def _fit_energies(judges, clips):
+    """Fit the judges' axes to the training clips, each clip's features less their mean."""
+    pairs = []
+    for clip in clips:
+        mouths = mouth_region(_resize(torch.from_numpy(np.array(clip.frames)) / 255, 64))
+        sides = _mouth_energy(mouths), _speech_energy(_windows(clip.mel))
+        pairs.append([side.double() - side.double().mean(0) for side in sides])
+    axes = _canonical_axes(*(torch.cat(side) for side in zip(*pairs)))
+    judges.mouth_axes, judges.speech_axes = (side.float() for side in axes)
+
+
+def sync_scores(video, audio):
+    """Sync of a mouth and its speech [t, d] -> {"sync", "lse_d", "lse_c", "offset"}: their correlation over time r, 0
+    for a still mouth, then as `sync_offset` with (2 - 2 r)^(1/2) for the distance at each shift."""
+    video, audio = (x - x.mean(0) for x in (video, audio))      # what a face or a voice always has says nothing of sync
+    shifted = F.pad(audio, (0, 0, 15, 15)).unfold(0, 31, 1)                                # [t, d, shifts]
+    r = torch.einsum("t d, t d s -> s", video, shifted) / (video.norm() * audio.norm()).clamp(min=0.1)
+    return {"sync": float(r[15])} | _best_shift((2 - 2 * r).clamp(min=0).sqrt())
 
 
 def _augment(clips, view, mirror, generator, region=lambda x: x):
@@ -592,9 +656,8 @@ def _losses(judges, prototypes, labels, faces, mouths, windows, opening, view):
     return losses
 
 
-def train_judges(people, steps=320, seconds=75.0, seed=0, num_frames=40, batch_size=8, progress=None):
-    """Train Judges on public people {name: [clip, ...]} and score them on every eighth person, who is held out; at most
-    `steps` steps or `seconds`, whichever ends first (bit-reproducible if the steps do).
+def train_judges(people, steps=320, seed=0, num_frames=40, batch_size=8, progress=None):
+    """Train Judges on public people {name: [clip, ...]} and score them on every eighth person, who is held out.
 
     A clip has `frames` uint8 [f, 3, h, w], `mel` [4 f, 40] and `opening` [f] or None. Each step sees stretches of
     `num_frames` frames, fewer where half of the clips are shorter; `progress(share, losses)` is called after it.
@@ -605,16 +668,14 @@ def train_judges(people, steps=320, seconds=75.0, seed=0, num_frames=40, batch_s
     clips = [(label, clip) for label, clip in clips if len(clip.frames) >= num_frames]
     if len(people) < 4 or num_frames < 10:
         raise ValueError(f"the judges need four people with clips of ten frames; here are {len(people)} people")
-    generator, start = torch.Generator().manual_seed(seed), time.monotonic()
+    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judges = Judges()
         prototypes = nn.Parameter(torch.randn(len(trained), judges.face_head[-1].num_features))
         optimiser = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
         for step in range(steps):
-            share = max(step / steps, (time.monotonic() - start) / seconds)
-            if share >= 1:
-                break
+            share = step / steps
             optimiser.param_groups[0]["lr"] = 2e-3 * min(1, 20 * share + 0.05) * (1 - share)
             labels, frames, windows, opening = _draw(clips, batch_size, num_frames, generator)
             view = torch.rand(batch_size, 10, generator=generator) * 2 - 1
@@ -627,6 +688,7 @@ def train_judges(people, steps=320, seconds=75.0, seed=0, num_frames=40, batch_s
             optimiser.step()
             if progress:
                 progress(share, {name: loss.item() for name, loss in losses.items()})
+    _fit_energies(judges, [clip for _, clip in clips])
     judges.eval().requires_grad_(False)
     judges.has_opening = any(clip.opening is not None for _, clip in clips)
     judges.scores = score_judges(judges, {name: own for name, own in people.items() if name not in trained})
@@ -636,7 +698,8 @@ def train_judges(people, steps=320, seconds=75.0, seed=0, num_frames=40, batch_s
 @torch.no_grad()
 def score_judges(judges, people, num_windows=38):
     """How well judges do on people they never saw {name: [clip, ...]} -> dict: identity verification (AUC, accuracy)
-    and rank-1 between clips, right against other speech over 1.5 s, AV offset within a frame, opening correlation."""
+    and rank-1 between clips, right against the person's other speech over 1.5 s, AV offset of sound moved by up to 10
+    frames found to within one, opening correlation."""
     clips = [(name, clip) for name in sorted(people) for clip in people[name] if len(clip.frames) >= num_windows + 4]
     owner = np.array([name for name, _ in clips])
     scores = {"people": len(set(owner)), "clips": len(clips)}
@@ -653,13 +716,14 @@ def score_judges(judges, people, num_windows=38):
         scores |= {"verification_auc": float((right[:, None] > wrong).float().mean()),
                    "verification_accuracy": float(max(rates)) / 2,
                    "rank1": float((owner[nearest] == owner[same.any(1).numpy()]).mean())}
-    video = torch.stack([judges.mouth_video(x[None, :num_windows + 4])[0] for x in frames])
-    audio = judges._speech(torch.stack([_windows(clip.mel)[:num_windows] for _, clip in clips]))
-    match = torch.einsum("i t d, j t d -> i j", video, audio)                              # [clips, clips]
-    if other.any():
-        scores["sync_accuracy"] = float((match.diagonal()[:, None] > match)[other].float().mean())
-    offsets = [judges.lip_sync(x, clip.mel)["offset"] for x, (_, clip) in zip(frames, clips)]
-    scores["offset_accuracy"] = float(np.mean(np.abs(offsets) <= 1))
+    seen, mels = [judges.watch(x) for x in frames], [clip.mel for _, clip in clips]
+    match = lambda i, j: judges.lip_sync(seen[i][:num_windows], mels[j])["sync"]
+    wins = [match(i, i) > match(i, j) for i, j in same.nonzero().tolist()]
+    if wins:
+        scores["sync_accuracy"] = float(np.mean(wins))
+    errors = [judges.lip_sync(video[max(0, -late):], mel[4 * max(0, late):])["offset"] - late
+              for video, mel in zip(seen, mels) for late in range(-10, 11, 2)]
+    scores["offset_accuracy"] = float(np.mean(np.abs(errors) <= 1))
     known = [(x, clip.opening) for x, (_, clip) in zip(frames, clips) if clip.opening is not None]
     if judges.has_opening and known:
         traces = [mouth_correlation(judges.opening(x), np.array(opening)) for x, opening in known]
@@ -728,32 +792,50 @@ def log_mel(audio):
     return ((mel.clamp_min(1e-4).log() + 4) / 3.5).T.numpy()
 
 
+class Seen:
+    """A clip's frames [f, 3, h, w], and what networks made of them: each looks once."""
+
+    def __init__(self, frames):
+        self.frames, self.made = frames, {}
+
+    def by(self, look):
+        if look not in self.made:
+            self.made[look] = look(self.frames)
+        return self.made[look]
+
+
 @torch.no_grad()
 def score_clip(fake, real, audio, networks, judges=None):
-    """Every metric of a clip against its truth, [f, 3, h, w] each, that needs no network, that the networks of
-    `load_standard` tell, or the judges (starred); audio int16 at 16 kHz -> ({metric: value}, {metric: why not})."""
-    def perceptual(distance, star=""):
-        def mean():
-            _check(fake, real)
-            return distance(fake, real).mean()
-        return {"lpips" + star: mean, "tlp" + star: lambda: tlp(distance, fake, real)}
+    """Every metric of a clip against its truth, [f, 3, h, w] each or `Seen`, that needs no network, that the networks
+    of `load_standard` tell, or the judges (starred); audio int16 at 16 kHz -> ({metric: value}, {metric: why not})."""
+    fake, real = (x if isinstance(x, Seen) else Seen(x) for x in (fake, real))
+    x, y = fake.frames, real.frames
+
+    def perceptual(embed, compare):
+        _check(x, y)
+        return compare(fake.by(embed), real.by(embed))
+
+    def pictures(embed, star=""):
+        return {"lpips" + star: lambda: perceptual(embed, squared_distance).mean(),
+                "tlp" + star: lambda: perceptual(embed, partial(tlp, squared_distance))}
 
     def similarity(embed):
-        return lambda: (embed(fake) * embed(real)).sum(-1).mean()
+        return lambda: (fake.by(embed) * real.by(embed)).sum(-1).mean()
 
-    jobs = {"psnr": lambda: psnr(fake, real).mean(), "ssim": lambda: ssim(fake, real).mean(),
-            "temporal_jitter": lambda: temporal_jitter(fake), "jitter_ratio": lambda: jitter_ratio(fake, real),
-            "mouth_motion_correlation": lambda: mouth_correlation(mouth_motion(fake), mouth_motion(real))}
+    jobs = {"psnr": lambda: psnr(x, y).mean(), "ssim": lambda: ssim(x, y).mean(),
+            "temporal_jitter": lambda: temporal_jitter(x), "jitter_ratio": lambda: jitter_ratio(x, y),
+            "mouth_motion_correlation": lambda: mouth_correlation(mouth_motion(x), mouth_motion(y))}
     if "lpips" in networks:
-        jobs |= perceptual(networks["lpips"])
+        jobs |= pictures(networks["lpips"].embed)
     jobs |= {name: similarity(embed) for name, embed in networks.items() if name.startswith("id_similarity")}
     if "lse_d" in networks:
-        jobs["lse_d lse_c av_offset"] = lambda: [*lse(networks["lse_d"], fake, audio).values()]
+        jobs["lse_d lse_c av_offset"] = lambda: [*lse(networks["lse_d"], x, audio).values()]
     if judges:
-        jobs |= perceptual(judges.perceptual, "*") | {
+        jobs |= pictures(judges.embed, "*") | {
             "id_similarity*": similarity(judges.identity),
-            "sync* lse_d* lse_c* av_offset*": lambda: [*judges.lip_sync(fake, log_mel(audio)).values()],
-            "mouth_correlation*": lambda: mouth_correlation(judges.opening(fake), judges.opening(real))}
+            "sync* lse_d* lse_c* av_offset*":
+                lambda: [*judges.lip_sync(fake.by(judges.watch), log_mel(audio)).values()],
+            "mouth_correlation*": lambda: mouth_correlation(fake.by(judges.opening), real.by(judges.opening))}
     values, reasons = {}, {}
     for names, job in jobs.items():
         try:
@@ -764,6 +846,31 @@ def score_clip(fake, real, audio, networks, judges=None):
         except ValueError as error:
             reasons |= dict.fromkeys(names.split(), str(error))
     return values, reasons
+
+
+def summarise(metrics, clips, statistics, missing):
+    """A row of the table for each of the `metrics`: out of [(values, reasons, frames)] of the clips its `mean_ci` and
+    number of frames, out of `statistics` {star: (real, fake FeatureStatistics)} FID and KID, with what they warn of;
+    {"mean": None, "reason": why} where there is none, for which `missing` {metric: reason} comes first."""
+    rows = {}
+    for metric in metrics:
+        kind, star = metric.rstrip("*"), "*" * metric.endswith("*")
+        scored = [(values[metric], frames) for values, _, frames in clips if metric in values]
+        why = missing.get(metric) or next((reasons[metric] for _, reasons, _ in clips if metric in reasons),
+                                          "nothing could be scored")
+        if scored:
+            rows[metric] = mean_ci([value for value, _ in scored]) | {"frames": sum(frames for _, frames in scored)}
+        elif kind in ("fid", "kid") and star in statistics and min(side.n for side in statistics[star]) > 1:
+            n = min(side.n for side in statistics[star])
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                distance = (frechet_distance if kind == "fid" else kernel_distance)(*statistics[star])
+            mean, *deviation = np.atleast_1d(distance).tolist()
+            rows[metric] = {"mean": mean, "ci95": None, "n": n, "frames": n} | {"deviation": d for d in deviation} | {
+                "warning": str(warning.message) for warning in caught}
+        else:
+            rows[metric] = {"mean": None, "reason": why, "n": 0, "frames": 0}
+    return rows
 
 
 def _read(path):
@@ -788,65 +895,43 @@ def _files(folder):
     return {str(path.relative_to(folder).with_suffix("")): path for path in files}
 
 
-def _distribution_row(distance, statistics):
-    """The row of FID or KID; what it warns of goes into it."""
-    n = min(side.n for side in statistics)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        mean, *deviation = np.atleast_1d(distance(*statistics)).tolist()
-    row = {"mean": mean, "ci95": None, "n": n, "frames": n} | ({"deviation": deviation[0]} if deviation else {})
-    return row | ({"warning": str(caught[0].message)} if caught else {})
-
-
 @torch.no_grad()
 def compare(real_folder, fake_folder, networks, sources, judges=None):
     """Score two folders of videos or pictures, pairs by name, FID and KID over all frames -> (rows, notes on what was
     left out). A row is `mean_ci` of a metric and the number of frames, or {"mean": None, "reason": why, ...}."""
     folders, clips, notes = [_files(real_folder), _files(fake_folder)], {}, []
     extractors = {"": networks.get("fid"), "*": judges and judges.features}
-    extractors = {star: (extract, FeatureStatistics(), FeatureStatistics(seed=1))
-                  for star, extract in extractors.items() if extract}
+    extractors = {star: extract for star, extract in extractors.items() if extract}
+    statistics = {star: (FeatureStatistics(), FeatureStatistics(seed=1)) for star in extractors}
     for name in tqdm(sorted(folders[0] | folders[1]), unit="file", disable=None):
         pair = []
         try:
             for side, files in enumerate(folders):
                 if name in files:
                     pair.append(_read(files[name]))
-                    for extract, *statistics in extractors.values():
+                    for star, extract in extractors.items():
                         for batch in pair[-1][0].split(32):
-                            statistics[side].update(extract(batch))
+                            statistics[star][side].update(extract(batch))
             if len(pair) < 2:
                 raise ValueError("it has no partner of that name")
             (real, _), (fake, audio) = pair
             n = min(len(real), len(fake))
             if len(real) != len(fake):
                 notes.append(f"{name}: {len(real)} and {len(fake)} frames, of which the first {n} are compared")
-            clips[name] = (n, *score_clip(fake[:n], real[:n], audio, networks, judges))
+            clips[name] = (*score_clip(fake[:n], real[:n], audio, networks, judges), n)
         except ValueError as error:
             notes.append(f"{name}: {error}")
-    reasons = {metric: source["reason"] for metric, source in sources.items() if not source["network"]}
-    reasons |= {} if judges else dict.fromkeys(SELF_TRAINED, "needs --judges FILE")
-    rows, left_out = {}, defaultdict(list)
-    for metric in (*UNJUDGED, *sources, *SELF_TRAINED):
-        scored = [(values[metric], n) for n, values, _ in clips.values() if metric in values]
-        failed = {name: why[metric] for name, (_, _, why) in clips.items() if metric in why}
-        if scored:
-            rows[metric] = mean_ci([value for value, _ in scored]) | {"frames": sum(n for _, n in scored)}
-            for name, why in failed.items():
-                left_out[name, why].append(metric)
-        else:
-            why = reasons.get(metric) or next(iter(failed.values()), "no pair could be scored")
-            rows[metric] = {"mean": None, "reason": why, "n": 0, "frames": 0}
-    notes += [f"{name}: {why} (not in {', '.join(metrics)})" for (name, why), metrics in left_out.items()]
-    for star, (_, *statistics) in extractors.items():
-        if min(side.n for side in statistics) > 1:
-            rows["fid" + star] = _distribution_row(frechet_distance, statistics)
-            rows["kid" + star] = _distribution_row(kernel_distance, statistics)
-        else:
-            rows["fid" + star]["reason"] = rows["kid" + star]["reason"] = "needs at least two frames on each side"
+    missing = {metric: source["reason"] for metric, source in sources.items() if not source["network"]}
+    missing |= {} if judges else dict.fromkeys(SELF_TRAINED, "needs --judges FILE")
+    rows = summarise((*UNJUDGED, *sources, *SELF_TRAINED), clips.values(), statistics, missing)
     if all(row["mean"] is None for row in rows.values()):
         raise ValueError("nothing could be scored: " + "; ".join(notes))
-    return rows, notes
+    left_out = defaultdict(list)
+    for name, (_, reasons, _) in clips.items():
+        for metric, why in reasons.items():
+            if rows[metric]["mean"] is not None:
+                left_out[name, why].append(metric)
+    return rows, notes + [f"{name}: {why} (not in {', '.join(names)})" for (name, why), names in left_out.items()]
 
 
 def main(argv=None):

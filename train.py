@@ -396,7 +396,7 @@ def train_backbone(config, people, device, path):
 
     def judges():
         with tqdm(total=100, desc="judges", unit="%") as bar:
-            return metrics.train_judges(public, config["judges"]["steps"], float("inf"), seed, progress=lambda share, _:
+            return metrics.train_judges(public, config["judges"]["steps"], seed, progress=lambda share, _:
                                         bar.update(round(100 * share) - bar.n)).state_dict()
 
     def autoencoder():
@@ -472,18 +472,18 @@ def generate(model, case, seed, sampling, mel=None):
 
 @torch.inference_mode()
 def score(judges, networks, frames, case, gallery, own):
-    """Every per-clip metric of generated frames [f 3 H W]: ({metric: value}, {metric: why it has none}).
+    """Every per-clip metric of generated frames, `metrics.Seen`: ({metric: value}, {metric: why it has none}).
 
     gallery [p d] holds each client's identity, `own` is the row. The right speech competes with other speech of the same
     person: another voice could be told from the face alone.
     """
-    values, reasons = metrics.score_clip(frames, fed.unit_range(case["frames"])[0], case["audio"], networks, judges)
-    values["id_accuracy*"] = float(int((gallery @ judges.identity(frames).mean(0)).argmax()) == own)
-    seen = judges.mouth_video(frames[None])[0]
-    right, *wrong = (float((seen * judges.mouth_audio(mel)[0]).sum(-1).mean()) for mel in (case["mel"], *case["rivals"]))
-    values["sync_accuracy*"] = float(np.mean([right > other for other in wrong]))
+    values, reasons = metrics.score_clip(frames, case["truth"], case["audio"], networks, judges)
+    values["id_accuracy*"] = float(int((gallery @ frames.by(judges.identity).mean(0)).argmax()) == own)
+    right, *wrong = (judges.lip_sync(frames.by(judges.watch), mel)["sync"] for mel in case["spoken"])
+    # a still mouth prefers none, and gets a half for guessing
+    values["sync_accuracy*"] = float(np.mean([0.5 + 0.5 * np.sign(round(right - other, 3)) for other in wrong]))
     if judges.has_opening and case["opening"] is not None:
-        values["mouth_correlation*"] = float(metrics.mouth_correlation(judges.opening(frames), case["opening"]))
+        values["mouth_correlation*"] = float(metrics.mouth_correlation(frames.by(judges.opening), case["opening"]))
     return values, reasons
 
 
@@ -515,8 +515,11 @@ def evaluate(model, judges, clients, adapters, config, device):
         case["audio"] = clip.audio[:length * data.SAMPLES_PER_FRAME]
         case["opening"] = None if clip.opening is None else torch.from_numpy(clip.opening[:length])
         others = [c for part in clients[names[i]].values() for c in part if c is not clip and len(c.frames) >= length]
-        case["rivals"] = [torch.from_numpy(data.audio_windows(c.mel, window)[:length]).to(device)[None] for c in others]
-        case["rivals"] = case["rivals"] or [case["mel"].roll(length // 2, dims=1)]  # no clip is as long: its own, shifted
+        mels = [c.mel[:4 * length] for c in (clip, *others)]
+        # where no other clip is as long: its own sound, shifted
+        case["spoken"] = mels if others else [*mels, np.roll(mels[0], 2 * length, 0)]
+        case["rival"] = torch.from_numpy(data.audio_windows(case["spoken"][1], window)).to(device)[None]
+        case["truth"] = metrics.Seen(fed.unit_range(case["frames"])[0])
 
     def still(i, clip, case):
         return fed.unit_range(case["reference"])[0].expand(case["mel"].shape[1], -1, -1, -1)
@@ -537,8 +540,10 @@ def evaluate(model, judges, clients, adapters, config, device):
         twins = {n: adapted(model, v) for n, v in vectors.items()}
         methods[method] = lambda i, clip, case, twins=twins: generate(twins[names[i]], case, i, config["sampling"])
     methods["personal adapter, other speech"] = lambda i, clip, case, twins=twins: generate(
-        twins[names[i]], case, i, config["sampling"], case["rivals"][0])
-    rows, shown, seconds, num_frames = {}, {}, 0.0, 0
+        twins[names[i]], case, i, config["sampling"], case["rival"])
+    rows, shown, seconds, num_frames, truth = {}, {}, 0.0, 0, None
+    missing = {name: source["reason"] for name, source in sources.items() if not source["network"]}
+    missing["mouth_correlation"] = "needs landmarks; mouth_correlation* is measured by the judge that trained here"
     for method, make in methods.items():
         scores, statistics = [], {star: metrics.FeatureStatistics() for star in extractors}
         for i, clip, case in tqdm(cases, method, leave=False):
@@ -546,14 +551,14 @@ def evaluate(model, judges, clients, adapters, config, device):
             frames = make(i, clip, case)
             if method in adapters:
                 seconds, num_frames = seconds + time.perf_counter() - started, num_frames + len(frames)
-            scores.append((*score(judges, networks, frames, case, gallery, i), len(frames)))
+            seen = metrics.Seen(frames)
+            scores.append((*score(judges, networks, seen, case, gallery, i), len(frames)))
             with torch.inference_mode():
                 for star, extract in extractors.items():
-                    statistics[star].update(extract(frames))
+                    statistics[star].update(seen.by(extract))
             shown.setdefault(clip.path, {"clip": clip, "reference": fed.unit_range(case["reference"])[0]})[method] = frames
-        rows[method] = table_row(scores, statistics, rows, sources)
-    for row in rows.values():
-        del row["statistics"]
+        truth = truth or statistics  # the first method's
+        rows[method] = metrics.summarise(COLUMNS, scores, {s: (truth[s], statistics[s]) for s in statistics}, missing)
     return rows, sources, shown, num_frames / seconds
 
 
@@ -561,26 +566,6 @@ def evaluate(model, judges, clients, adapters, config, device):
 COLUMNS = ("psnr", "ssim", "lpips", "lpips*", "tlp*", "fid", "fid*", "kid", "kid*", "id_similarity", "id_similarity*",
            "id_accuracy*", "temporal_jitter", "jitter_ratio", "lse_c", "lse_c*", "lse_d", "lse_d*", "sync*",
            "sync_accuracy*", "mouth_correlation", "mouth_correlation*")
-
-
-def table_row(scores, statistics, rows, sources):
-    """One row of the report from [(values, reasons, frames)] of its clips, its features and those of the row `truth`."""
-    row, truth = {"statistics": statistics}, rows.get("truth", {"statistics": statistics})["statistics"]
-    missing = {name: source["reason"] for name, source in sources.items() if not source["network"]}
-    missing["mouth_correlation"] = "needs landmarks; mouth_correlation* is measured by the judge that trained here"
-    for name in COLUMNS:
-        found = [(values[name], frames) for values, _, frames in scores if name in values]
-        why = [reasons[name] for _, reasons, _ in scores if name in reasons]
-        kind, star = name.rstrip("*"), "*" * name.endswith("*")
-        if kind in ("fid", "kid") and star in statistics:
-            distance = metrics.frechet_distance if kind == "fid" else metrics.kernel_distance
-            mean = float(np.atleast_1d(distance(truth[star], statistics[star]))[0])
-            row[name] = {"mean": mean, "ci95": None, "n": statistics[star].n, "frames": statistics[star].n}
-        elif found:
-            row[name] = metrics.mean_ci([v for v, _ in found]) | {"frames": sum(n for _, n in found)}
-        else:
-            row[name] = {"mean": None, "reason": missing.get(name) or (why or ["no clip could be scored"])[0]}
-    return row
 
 
 # ---------------------------------------------------------------------------------------------- pictures and report

@@ -4,6 +4,7 @@
     python tests/bench_metrics.py --full            also scipy's square root in 2048 dimensions, 100,000 streamed rows
     python tests/bench_metrics.py --validity DIR [DIR ...]
                                                     train the judges on a dataset's public people, corrupt others' clips
+    python tests/bench_metrics.py --sync DIR        the sync judge on people it never saw
 """
 import argparse
 import resource
@@ -152,25 +153,30 @@ def measure(judges, clips, corrupt, strength, generator):
         error = abs(sync["offset"] + late)
         few, some = slice(0, 16), slice(None, None, 4)           # the face network is the dear part
         row = {"psnr": metrics.psnr(x, truth).mean(), "ssim": metrics.ssim(x, truth).mean(),
-               "lpips*": judges.perceptual(x[some], truth[some]).mean(),
-               "tlp*": metrics.tlp(judges.perceptual, x[few], truth[few]),
                "jitter": metrics.jitter_ratio(x, truth),
-               "id*": F.cosine_similarity(judges.identity(x[some]), judges.identity(truth[some]).mean(0)[None]).mean(),
                "sync*": sync["sync"], "lse_d*": sync["lse_d"], "lse_c*": sync["lse_c"],
                "offset error*": error, "offset found*": 100.0 * (error <= 1),
                "mouth motion": metrics.mouth_correlation(metrics.mouth_motion(x), metrics.mouth_motion(truth))}
+        if judges.scores:                                        # the networks were trained
+            own = judges.identity(truth[some]).mean(0)[None]
+            row |= {"lpips*": judges.perceptual(x[some], truth[some]).mean(),
+                    "tlp*": metrics.tlp(judges.perceptual, x[few], truth[few]),
+                    "id*": F.cosine_similarity(judges.identity(x[some]), own).mean()}
+            features.append(judges.features(x[some])), truths.append(judges.features(truth[some]))
         if judges.has_opening:
             row["mouth opening*"] = metrics.mouth_correlation(judges.opening(x), np.array(clip.opening))
         rows.append({name: float(value) for name, value in row.items()})
-        features.append(judges.features(x[some])), truths.append(judges.features(truth[some]))
+    means = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+    if not features:
+        return means
     features, truths = torch.cat(features), torch.cat(truths)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {name: np.mean([row[name] for row in rows]) for name in rows[0]} | {
+        return means | {
             "fid*": metrics.frechet_distance(truths, features), "kid*": metrics.kernel_distance(truths, features)[0]}
 
 
-def validity(root, seconds, steps, max_clips):
+def validity(root, steps, max_clips):
     """Train the judges on a dataset's public people and corrupt clips of others: a cell a metric and corruption."""
     cache = Path(__file__).resolve().parents[1] / "datasets" / ".cache" / "bench"
     talkers = data.TalkingHeads(root, size=64, cache=cache)
@@ -178,13 +184,17 @@ def validity(root, seconds, steps, max_clips):
     public = [n for n in names if n.startswith("public")]
     public = public or np.random.default_rng(1).permutation(names)[:2 * len(names) // 3].tolist()
     start = time.perf_counter()
-    with tqdm(total=100, desc="training the judges", disable=None) as bar:
-        judges = metrics.train_judges({n: talkers.people[n] for n in public}, steps, seconds,
-                                      progress=lambda share, losses: bar.update(int(100 * share) - bar.n))
+    if not steps:
+        judges = metrics.Judges().eval()
+        metrics._fit_energies(judges, [clip for n in public for clip in talkers.people[n]])
+    else:
+        with tqdm(total=100, desc="training the judges", disable=None) as bar:
+            judges = metrics.train_judges({n: talkers.people[n] for n in public}, steps,
+                                          progress=lambda share, losses: bar.update(int(100 * share) - bar.n))
     start = time.perf_counter() - start
     clips = [clip for n in names if n not in set(public) for clip in talkers.people[n]]
     clips = [clips[i] for i in np.linspace(0, len(clips) - 1, min(max_clips, len(clips))).astype(int)]
-    scores = ", ".join(f"{k} {v:.3g}" for k, v in judges.scores.items())
+    scores = ", ".join(f"{k} {v:.3g}" for k, v in judges.scores.items()) or "not scored, no network was trained"
     print(f"\n**{Path(root).name}**: judges trained on {len(public)} public people in {start:.0f} s; on those held "
           f"out: {scores}. Below: {len(clips)} clips of {len({c.person for c in clips})} unseen people; untouched → "
           "strongest corruption, ✓ where every strength moves the metric the right way, ✗ where one does not.\n")
@@ -206,17 +216,44 @@ def validity(root, seconds, steps, max_clips):
           f"0–10 frames: the bar of 90 % is {'met' if found >= 90 else 'not met'}.", flush=True)
 
 
+@torch.no_grad()
+def sync_on_strangers(root, num_clients=8, num_unseen=5, num_folds=3):
+    """How the sync judge does on people it never saw: folds of the public ones, then all of them against the others."""
+    people = data.TalkingHeads(root, size=64).people
+    public, clients, unseen = data.split_people(list(people), num_clients, num_unseen, 0)
+    order = sorted(public, key=lambda name: (-len(people[name]), name))
+    folds = [order[i::num_folds] for i in range(num_folds)]
+    trained = [name for i, name in enumerate(public) if i % 8]                             # as `train_judges` holds out
+    splits = {f"public, fold {i + 1}": ([n for n in order if n not in fold], fold) for i, fold in enumerate(folds)}
+    print("| people | clips | right speech of the person's | offset found, of -10..10 |\n|---|---|---|---|")
+    for name, (known, strangers) in (splits | {"clients": (trained, clients), "unseen": (trained, unseen)}).items():
+        judges = metrics.Judges().eval()
+        metrics._fit_energies(judges, [clip for n in known for clip in people[n]])
+        wins, found = [], []
+        for own in (people[n] for n in strangers):
+            seen = [judges.watch(torch.from_numpy(np.array(clip.frames)) / 255) for clip in own]
+            for i, video in enumerate(seen):
+                match = lambda j, t: judges.lip_sync(video[:t], own[j].mel)["sync"]
+                spans = [(j, min(len(video), len(seen[j]))) for j in range(len(own)) if j != i]
+                wins.append(np.mean([match(i, t) > match(j, t) for j, t in spans]))
+                found += [abs(judges.lip_sync(video[max(0, -k):], own[i].mel[4 * max(0, k):])["offset"] - k) <= 1
+                          for k in range(-10, 11)]
+        print(f"| {name} | {len(wins)} | {np.mean(wins):.3f} | {np.mean(found):.3f} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--validity", metavar="DIR", nargs="+")
-    parser.add_argument("--steps", type=int, default=320, help="of the judges' training")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="at most, of the judges' training")
+    parser.add_argument("--steps", type=int, default=320, help="of the judges' training; 0: judge without networks")
     parser.add_argument("--clips", type=int, default=32, help="at most, to corrupt")
+    parser.add_argument("--sync", metavar="DIR", help="how the sync judge does on people it never saw")
     args = parser.parse_args()
-    if args.validity:
+    if args.sync:
+        sync_on_strangers(args.sync)
+    elif args.validity:
         for root in args.validity:
-            validity(root, args.seconds, args.steps, args.clips)
+            validity(root, args.steps, args.clips)
     else:
         bench_frechet(args.full)
         bench_table()

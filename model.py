@@ -4,12 +4,14 @@ Axes: b clips, f frames, n images or tokens, c channels, h w pixels or latent gr
 """
 
 import copy
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder
@@ -314,10 +316,11 @@ class TalkingBlock(nn.Module):
 class TalkingUNet(nn.Module):
     """Denoise motion clips given speech tokens, identity tokens and the reference latent."""
 
-    def __init__(self, motion_channels, latent_channels, channels, speech_dim, identity_dim, heads, reach):
+    def __init__(self, motion_channels, latent_channels, channels, speech_dim, identity_dim, heads, reach,
+                 checkpointing=False):
         super().__init__()
         temb = 4 * channels[0]
-        self.frequencies = channels[0]
+        self.frequencies, self.checkpointing = channels[0], checkpointing
         self.time_mlp = nn.Sequential(nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb))
         self.speech_mlp = nn.Linear(speech_dim, temb)
         self.position = nn.Parameter(torch.randn(1, channels[0], 8, 8) * 0.02)
@@ -345,14 +348,18 @@ class TalkingUNet(nn.Module):
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
         x = self.conv_in(rearrange(torch.cat([xt, reference], dim=2), "b f c h w -> (b f) c h w"))
         x = x + F.interpolate(self.position, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+        def run(block, x):  # checkpointing keeps a block's input only, and works the rest out again on the way back
+            how = functools.partial(checkpoint, block, use_reentrant=False) if self.checkpointing and self.training else block
+            return how(x, temb, speech, identity, num_frames)
+
         skips = []
         for block, shrink in zip(self.down, self.shrink):
-            skips.append(block(x, temb, speech, identity, num_frames))
+            skips.append(run(block, x))
             x = shrink(skips[-1])
-        x = self.middle(self.down[-1](x, temb, speech, identity, num_frames), temb, speech, identity, num_frames)
+        x = run(self.middle, run(self.down[-1], x))
         for grow, block in zip(self.grow, self.up):
-            x = skips.pop() + F.interpolate(grow(x), scale_factor=2.0)
-            x = block(x, temb, speech, identity, num_frames)
+            x = run(block, skips.pop() + F.interpolate(grow(x), scale_factor=2.0))
         return rearrange(self.conv_out(F.silu(self.norm_out(x))), "(b f) c h w -> b f c h w", f=num_frames)
 
 
@@ -608,7 +615,8 @@ class TalkingHead(nn.Module):
         reference = reference_latents / self.reference_spread
         if self.diffusion.prediction != "x0":
             return self.unet(xt, time, speech, identity, reference)
-        guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
+        with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
+            guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
         return guess + deviation * self.unet(guess, time, speech, identity, reference)
 
     def loss(self, output, target, t):

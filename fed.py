@@ -290,13 +290,15 @@ class Workers:
         if self.size == 1:
             return answer([item])
         items, reply = [None] * self.size if self.rank == 0 else None, [None]
-        dist.gather_object(item, items)
+        with still_there():
+            dist.gather_object(item, items)
         if self.rank == 0:
             try:
                 reply = [(answer(items), None)]
             except (ValueError, OSError, RuntimeError) as error:
                 reply = [(None, error)]
-        dist.broadcast_object_list(reply)
+        with still_there():
+            dist.broadcast_object_list(reply)
         result, error = reply[0]
         if error is not None:
             raise error
@@ -316,6 +318,16 @@ class Workers:
             busy[rank] += loads[i]
             own += [i] if rank == self.rank else []
         return own
+
+
+@contextlib.contextmanager
+def still_there():
+    """ConnectionError where another process is gone; a while later, as who started this one may end it and say more."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(5)
+        raise ConnectionError("another worker is gone: go on with --resume") from None
 
 
 def union(parts):

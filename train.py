@@ -11,12 +11,16 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import platform
+import signal
 import socket
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -285,7 +289,7 @@ def descend(optimizer, loss, lr):
     """One clipped optimizer step at learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if loss is not None:  # else the gradient is there already
+    if loss is not None:  # else its gradient is there already
         optimizer.zero_grad()
         loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
@@ -489,8 +493,8 @@ def peak_bytes(work):
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler complains that there is no GPU
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         work()
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -923,6 +927,7 @@ def train(config, device, run, workers):
 
     people = workers.in_turn(lambda: load_people(config))  # refuses what it must before anything is written
     run.mkdir(parents=True, exist_ok=True)
+    warnings.showwarning = lambda message, *_, **__: say(run, f"warning: {message}")
     with claimed(run) if lead else contextlib.nullcontext():
         lap("data")
         trained = workers.ask(None, lambda _: starting_point(config, people, device, run))
@@ -1150,8 +1155,14 @@ def launch(argv, num_workers):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says whom it ends with the others
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # while they start, for them: `worker` heeds it
     try:
-        torch.multiprocessing.start_processes(worker, (argv, num_workers, port), num_workers, start_method="spawn")
+        context = torch.multiprocessing.start_processes(worker, (argv, num_workers, port), num_workers, join=False,
+                                                        daemon=True, start_method="spawn")
+        signal.signal(signal.SIGINT, interrupt)
+        while not context.join():
+            pass
     except torch.multiprocessing.ProcessExitedException as error:
         if error.signal_name:
             raise ValueError(f"worker {error.error_index} was ended by {error.signal_name}: go on with --resume") from None
@@ -1159,6 +1170,8 @@ def launch(argv, num_workers):
 
 
 def worker(rank, argv, num_workers, port):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end without words: `launch` has them
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which outlives who is killed
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers),
                    "LOCAL_WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     main(argv)
@@ -1179,9 +1192,9 @@ def main(argv=None):
         act(args, config, devices, fed.Workers())
         if size > 1:
             torch.distributed.destroy_process_group()
-    except (ValueError, FileNotFoundError) as error:
-        if rank == 0:  # the others met the same error, or the end of this one
-            print(f"error: {error}", file=sys.stderr)
+    except (ValueError, FileNotFoundError, ConnectionError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if rank == 0 or isinstance(error, ConnectionError):  # else the first met the same error
+            print(f"error: {str(error) or 'interrupted: go on with --resume'}", file=sys.stderr)
         sys.exit(2)
 
 

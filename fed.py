@@ -65,7 +65,7 @@ def with_chance(model, batch, weights, generator, speech_dropout):
     """The batch with what Eq. 12 leaves to chance: t [b], eps as motion, keep_speech [b], and what the judges see.
 
     They see one clip, drawn with probability ~ alpha_bar: the expectation of weighting all by it, at a fraction of the
-    cost. `judged` [b], on the CPU, is the weight of their terms, zero but for that clip; `first` [b] of its five frames.
+    cost. `judged` [b], on the CPU, is the weight of their terms, zero but for that clip; `first` [b] its first frame.
     """
     b, f = batch["motion"].shape[:2]
     t, eps = stratified_timesteps(model, b, generator), torch.randn(batch["motion"].shape, generator=generator)
@@ -92,7 +92,8 @@ def objective(model, batch, weights, judges, share=1.0, bf16=False):
         terms["tdc"] = share * tdc_loss(eps_hat, eps)
     for i in batch["judged"].nonzero().flatten().tolist():
         picked, first = {key: batch[key][i:i + 1] for key in ("frames", "reference", "mel")}, int(batch["first"][i])
-        terms |= judged_terms(model, judges, picked, x0_hat[i:i + 1], float(batch["judged"][i]), slice(first, first + 5))
+        weight, window = float(batch["judged"][i]), slice(first, first + 5)
+        terms |= judged_terms(model, judges, picked, x0_hat[i:i + 1], weight, window)
     loss = terms["diffusion"] + sum(weights[name] * term for name, term in terms.items() if name != "diffusion")
     return loss, {name: float(term.detach()) for name, term in terms.items()}
 
@@ -190,7 +191,7 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
                     for p in parameters:
                         p.add_(p.grad, alpha=-lr)
                 else:
-                    adamw.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))  # constant, then linear to zero
+                    adamw.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))  # constant, then to zero
                     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                     adamw.step()
             sums = {name: sums.get(name, 0.0) + value / num_steps for name, value in terms.items()}

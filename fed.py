@@ -8,6 +8,7 @@ import contextlib
 import math
 import signal
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Callable
 
@@ -19,7 +20,7 @@ from einops import rearrange
 import lora
 import metrics
 import privacy
-from model import KNOWN_FRAMES
+from model import CONDITIONS, KNOWN_FRAMES
 
 CONTINUED = 0.25  # share of training clips that go on from frames without noise
 
@@ -46,12 +47,14 @@ def tdc_loss(eps_hat, eps):
     return (error[:, 1:] - error[:, :-1]).abs().mean()
 
 
-def noised(model, batch, t, eps, scales=None):
-    """Network output, its target, and the implied x0 and eps, for a batch at timesteps t [b] or, by frame, [b f]."""
+def noised(model, batch, t, eps, scales=None, bf16=False):
+    """Network output, its target, and the implied x0 and eps, for a batch at timesteps t [b] or, by frame, [b f]; with
+    `bf16` the network multiplies in bfloat16."""
     x0 = batch["motion"] / model.spread
     xt = model.diffusion.add_noise(x0, t, eps)
-    conditions = model.conditions(batch["mel"], batch["reference"], batch["words"], scales)
-    output = model(xt, t, conditions, batch["reference_latents"])
+    with torch.autocast(xt.device.type, torch.bfloat16, enabled=bf16):
+        conditions = model.conditions(batch["mel"], batch["reference"], batch["words"], scales)
+        output = model(xt, t, conditions, batch["reference_latents"])
     return output, model.diffusion.target(x0, t, eps), *model.diffusion.split(output, xt, t)
 
 
@@ -61,35 +64,71 @@ def stratified_timesteps(model, num, generator):
     return (u * model.diffusion.num_steps).long()
 
 
-def objective(model, batch, weights, judges, generator, condition_dropout):
-    """Eq. 12: the loss to minimise and its terms by name.
+def with_chance(model, batch, weights, generator, condition_dropout):
+    """The batch with what Eq. 12 leaves to chance: t [b f], eps as motion, kept [b 3], and what the judges see.
+
+    Speech, identity and text are each withheld from a share `condition_dropout` of the clips (kept 0); a share CONTINUED
+    knows its first frames, without noise (t = -1), as the windows of a long clip do. The judges see one clip, drawn with
+    probability ~ alpha_bar: the expectation of weighting all by it, at a fraction of the cost. `judged` [b], on the CPU,
+    is the weight of their terms, zero but for that clip; `first` [b] its first frame.
+    """
+    b, f = batch["motion"].shape[:2]
+    t, eps = stratified_timesteps(model, b, generator), torch.randn(batch["motion"].shape, generator=generator)
+    kept = (torch.rand(b, 3, generator=generator) >= condition_dropout).float()
+    num_known = min(KNOWN_FRAMES, f // 2) * (torch.rand(b, generator=generator) < CONTINUED)
+    known = torch.arange(f) < num_known[:, None]  # b f
+    chance = {"t": t[:, None].where(~known, -1), "eps": eps * ~known[:, :, None, None, None], "kept": kept}
+    chance = {name: value.to(batch["motion"].device) for name, value in chance.items()}
+    judged, first = torch.zeros(b), torch.zeros(b, dtype=torch.long)
+    if weights["identity"] or weights["perceptual"] or weights["sync"]:
+        alpha_bar = model.diffusion.alpha_bar[t]
+        judged[torch.multinomial(alpha_bar, 1, generator=generator)] = alpha_bar.mean()
+        first += torch.randint(f - 4, (), generator=generator)
+    return batch | chance | {"judged": judged, "first": first}
+
+
+def objective(model, batch, weights, judges, share=1.0, bf16=False):
+    """Eq. 12 of clips that are `share` of a batch, `with_chance`: the loss to minimise and its terms by name.
 
     L_diff is the squared error of what the network states (`TalkingHead.loss`). For v and x0 this is Eq. 6 divided by
     alpha_bar_t, which keeps the step of pure noise in the loss. `weights` holds tdc, identity, perceptual and sync.
-    Speech, identity and text are each withheld from a share `condition_dropout` of the clips; a share CONTINUED knows its first
-    frames already, as the windows of a long clip do.
     """
-    device, (num_clips, num_frames) = batch["motion"].device, batch["motion"].shape[:2]
-    t = stratified_timesteps(model, num_clips, generator)
-    alpha_bar = model.diffusion.alpha_bar[t]
-    eps = torch.randn(batch["motion"].shape, generator=generator)
-    keep = (torch.rand(3, num_clips, generator=generator) >= condition_dropout).float().to(device)
-    known = min(KNOWN_FRAMES, num_frames // 2) * (torch.rand(num_clips, generator=generator) < CONTINUED)
-    known = torch.arange(num_frames) < known[:, None]  # b f
-    t = t[:, None].where(~known, -1).to(device)
-    eps = (eps * ~known[:, :, None, None, None]).to(device)
-    output, target, x0_hat, eps_hat = noised(model, batch, t, eps, dict(zip(("speech", "identity", "text"), keep)))
-    terms = {"diffusion": model.loss(output, target, t).mean()}
+    t, eps, scales = batch["t"], batch["eps"], dict(zip(CONDITIONS, batch["kept"].T))
+    output, target, x0_hat, eps_hat = noised(model, batch, t, eps, scales, bf16)
+    terms = {"diffusion": share * model.loss(output, target, t).mean()}
     if weights["tdc"]:
-        terms["tdc"] = tdc_loss(eps_hat, eps)
-    if weights["identity"] or weights["perceptual"] or weights["sync"]:
-        # One clip, drawn with probability ~ alpha_bar: the expectation of weighting all by it, at a fraction of the cost.
-        picks = torch.multinomial(alpha_bar, 1, generator=generator).to(device)
-        first = int(torch.randint(num_frames - 4, (), generator=generator))
-        picked = {key: batch[key][picks] for key in ("frames", "reference", "mel")}
-        terms |= judged_terms(model, judges, picked, x0_hat[picks], float(alpha_bar.mean()), slice(first, first + 5))
+        terms["tdc"] = share * tdc_loss(eps_hat, eps)
+    for i in batch["judged"].nonzero().flatten().tolist():
+        picked, first = {key: batch[key][i:i + 1] for key in ("frames", "reference", "mel")}, int(batch["first"][i])
+        weight, window = float(batch["judged"][i]), slice(first, first + 5)
+        terms |= judged_terms(model, judges, picked, x0_hat[i:i + 1], weight, window)
     loss = terms["diffusion"] + sum(weights[name] * term for name, term in terms.items() if name != "diffusion")
     return loss, {name: float(term.detach()) for name, term in terms.items()}
+
+
+def accumulate(model, batch, judges, generator, *, loss_weights, condition_dropout, micro_batch=0, bf16=False):
+    """Leave the gradient of Eq. 12 on a batch in the parameters, `micro_batch` clips at a time (0: all at once).
+
+    Returns its terms and the micro-batch that fitted: half as many clips each time that CUDA runs out of memory. Chance
+    is drawn for the whole batch, so that its gradient is the same up to rounding, however it is cut.
+    """
+    batch, num = with_chance(model, batch, loss_weights, generator, condition_dropout), len(batch["motion"])
+    micro_batch, terms = min(micro_batch or num, num), None
+    while terms is None:
+        model.zero_grad()
+        try:
+            terms = {}
+            for i in range(0, num, micro_batch):
+                part = {k: v[i:i + micro_batch] for k, v in batch.items() if torch.is_tensor(v)}
+                loss, own = objective(model, part, loss_weights, judges, len(part["t"]) / num, bf16)
+                loss.backward()
+                terms = {name: terms.get(name, 0.0) + own.get(name, 0.0) for name in terms | own}
+        except torch.OutOfMemoryError:
+            if micro_batch == 1:
+                raise
+            terms, micro_batch = None, (micro_batch + 1) // 2
+            warnings.warn(f"CUDA ran out of memory: micro-batches of {micro_batch} clips from here on")
+    return terms, micro_batch
 
 
 def judged_terms(model, judges, batch, x0_hat, weight, window):
@@ -128,21 +167,20 @@ def validation_loss(model, batch, seed, num_levels=8):
 # ---------------------------------------------------------------------------------------------- one client
 
 
-def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size, num_frames, loss_weights,
-                  condition_dropout, optimizer="adamw", proximal=0.0, correction=None):
+def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size, num_frames, optimizer="adamw",
+                  proximal=0.0, correction=None, micro_batch=0, **terms_of):
     """Train the adapter from the vector `start` [d] for `num_steps`; returns the new vector and the mean loss terms.
 
     `proximal` is FedProx's mu: it adds (mu / 2) |phi - g|^2 to the loss (Li et al. 2020, Eq. 2). `correction` [d] is
     SCAFFOLD's c - c_i, added to every gradient (Karimireddy et al. 2020, Alg. 1); `optimizer` sgd is plain, of constant
-    rate, as its control variates ask.
+    rate, as its control variates ask. The rest goes to `accumulate`.
     """
     lora.load_adapter_vector(model, start)
     parameters = lora.adapter_parameters(model)
     anchors = [p.detach().clone() for p in parameters] if proximal else []
-    corrections = lora.split_vector(model, correction) if correction is not None else []
-    steady = optimizer == "sgd"
-    optimizer = (torch.optim.SGD(parameters, lr=lr) if steady else
-                 torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True))
+    corrections = lora.split_vector(parameters, correction) if correction is not None else []
+    if optimizer == "adamw":
+        adamw = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     generator, sums = torch.Generator().manual_seed(seed), {}
     torch.default_generator.manual_seed(seed)  # adapter dropout draws from the global one, of the CPU or of the GPU;
     if torch.cuda.is_initialized():  # torch.manual_seed does both, in a millisecond where there is no GPU
@@ -150,18 +188,20 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
     model.unet.train()
     try:
         for step in range(num_steps):
-            loss, terms = objective(model, draw(batch_size, num_frames, generator), loss_weights, judges, generator,
-                                    condition_dropout)
-            if proximal:
-                loss = loss + proximal / 2 * sum((p - a).square().sum() for p, a in zip(parameters, anchors))
-            optimizer.zero_grad()
-            loss.backward()
-            if not steady:
-                optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))  # constant, then linear to zero
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for parameter, c in zip(parameters, corrections):
-                parameter.grad += c
-            optimizer.step()
+            batch = draw(batch_size, num_frames, generator)
+            terms, micro_batch = accumulate(model, batch, judges, generator, micro_batch=micro_batch, **terms_of)
+            with torch.no_grad():
+                for p, anchor in zip(parameters, anchors):
+                    p.grad += proximal * (p - anchor)
+                for p, c in zip(parameters, corrections):
+                    p.grad += c
+                if optimizer == "sgd":
+                    for p in parameters:
+                        p.add_(p.grad, alpha=-lr)
+                else:
+                    adamw.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))  # constant, then to zero
+                    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                    adamw.step()
             sums = {name: sums.get(name, 0.0) + value / num_steps for name, value in terms.items()}
     finally:
         model.unet.eval()
@@ -204,7 +244,7 @@ def client_update(model, judges, client, adapter, seed, settings, control=None, 
     started, steps, train = time.perf_counter(), num_steps(client, settings), settings["train"]
     correction = None if control is None else control - own_control
     trained, terms = train_adapter(model, judges, client.draw, adapter, steps, seed, **train, correction=correction)
-    update = trained - adapter
+    update = trained.sub_(adapter)
     if control is not None:
         update = torch.cat([update, -update / (steps * train["lr"]) - control])
     r, parts = 1.0, {}
@@ -259,13 +299,15 @@ class Workers:
         if self.size == 1:
             return answer([item])
         items, reply = [None] * self.size if self.rank == 0 else None, [None]
-        dist.gather_object(item, items)
+        with still_there():
+            dist.gather_object(item, items)
         if self.rank == 0:
             try:
                 reply = [(answer(items), None)]
             except (ValueError, OSError, RuntimeError) as error:
                 reply = [(None, error)]
-        dist.broadcast_object_list(reply)
+        with still_there():
+            dist.broadcast_object_list(reply)
         result, error = reply[0]
         if error is not None:
             raise error
@@ -285,6 +327,16 @@ class Workers:
             busy[rank] += loads[i]
             own += [i] if rank == self.rank else []
         return own
+
+
+@contextlib.contextmanager
+def still_there():
+    """ConnectionError where another process is gone; a while later, as who started this one may end it and say more."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(5)
+        raise ConnectionError("another worker is gone: go on with --resume") from None
 
 
 def union(parts):
@@ -311,9 +363,11 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def dropout_stage(rate, seed):
+def dropout_stage(rate, *seeds):
     """The stage before which a client leaves its round: training or one of the protocol's; None for 1 - rate of them."""
-    u, stages = np.random.default_rng(seed).random(2), ("training", *privacy.STAGES)
+    if not rate:
+        return None
+    u, stages = np.random.default_rng(derived_seed(*seeds)).random(2), ("training", *privacy.STAGES)
     return stages[int(u[1] * len(stages))] if u[0] < rate else None
 
 
@@ -323,7 +377,7 @@ def train_cohort(model, judges, clients, cohort, state, round_index, seed, setti
     updates, records = {}, {}
     for position in workers.share([clients[i].num_samples for i in cohort]):
         i = cohort[position]
-        stage = dropout_stage(settings["dropout_rate"], derived_seed(seed, round_index, i, 1))
+        stage = dropout_stage(settings["dropout_rate"], seed, round_index, i, 1)
         try:
             if stage == "training":
                 raise RuntimeError("left before training")
@@ -375,7 +429,7 @@ def run_round(model, judges, clients, state, round_index, seed, mechanism, setti
 def move(state, mean, updates, survivors, num_clients, settings, workers):
     """The server's step: x += eta mean(dx), and for SCAFFOLD c += |S| / N mean(dc), c_i += dc_i of the survivors."""
     d = len(state["adapter"])
-    after = state | {"adapter": state["adapter"] + settings["server_lr"] * mean[:d]}
+    after = state | {"adapter": torch.add(state["adapter"], mean[:d], alpha=settings["server_lr"])}
     if "control" in state:
         after["control"] = state["control"] + len(survivors) / num_clients * mean[d:]
         own = {i: state["controls"][i] + torch.from_numpy(updates[i][0][d:]) for i in updates if i in survivors}
@@ -462,5 +516,5 @@ def summary(clients, mechanism):
     terms = {name: float(np.mean([c["terms"][name] for c in clients])) for name in clients[0]["terms"]}
     norms = [c["norm"] for c in clients]
     clipped = float(np.mean([n > mechanism.clip_norm for n in norms])) if mechanism else 0.0
-    return {"terms": terms, "update_norm": dict(zip(("min", "median", "max"), np.quantile(norms, (0, 0.5, 1)).tolist())),
-            "clipped_fraction": clipped}
+    return {"terms": terms, "clipped_fraction": clipped,
+            "update_norm": {"min": min(norms), "median": float(np.median(norms)), "max": max(norms)}}

@@ -84,9 +84,8 @@ def adapter_vector(module):
     return torch.cat([p.detach().float().flatten().cpu() for p in adapter_parameters(module)])
 
 
-def split_vector(module, vector):
+def split_vector(parameters, vector):
     """A vector [d] as one tensor a parameter, in their shapes and on their device. ValueError where the length differs."""
-    parameters = adapter_parameters(module)
     sizes = [p.numel() for p in parameters]
     if len(vector) != sum(sizes):
         raise ValueError(f"the adapter has {sum(sizes)} numbers and the vector {len(vector)}: rank or targets differ")
@@ -96,7 +95,8 @@ def split_vector(module, vector):
 @torch.no_grad()
 def load_adapter_vector(module, vector):
     """Write a vector [d] back into the adapters. Raises ValueError where the length does not fit."""
-    for parameter, piece in zip(adapter_parameters(module), split_vector(module, vector)):
+    parameters = adapter_parameters(module)
+    for parameter, piece in zip(parameters, split_vector(parameters, vector)):
         parameter.copy_(piece)
 
 

@@ -4,6 +4,7 @@ Axes: b clips, f frames, n images or tokens, c channels, h w pixels or latent gr
 """
 
 import copy
+import functools
 import math
 import re
 from collections import Counter
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+CONDITIONS = ("speech", "identity", "text")
 KNOWN_FRAMES = 4  # that a window of a long clip takes over from the window before
 
 
@@ -370,7 +373,7 @@ class TalkingBlock(nn.Module):
         super().__init__()
         self.resnet = ResnetBlock(in_channels, channels, 8, temb_channels)
         self.space = Attention(channels, heads) if spatial else None
-        self.conditions = CrossAttention(channels, heads, condition_dim, ("speech", "identity", "text"))
+        self.conditions = CrossAttention(channels, heads, condition_dim, CONDITIONS)
         self.time = TemporalAttention(channels, heads, reach)
 
     def forward(self, x, temb, conditions, num_frames):
@@ -387,10 +390,10 @@ class TalkingBlock(nn.Module):
 class TalkingUNet(nn.Module):
     """Denoise motion clips given speech, identity and text tokens and the reference latent."""
 
-    def __init__(self, motion_channels, latent_channels, channels, condition_dim, heads, reach):
+    def __init__(self, motion_channels, latent_channels, channels, condition_dim, heads, reach, checkpointing=False):
         super().__init__()
         temb = 4 * channels[0]
-        self.frequencies = channels[0]
+        self.frequencies, self.checkpointing = channels[0], checkpointing
         self.time_mlp = nn.Sequential(nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb))
         self.modulation = nn.ModuleDict({name: nn.Linear(condition_dim, temb, bias=False) for name in ("speech", "text")})
         self.position = nn.Parameter(torch.randn(1, channels[0], 8, 8) * 0.02)
@@ -425,14 +428,18 @@ class TalkingUNet(nn.Module):
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
         x = self.conv_in(rearrange(torch.cat([xt, reference], dim=2), "b f c h w -> (b f) c h w"))
         x = x + F.interpolate(self.position, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+        def run(block, x):  # checkpointing keeps a block's input only, and works the rest out again on the way back
+            how = functools.partial(checkpoint, block, use_reentrant=False) if self.checkpointing and self.training else block
+            return how(x, temb, conditions, num_frames)
+
         skips = []
         for block, shrink in zip(self.down, self.shrink):
-            skips.append(block(x, temb, conditions, num_frames))
+            skips.append(run(block, x))
             x = shrink(skips[-1])
-        x = self.middle(self.down[-1](x, temb, conditions, num_frames), temb, conditions, num_frames)
+        x = run(self.middle, run(self.down[-1], x))
         for grow, block in zip(self.grow, self.up):
-            x = skips.pop() + F.interpolate(grow(x), scale_factor=2.0)
-            x = block(x, temb, conditions, num_frames)
+            x = run(block, skips.pop() + F.interpolate(grow(x), scale_factor=2.0))
         return rearrange(self.conv_out(F.silu(self.norm_out(x))), "(b f) c h w -> b f c h w", f=num_frames)
 
 
@@ -690,7 +697,7 @@ class TalkingHead(nn.Module):
         `scales` {name: number or [b]} are 1 where not given; a clip without words has none of text's.
         """
         said = (words > 0).any(1).float()
-        scale = {name: torch.ones_like(said) * (scales or {}).get(name, 1.0) for name in ("speech", "identity", "text")}
+        scale = {name: torch.ones_like(said) * (scales or {}).get(name, 1.0) for name in CONDITIONS}
         return {"speech": (self.speech_encoder(mel), scale["speech"]),
                 "identity": (self.identity_encoder(reference), scale["identity"]),
                 "text": (self.text_encoder(words), scale["text"] * said)}
@@ -707,7 +714,8 @@ class TalkingHead(nn.Module):
         reference = reference_latents / self.reference_spread
         if self.diffusion.prediction != "x0":
             return self.unet(xt, time, conditions, reference)
-        guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
+        with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
+            guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
         return guess + deviation * self.unet(guess, time, conditions, reference)
 
     def loss(self, output, target, t):

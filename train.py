@@ -9,13 +9,18 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
+import logging
 import math
 import os
 import platform
+import signal
 import socket
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +64,7 @@ LIMITS = {
     "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100), "evaluate.num_frames": (6, 10**5),
     "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
     "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.optimizer": ("adamw", "sgd"),
-    "fed.dropout_rate": (0, 1), "fed.client_timeout_seconds": (0, 10**7),
+    "fed.dropout_rate": (0, 1), "fed.client_timeout_seconds": (0, 10**7), "runtime.memory_gb": (0, 10**5),
 }
 
 
@@ -294,8 +299,9 @@ def descend(optimizer, loss, lr):
     """One clipped optimizer step at learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad()
-    loss.backward()
+    if loss is not None:  # else its gradient is there already
+        optimizer.zero_grad()
+        loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
     optimizer.step()
 
@@ -340,10 +346,11 @@ def train_speech(model, batches, settings, generator):
         descend(optimizer, loss, schedule(step, settings["speech_steps"], settings["lr"]))
 
 
-def train_unet(model, public, settings, seed, device, partial):
+def train_unet(model, public, config, device, partial):
     """Diffusion loss on public clips; returns the moving average of the model and the loss curve.
 
     Every SAVE_EVERY steps all of it goes to the file `partial`, from which a run that was cut off goes on."""
+    settings, seed = config["backbone"], config["seed"]
     torch.manual_seed(seed)
     clips = [clip for own in public.values() for clip in own]
     model.text_encoder.learn_words(clip.prompt for clip in clips)
@@ -354,6 +361,7 @@ def train_unet(model, public, settings, seed, device, partial):
         batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
         model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("motion", "reference_latents")))
         train_speech(model, batches, settings, generator)
+        del batches  # of many more clips than a step
     model.autoencoder.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
@@ -363,13 +371,12 @@ def train_unet(model, public, settings, seed, device, partial):
             part.load_state_dict(state[name])
         generator.set_state(state["generator"].cpu())
         losses, average.step = state["losses"], len(state["losses"])
-    first = len(losses)
+    first, how = len(losses), how_to_step(model, None, config, "backbone")
     bar = tqdm(range(first, settings["steps"]), "backbone", mininterval=1, initial=first, total=settings["steps"])
     for step in bar:
         batch = draw(settings["batch_size"], settings["num_frames"], generator)
-        loss, terms = fed.objective(model, batch, dict(tdc=0, identity=0, perceptual=0, sync=0), None, generator,
-                                    settings["condition_dropout"])
-        descend(optimizer, loss, schedule(step, settings["steps"], settings["lr"]))
+        terms, how["micro_batch"] = fed.accumulate(model, batch, None, generator, **how)
+        descend(optimizer, None, schedule(step, settings["steps"], settings["lr"]))
         average.update(model)
         losses.append(terms["diffusion"])
         if step % 10 == 0:
@@ -404,7 +411,7 @@ def train_backbone(config, people, device, path):
         return model.autoencoder.state_dict()
 
     def unet():
-        average, losses = train_unet(model, public, settings, seed, device, path.with_suffix(".partial"))
+        average, losses = train_unet(model, public, config, device, path.with_suffix(".partial"))
         return {"model": average.state_dict(), "losses": losses}
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -440,9 +447,66 @@ def restore(config, state, device):
 def build_model(config):
     m = config["model"]
     speech = m["speech"] | {"window": config["data"]["window"]}
-    model = talking.TalkingHead(m["autoencoder"], m["unet"], speech, m["diffusion"], config["data"]["size"],
-                                m["prior_modes"])
+    unet = m["unet"] | {"checkpointing": config["runtime"]["checkpointing"]}
+    model = talking.TalkingHead(m["autoencoder"], unet, speech, m["diffusion"], config["data"]["size"], m["prior_modes"])
     return model.to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def how_to_step(model, judges, config, section):
+    """What `fed.accumulate` is told in `section`, backbone or fed: what to minimise, and how much at a time."""
+    runtime = config["runtime"]
+    how = {"loss_weights": config["loss"] if section == "fed" else dict.fromkeys(config["loss"], 0.0),
+           "condition_dropout": config["backbone"]["condition_dropout"], "bf16": runtime["bf16"] and model.spread.is_cuda}
+    if runtime["memory_gb"]:
+        held, each = step_memory(model, judges, config, section, how)
+        how["micro_batch"] = int((1e9 * runtime["memory_gb"] - held) // each)
+        if how["micro_batch"] < 1:
+            raise ValueError(f"runtime.memory_gb {runtime['memory_gb']}: a {section} step on one clip takes "
+                             f"{(held + each) / 1e9:.3f}")
+    return how
+
+
+def step_memory(model, judges, config, section, how):
+    """Bytes of a training step on no clip and of each clip: of the models, the optimizer and, as seen on two clips and
+    on four, of all that a gradient takes."""
+    def gradient(b):
+        f, size, device = config[section]["num_frames"], config["data"]["size"], model.spread.device
+        c, side, mels = model.motion_channels, model.side, data.MELS_PER_FRAME * config["data"]["window"]
+        shapes = {"frames": (f, 3, size, size), "reference": (3, size, size), "motion": (f, c, side, side),
+                  "mel": (f, mels, config["model"]["speech"]["num_mels"]), "reference_latents": (c - 2, side, side)}
+        batch = {name: torch.zeros(b, *shape, device=device) for name, shape in shapes.items()}
+        batch["words"] = model.text_encoder.ids([""] * b).to(device)
+        fed.accumulate(model, batch, judges, torch.Generator(), **how)
+
+    def peak(b):
+        model.zero_grad()
+        return peak_bytes(lambda: gradient(b))
+
+    models = [model, model] if section == "backbone" else [model, judges]  # with its moving average
+    held = sum(t.nbytes for m in models if m is not None for t in [*m.parameters(), *m.buffers()])
+    held += 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # AdamW's moments
+    model.unet.train()
+    two, four = peak(2), peak(4)
+    model.unet.train(section == "backbone")
+    model.zero_grad()
+    return held + 2 * two - four, (four - two) / 2
+
+
+def peak_bytes(work):
+    """The most memory that the tensors which work() makes take at a time, on the GPU if there is one in use."""
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler complains that there is no GPU
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -674,17 +738,16 @@ def make_clients(model, people, config, device):
     return {name: client(name) for name in splits}, splits
 
 
-def settings_of(config, public_jitter):
-    """What fed.run_round needs, from the config."""
+def settings_of(config, public_jitter, how):
+    """What fed.run_round needs, from the config and from `how_to_step`."""
     f = config["fed"]
     if f["algorithm"] == "scaffold" and (f["optimizer"] != "sgd" or f["proximal"]):
         raise ValueError("fed.algorithm scaffold: its control variates are means of plain gradients: set "
                          "fed.optimizer=sgd and fed.proximal=0")
     train = {k: f[k] for k in ("lr", "batch_size", "num_frames", "proximal", "optimizer")}
-    train |= {"loss_weights": config["loss"], "condition_dropout": config["backbone"]["condition_dropout"]}
     names = ("algorithm", "sample_rate", "local_epochs", "server_lr", "gamma", "reliability_alpha", "sample_cap",
              "dropout_rate", "client_timeout_seconds")
-    return {k: f[k] for k in names} | {"train": train, "sampling": config["sampling"], "public_jitter": public_jitter}
+    return {k: f[k] for k in names} | {"train": train | how, "sampling": config["sampling"], "public_jitter": public_jitter}
 
 
 def make_mechanism(config, length):
@@ -727,7 +790,8 @@ def federate(model, judges, clients, config, run, public_jitter, workers):
     p, lead = config["privacy"], workers.rank == 0
     path = run / "last.pt"
     state = workers.ask(None, lambda _: load_state(path) if path.exists() else initial_state(model, config))
-    clients, settings = list(clients.values()), settings_of(config, public_jitter)
+    how = workers.ask(None, lambda _: how_to_step(model, judges, config, "fed"))
+    clients, settings = list(clients.values()), settings_of(config, public_jitter, how)
     mechanism, num_rounds = make_mechanism(config, len(state["adapter"])), config["fed"]["rounds"]
     accountant = privacy.Accountant(state["accountant"])
     if lead:
@@ -784,7 +848,8 @@ def write_round(record, state, run):
 
 def personalize(model, judges, clients, adapter, config, run, workers):
     """Each client's own adapter, trained on from the global one on its own clips; kept in personal/<client>.pt."""
-    train = settings_of(config, 1.0)["train"] | {"lr": config["personal"]["lr"], "proximal": 0.0, "optimizer": "adamw"}
+    how = workers.ask(None, lambda _: how_to_step(model, judges, config, "fed"))
+    train = settings_of(config, 1.0, how)["train"] | {"lr": config["personal"]["lr"], "proximal": 0.0, "optimizer": "adamw"}
     (run / "personal").mkdir(exist_ok=True)
     names, vectors = list(clients), {}
     for number in tqdm(workers.share([client.num_samples for client in clients.values()]), "personal adapters"):
@@ -827,6 +892,7 @@ def train(config, device, run, workers):
 
     people = workers.in_turn(lambda: load_people(config))  # refuses what it must before anything is written
     run.mkdir(parents=True, exist_ok=True)
+    warnings.showwarning = lambda message, *_, **__: say(run, f"warning: {message}")
     with claimed(run) if lead else contextlib.nullcontext():
         lap("data")
         trained = workers.ask(None, lambda _: starting_point(config, people, device, run))
@@ -956,7 +1022,7 @@ def audit(config, device, run):
                 for defect in privacy.DEFECTS}
     z = privacy.find_noise_multiplier(8, delta, f["sample_rate"], f["rounds"])
     protected = dataclasses.replace(mechanism, noise_multiplier=z)
-    settings = settings_of(config, 1.0) | {"gamma": 0.0}
+    settings = settings_of(config, 1.0, how_to_step(model, judges, config, "fed")) | {"gamma": 0.0}
     local = [fed.client_update(model, judges, client, start, fed.derived_seed(config["seed"], 2 * 10**6, i), settings)
              for i, client in enumerate(tqdm(clients.values(), "local updates"))]
     uploads = {i: (update, weight) for i, (update, weight, _) in enumerate(local)}
@@ -987,17 +1053,25 @@ def membership_auc(model, split, start, updates, config, device):
         yield float((members[:, None] > strangers).float().mean())
 
 
-def dry_run(config):
-    """--action dry-run: what the run is, sends and spends, without doing it."""
-    model = build_model(config)
-    whole = sum(p.numel() for p in model.parameters())
-    add_adapters(model, config)
+def dry_run(config, device):
+    """--action dry-run: what the run is, takes, sends and spends, without doing it."""
+    model, judges = build_model(config).to(device), metrics.Judges().to(device).eval().requires_grad_(False)
+    whole, memory = sum(p.numel() for p in model.parameters()), {}
+    for section, prepare in (("backbone", lambda: model.autoencoder.requires_grad_(False)),
+                             ("fed", lambda: add_adapters(model, config))):
+        prepare()
+        how = how_to_step(model, judges, config, section)
+        held, each = step_memory(model, judges, config, section, how)
+        memory[section] = min(how.get("micro_batch") or math.inf, config[section]["batch_size"]), held, each
     d = len(lora.adapter_vector(model))
     mechanism = make_mechanism(config, d)
     print(yaml.safe_dump(config, sort_keys=False))
     print(f"parameters: model {whole:,}, adapter {d:,}")
     print(f"bytes a client and round: down {4 * d:,}, up {mechanism.num_bytes if mechanism else 4 * (d + 1):,} "
           f"(the whole model: {4 * whole:,})")
+    for section, (clips, held, each) in memory.items():
+        print(f"memory of a {section} step: {(held + clips * each) / 1e9:.3f} GB on {device}, {clips} clips at a time "
+              f"({held / 1e9:.3f} and {each / 1e9:.3f} a clip)")
     if mechanism:
         accountant = privacy.Accountant()
         accountant.spend(**mechanism.spending(config["fed"]["sample_rate"]), rounds=config["fed"]["rounds"])
@@ -1113,7 +1187,8 @@ def personalize_own(args, config, device):
     add_adapters(model, config)
     start = load_state(run / "last.pt")["adapter"]
     draw = drawer(model, split["train"], encode_clips(model, split["train"], device, NUM_REFERENCES), device)
-    train = settings_of(config, 1.0)["train"] | {"lr": settings["lr"], "proximal": 0.0, "optimizer": "adamw"}
+    how = how_to_step(model, judges, config, "fed")
+    train = settings_of(config, 1.0, how)["train"] | {"lr": settings["lr"], "proximal": 0.0, "optimizer": "adamw"}
     own, _ = fed.train_adapter(model, judges, draw, start, settings["steps"], config["seed"], **train)
     output = args.output or "me.pt"
     save_torch({"adapter": own}, output)
@@ -1170,7 +1245,7 @@ def act(args, config, devices, workers):
     if args.action == "personalize":
         return personalize_own(args, config, device)
     if args.action == "dry-run":
-        return dry_run(config)
+        return dry_run(config, device)
     if args.action in ("evaluate", "audit") and not args.resume:
         raise ValueError(f"--action {args.action}: give the run with --resume runs/NAME")
     if args.action == "audit":
@@ -1184,8 +1259,14 @@ def launch(argv, num_workers):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says whom it ends with the others
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # while they start, for them: `worker` heeds it
     try:
-        torch.multiprocessing.start_processes(worker, (argv, num_workers, port), num_workers, start_method="spawn")
+        context = torch.multiprocessing.start_processes(worker, (argv, num_workers, port), num_workers, join=False,
+                                                        daemon=True, start_method="spawn")
+        signal.signal(signal.SIGINT, interrupt)
+        while not context.join():
+            pass
     except torch.multiprocessing.ProcessExitedException as error:
         if error.signal_name:
             raise ValueError(f"worker {error.error_index} was ended by {error.signal_name}: go on with --resume") from None
@@ -1193,6 +1274,8 @@ def launch(argv, num_workers):
 
 
 def worker(rank, argv, num_workers, port):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end without words: `launch` has them
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which outlives who is killed
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers),
                    "LOCAL_WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     main(argv)
@@ -1203,7 +1286,7 @@ def main(argv=None):
     try:
         devices = choose_devices(args.gpus)
         config = load_config(Path(args.resume) / "config.yaml" if args.resume else args.config, args.preset, args.set)
-        settings_of(config, 1.0)  # refuses what does not go together
+        settings_of(config, 1.0, {})  # refuses what does not go together
         if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
             return launch(sys.argv[1:] if argv is None else argv, len(devices))
         if size > 1:  # workers wait for each other as long as it takes to train a backbone
@@ -1213,9 +1296,9 @@ def main(argv=None):
         act(args, config, devices, fed.Workers())
         if size > 1:
             torch.distributed.destroy_process_group()
-    except (ValueError, FileNotFoundError) as error:
-        if rank == 0:  # the others met the same error, or the end of this one
-            print(f"error: {error}", file=sys.stderr)
+    except (ValueError, FileNotFoundError, ConnectionError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if rank == 0 or isinstance(error, ConnectionError):  # else the first met the same error
+            print(f"error: {str(error) or 'interrupted: go on with --resume'}", file=sys.stderr)
         sys.exit(2)
 
 

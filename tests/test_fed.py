@@ -92,7 +92,8 @@ def test_objective_is_the_weighted_sum_of_its_terms():
     model, judges = adapted_model(), metrics.Judges().eval()
     weights = dict(tdc=0.3, identity=0.2, perceptual=0.4, sync=0.7)
     batch = drawer(model)(3, 6, torch.Generator().manual_seed(0))
-    loss, terms = fed.objective(model, batch, weights, judges, torch.Generator().manual_seed(0), 0.1)
+    batch = fed.with_chance(model, batch, weights, torch.Generator().manual_seed(0), 0.1)
+    loss, terms = fed.objective(model, batch, weights, judges)
     assert set(terms) == {"diffusion", "tdc", "identity", "perceptual", "sync"} and min(terms.values()) > 0
     assert float(loss.detach()) == pytest.approx(terms["diffusion"] + sum(weights[k] * terms[k] for k in weights), rel=1e-5)
     loss.backward()
@@ -114,18 +115,55 @@ def test_judged_terms_are_zero_for_perfect_frames_without_speech_and_weighted_by
 
 def test_judged_terms_are_weighted_by_alpha_bar_on_average(monkeypatch):
     """With a judge that gives clip i the loss i, the mean term is the mean of alpha_bar_i i."""
-    model, seen = adapted_model(), []
-    monkeypatch.setattr(fed, "judged_terms", lambda model, judges, batch, x0, weight, window: seen.append(
-        weight * batch["reference"].flatten(1).mean(1).mean()) or {"sync": torch.zeros(())})
-    t = torch.tensor([10, 40, 70, 95])
+    model, t = adapted_model(), torch.tensor([10, 40, 70, 95])
     monkeypatch.setattr(fed, "stratified_timesteps", lambda *_: t)
-    batch = drawer(model)(4, 6, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(fed, "noised", lambda *_: [torch.zeros_like(batch["motion"])] * 4)
-    batch["reference"] = torch.arange(4.0).view(4, 1, 1, 1).expand_as(batch["reference"])
-    for seed in range(800):
-        fed.objective(model, batch, dict(NO_JUDGES, sync=1.0), None, torch.Generator().manual_seed(seed), 0.0)
-    expected = (model.diffusion.alpha_bar[t] * torch.arange(4.0)).mean()
-    assert float(torch.stack(seen).mean()) == pytest.approx(float(expected), rel=0.1)
+    batch, generator = drawer(model)(4, 6, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
+    drawn = [fed.with_chance(model, batch, dict(NO_JUDGES, sync=1.0), generator, 0.0) for _ in range(1000)]
+    judged = torch.stack([one["judged"] for one in drawn])
+    assert (judged > 0).sum(1).eq(1).all() and {int(one["first"][0]) for one in drawn} == {0, 1}
+    assert torch.allclose(judged.mean(0), model.diffusion.alpha_bar[t] / 4, atol=0.02)
+
+
+def test_gradient_and_terms_do_not_depend_on_micro_batches(monkeypatch):
+    model, judges, objective, calls = adapted_model(), metrics.Judges().eval().requires_grad_(False), fed.objective, []
+    batch, weights = drawer(model)(5, 6, torch.Generator().manual_seed(0)), dict(tdc=0.3, identity=0.2, perceptual=0.4, sync=0.7)
+    model, judges, batch = model.double(), judges.double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    model.unet.time_mlp.register_forward_pre_hook(lambda layer, inputs: inputs[0].to(layer[0].weight))
+
+    def gradient(**how):
+        terms, used = fed.accumulate(model, batch, judges, torch.Generator().manual_seed(3), loss_weights=weights,
+                                     condition_dropout=0.3, **how)
+        return torch.cat([p.grad.flatten() for p in lora.adapter_parameters(model)]), terms, used
+
+    whole, terms, _ = gradient()
+    for size in (5, 2, 1):
+        cut, own, used = gradient(micro_batch=size)
+        assert used == size and (cut - whole).norm() < 1e-9 * whole.norm() and own == pytest.approx(terms, rel=1e-9)
+    model.unet.train(), setattr(model.unet, "checkpointing", True)
+    assert torch.equal(gradient()[0], whole)
+    model.unet.checkpointing = False
+
+    def small(model, part, *rest):  # a device on which the third clip does not fit
+        calls.append(len(part["t"]))
+        if len(part["t"]) > 2:
+            raise torch.OutOfMemoryError
+        return objective(model, part, *rest)
+
+    monkeypatch.setattr(fed, "objective", small)
+    with pytest.warns(UserWarning, match="micro-batches of 2 clips"):
+        cut, _, used = gradient()
+    assert calls == [5, 3, 2, 2, 1] and used == 2 and (cut - whole).norm() < 1e-9 * whole.norm()
+
+
+def test_bfloat16_is_near():
+    model, gradients = adapted_model(), []
+    batch = drawer(model)(2, 6, torch.Generator().manual_seed(0))
+    for bf16 in (False, True):
+        fed.accumulate(model, batch, None, torch.Generator().manual_seed(3), loss_weights=NO_JUDGES, condition_dropout=0.0,
+                       bf16=bf16)
+        gradients.append(torch.cat([p.grad.flatten() for p in lora.adapter_parameters(model)]))
+    assert 0.99 < float(torch.cosine_similarity(*gradients, dim=0)) and not torch.equal(*gradients)
+    assert gradients[1].dtype == torch.float32
 
 
 def test_validation_loss_is_the_share_left_unexplained(monkeypatch):
@@ -269,11 +307,13 @@ CURVATURES, TARGETS, RATE, STEPS = (1.0, 3.0, 0.5), (-1.0, 2.0, 4.0), 0.1, 5
 def quadratic_federation(monkeypatch, **train):
     model = adapted_model()
 
-    def objective(model, batch, *_):
+    def accumulate(model, batch, *_, **__):
+        model.zero_grad()
         x = torch.cat([p.flatten() for p in lora.adapter_parameters(model)])
-        return batch["a"] / 2 * (x - batch["t"]).square().sum(), {"diffusion": 0.0}
+        (batch["a"] / 2 * (x - batch["t"]).square().sum()).backward()
+        return {"diffusion": 0.0}, 0
 
-    monkeypatch.setattr(fed, "objective", objective)
+    monkeypatch.setattr(fed, "accumulate", accumulate)
     clients = [fed.Client(f"c{i}", 10, lambda *_, a=a, t=t: dict(a=a, t=t), dict)
                for i, (a, t) in enumerate(zip(CURVATURES, TARGETS))]
     fixed = settings(local_epochs=STEPS * 2 / 10, server_lr=1.0)

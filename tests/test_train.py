@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 import yaml
 
 import data
+import fed
 import privacy
 import train
 
@@ -131,15 +136,28 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def on_two_workers(finished):
-    """The settings of a run with dropouts, SCAFFOLD and secure sums without noise, and it on two workers, meanwhile."""
+    """The settings of a run with dropouts, SCAFFOLD and secure sums without noise, and how two workers do it, meanwhile."""
     folder, _ = finished
     settings = TINY + [f"data.root={folder / 'people'}", f"runtime.directory={folder / 'runs'}", "fed.algorithm=scaffold",
                        "fed.optimizer=sgd", "fed.gamma=0.0", "fed.dropout_rate=0.1", "privacy.noise_multiplier=0.0",
                        "privacy.clip_quantile=0.0", "privacy.min_honest=2"]
-    command = [sys.executable, Path(train.__file__), "--gpus", "cpu:2", "--set", *settings, "name=on-two"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        yield settings, child
-        child.kill()
+    with ThreadPoolExecutor(1) as background:
+        yield settings, background.submit(killed_and_resumed, ["--set", *settings, "name=on-two"], folder / "runs")
+
+
+def killed_and_resumed(arguments, runs):
+    """A run on two workers, one of which is killed in its rounds, and how it goes on: (status, output) of both."""
+    command = [sys.executable, Path(train.__file__), "--gpus", "cpu:2"]
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen([*command, *arguments], **piped) as child:
+        while child.poll() is None and not list(runs.glob("*-on-two/rounds.jsonl")):
+            time.sleep(0.05)
+        workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        killed = child.communicate()[0]
+    assert not any(Path(f"/proc/{pid}/status").exists() for pid in workers[-2:]), "a worker is left"
+    resumed = subprocess.run([*command, "--resume", next(runs.glob("*-on-two"))], **piped)
+    return (child.returncode, killed), (resumed.returncode, resumed.stdout)
 
 
 def test_the_whole_path_leaves_what_it_promises(finished):
@@ -279,17 +297,47 @@ def test_one_person_is_no_dataset(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_help_and_dry_run_work_from_a_shell():
-    root = Path(train.__file__).parent
-    out = subprocess.run([sys.executable, "train.py", "--action", "dry-run"], cwd=root, capture_output=True, text=True, check=True).stdout
-    assert "epsilon" in out and "adapter" in out
+def test_dry_run_works_from_a_shell():
+    command = [sys.executable, "train.py", "--gpus", "cpu", "--action", "dry-run", "--set", *TINY]
+    out = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True, check=True)
+    assert all(word in out.stdout for word in ("epsilon", "adapter", "memory of a fed step")) and not out.stderr
 
 
-def test_two_workers_make_the_same_run_as_one(finished, on_two_workers):
-    folder, (settings, child) = finished[0], on_two_workers
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_takes_the_memory_that_was_foretold_and_no_more_than_it_may(checkpointing):
+    config = train.load_config(train.DEFAULTS, overrides=TINY)
+    config["backbone"]["batch_size"], config["runtime"]["checkpointing"] = 12, checkpointing
+    model = train.build_model(config)
+    model.autoencoder.requires_grad_(False)
+    batch = {"frames": torch.zeros(12, 8, 3, 32, 32), "reference": torch.zeros(12, 3, 32, 32),
+             "mel": torch.zeros(12, 8, 20, 40), "motion": torch.zeros(12, 8, 18, 4, 4),
+             "reference_latents": torch.zeros(12, 16, 4, 4)}
+    how = train.how_to_step(model, None, config, "backbone")
+    held, each = train.step_memory(model, None, config, "backbone", how)
+
+    def taken(how):  # beside what is there before and after
+        model.zero_grad()
+        return train.peak_bytes(lambda: fed.accumulate(model, batch, None, torch.Generator(), **how)) + held_before
+
+    parameters, trained = (sum(p.nbytes for p in model.parameters() if p.requires_grad or all_) for all_ in (True, False))
+    held_before = 2 * (parameters + sum(b.nbytes for b in model.buffers())) + 2 * trained
+    assert taken(how) == pytest.approx(held + 12 * each, rel=0.15)
+    if checkpointing:
+        return
+    config["runtime"]["memory_gb"] = (held + 5 * each) / 1e9
+    how = train.how_to_step(model, None, config, "backbone")
+    assert 4 <= how["micro_batch"] <= 5 and taken(how) < 1.15e9 * config["runtime"]["memory_gb"]
+    config["runtime"]["memory_gb"] = held / 1e9
+    with pytest.raises(ValueError, match="on one clip takes"):
+        train.how_to_step(model, None, config, "backbone")
+
+
+def test_two_workers_one_of_them_killed_make_the_same_run_as_one(finished, on_two_workers):
+    folder, (settings, meanwhile) = finished[0], on_two_workers
     train.main(["--gpus", "cpu", "--set", *settings, "name=on-one"])
-    output = child.communicate()[0]
-    assert child.returncode == 0, output
+    (status, killed), (resumed_status, resumed) = meanwhile.result()
+    assert killed.splitlines()[-1] == "error: worker 1 was ended by SIGKILL: go on with --resume", killed
+    assert status == 2 and "Traceback" not in killed and resumed_status == 0, resumed
     one, two = (next((folder / "runs").glob(f"*-on-{workers}")) for workers in ("one", "two"))
     for name in ("last.pt", "personal/client-000.pt", "personal/client-002.pt"):
         assert torch.equal(*(train.load_state(run / name)["adapter"] for run in (one, two)))

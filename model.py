@@ -719,12 +719,13 @@ class TalkingHead(nn.Module):
         return guess + deviation * self.unet(guess, time, conditions, reference)
 
     def loss(self, output, target, t):
-        """Squared error [b] at t [b f]; that of x0 as a share of x0's variance, times 1 / (1 - alpha_bar), as if v had been
-        said."""
+        """Squared error [b] at t [b f]; that of x0 as a share of the clip's own x0, so that calm clips count as much as
+        lively ones, times 1 / (1 - alpha_bar), as if v had been said."""
         error = (output - target).square().flatten(2).mean(2)  # b f
         if self.diffusion.prediction == "x0":
             _, noise = self.diffusion.coefficients(t, target)
-            error = error / self.prior.mean_variance() / noise.flatten(1).square().clamp(min=0.05)
+            own = target.square().flatten(1).mean(1, keepdim=True).clamp(min=0.25 * self.prior.mean_variance())
+            error = error / own / noise.flatten(1).square().clamp(min=0.05)
         return error.mean(1)
 
     def sample(self, conditions, reference_latents, noise, known, num_steps, guidance, solver):

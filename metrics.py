@@ -131,9 +131,9 @@ def mean_ci(values, seed=0, num_resamples=2000):
 def crossed_ci(values):
     """Mean over seeds and people [s, p], both drawn at random and each seed with each person, with its 95 % t interval.
 
-    The variance of the mean is (MS_s + MS_p - MS_e) / (s p), the mean squares being those of the two-way table, its
-    degrees of freedom are Satterthwaite's (1946); never less than what seeds alone or people alone would give. One seed
-    or one person says nothing of the others: the interval is then over what there are several of.
+    The variance of the mean is (MS_s + MS_p - MS_e) / (s p), the mean squares being those of the two-way table, but not
+    less than what seeds alone or people alone would give; its degrees of freedom are Satterthwaite's (1946), but not
+    less than those of the fewer. One seed or one person says nothing of others: the interval is then over the rest.
     """
     values = np.asarray(values, dtype=np.float64)
     (s, p), mean, seeds, people = values.shape, values.mean(), values.mean(1), values.mean(0)
@@ -147,7 +147,8 @@ def crossed_ci(values):
     table = {"mean": float(mean), "ci95": None, "n": p, "seeds": s}
     if s * p > 1:
         spread = sum(m ** 2 / f for m, f in zip(squares, freedom))
-        half = stats.t.ppf(0.975, total ** 2 / spread) * math.sqrt(total / (s * p)) if spread else 0.0
+        degrees = max(total ** 2 / spread, min(freedom)) if spread else math.inf
+        half = stats.t.ppf(0.975, degrees) * math.sqrt(total / (s * p))
         table["ci95"] = [float(mean - half), float(mean + half)]
     return table
 

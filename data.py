@@ -310,6 +310,20 @@ def cut(clips, seconds):
     return pieces
 
 
+def first_seconds(clips, seconds):
+    """The clips up to `seconds` in all, the last of them cut (or left out: nothing is cut to less than ten frames)."""
+    left, kept = round(seconds * FPS), []
+    for clip in clips:
+        n = min(left, len(clip.frames))
+        left -= n
+        if n >= 10:
+            kept.append(replace(clip, frames=clip.frames[:n], audio=clip.audio[:n * SAMPLES_PER_FRAME],
+                                mel=clip.mel[:n * MELS_PER_FRAME], opening=None if clip.opening is None else clip.opening[:n]))
+    if left:
+        raise ValueError(f'{clips[0].person} has {seconds - left / FPS:g} s of video to train on, not {seconds:g}')
+    return kept
+
+
 def draw_batch(clips, motions, batch_size, num_frames, generator, window=5):
     """Random windows: frames [b, f, 3, h, w] and reference [b, 3, h, w] in [-1, 1], mel [b, f, 4 window, 40], opening
     [b, f] (NaN where unknown), person, prompt, and out of `motions` {path: [(picture [3, h, w], moment, motion
@@ -573,18 +587,35 @@ def _both(*distances):
     return functools.reduce(torch.maximum, distances)
 
 
+def choose_faults(names, share, seed):
+    """{name: fault} of the `share` of clients that are unreliable; a greater share has the same ones and more."""
+    broken = _rng(seed, 'faults').permutation(len(names))[:round(share * len(names))].tolist()
+    return {names[i]: ('shifted sound', 'flicker', 'noise')[at % 3] for at, i in enumerate(broken)}
+
+
+def _broken(rng, frames, audio, fault):
+    if fault == 'shifted sound':
+        audio = np.roll(audio, int(rng.choice([-1, 1]) * rng.integers(8, 13)) * SAMPLES_PER_FRAME)
+    elif fault == 'flicker':
+        frames = (frames * rng.uniform(.5, 1, (len(frames), 1, 1, 1))).astype(np.uint8)
+    elif fault == 'noise':
+        frames = (frames + rng.normal(0, 30, frames.shape)).clip(0, 255).astype(np.uint8)
+    return frames, audio
+
+
+def spoil(clip, fault, seed):
+    """The clip with a fault of `choose_faults`."""
+    frames, audio = _broken(_rng(seed, clip.person, clip.name, fault), clip.frames, clip.audio, fault)
+    return replace(clip, frames=frames, audio=audio, mel=log_mel(audio))
+
+
 def _make_clip(folder, name, index, seconds, size, fault, seed):
     p, rng, num_frames = _person(seed, name), _rng(seed, name, index), round(seconds * FPS)
     prompt = str(rng.choice(list(PROMPTS))) if rng.random() < .5 else ''
     text, curve = _speech_plan(rng, num_frames / FPS)
     motion = _motion(rng, p, curve, num_frames, prompt)
     frames, audio = _Painter(p, motion, size).frames(), _speak(rng, curve, p)
-    if fault == 'shifted sound':
-        audio = np.roll(audio, int(rng.choice([-1, 1]) * rng.integers(8, 13)) * SAMPLES_PER_FRAME)
-    elif fault == 'flicker':
-        frames = (frames * rng.uniform(.5, 1, (num_frames, 1, 1, 1))).astype(np.uint8)
-    elif fault == 'noise':
-        frames = (frames + rng.normal(0, 30, frames.shape)).clip(0, 255).astype(np.uint8)
+    frames, audio = _broken(rng, frames, audio, fault)
     opening = ' '.join(f'{o:.3f}' for o in motion.opening.flatten().tolist())
     notes = dict(Text=text, Conf='1', Prompt=prompt, Opening=opening, Fault=fault)
     write_video(folder / name / f'{index:05d}.mp4', frames, audio, crf=11)
@@ -599,8 +630,7 @@ def make_synthetic(root, num_public=96, num_clients=12, num_unseen=8, clips_per_
         raise ValueError(f'{root} exists already; remove it to make it anew')
     if not 0 <= unreliable <= 1 or seconds < .4 or size < 16 or size % 2 or num_public + num_clients + num_unseen < 1:
         raise ValueError('synthetic talkers need people, unreliable in 0..1, 0.4 seconds or more and an even size from 16')
-    broken = _rng(seed, 'faults').permutation(num_clients)[:round(unreliable * num_clients)].tolist()
-    faults = {f'client-{i:03d}': ('shifted sound', 'flicker', 'noise')[at % 3] for at, i in enumerate(broken)}
+    faults = choose_faults([f'client-{i:03d}' for i in range(num_clients)], unreliable, seed)
     plan = zip(ROLES, (num_public, num_clients, num_unseen), (clips_per_public, clips_per_client, clips_per_public))
     jobs = [(f'{role}-{i:03d}', clip) for role, people, clips in plan for i in range(people) for clip in range(clips)]
     root.parent.mkdir(parents=True, exist_ok=True)

@@ -286,12 +286,12 @@ def derived_seed(*parts):
 class Workers:
     """The processes of a run: one a device, each with its own model. Rank 0 is also the server.
 
-    They are those of torch.distributed where it is initialised, else this process alone. All that travels between them
+    They are those of torch.distributed where it is initialised, else (or if asked for) this process alone. All that travels between them
     goes through `ask`: adapters, records, protocol messages.
     """
 
-    def __init__(self):
-        alone = not dist.is_initialized()
+    def __init__(self, alone=False):
+        alone = alone or not dist.is_initialized()
         self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
     def ask(self, item, answer):

@@ -69,14 +69,9 @@ def named_by(target, names):
     return found
 
 
-def lora_layers(module):
-    """The adapted layers in the order of their names, which is the order of the flat vector."""
-    return [m for _, m in sorted(module.named_modules()) if isinstance(m, LoRALayer)]
-
-
 def adapter_parameters(module):
-    """A (unless it is frozen) and B of every adapted layer, in the order of the flat vector."""
-    return [p for layer in lora_layers(module) for p in (layer.A, layer.B) if p.requires_grad]
+    """All that is not frozen, by name: A and B of each adapted layer, or, without adapters, what is fine-tuned instead."""
+    return [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
 
 
 def adapter_vector(module):

@@ -9,6 +9,7 @@ stand-ins, which tables mark with a star.
 import argparse
 import hashlib
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import torchvision
 from einops import rearrange
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
+from scipy import stats
 from torch import nn
 from torchvision.models import inception
 from tqdm import tqdm
@@ -123,6 +125,37 @@ def mean_ci(values, seed=0, num_resamples=2000):
     picks = np.random.default_rng(seed).integers(0, len(values), (num_resamples, len(values)))
     interval = np.percentile(values[picks].mean(1), [2.5, 97.5]).tolist()
     return {"mean": float(values.mean()), "ci95": interval if len(values) > 1 else None, "n": len(values)}
+
+
+def crossed_ci(values):
+    """Mean over seeds and people [s, p], both drawn at random and each seed with each person, with its 95 % t interval.
+
+    The variance of the mean is (MS_s + MS_p - MS_e) / (s p), the mean squares being those of the two-way table, but not
+    less than what seeds alone or people alone would give; its degrees of freedom are Satterthwaite's (1946), but not
+    less than those of the fewer. One seed or one person says nothing of others: the interval is then over the rest.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    (s, p), mean, seeds, people = values.shape, values.mean(), values.mean(1), values.mean(0)
+    if min(s, p) == 1:
+        squares, freedom = [values.var(ddof=1) if s * p > 1 else math.nan], [s * p - 1]
+    else:
+        residual = values - seeds[:, None] - people + mean
+        squares = [p * seeds.var(ddof=1), s * people.var(ddof=1), np.square(residual).sum() / ((s - 1) * (p - 1))]
+        freedom = [s - 1, p - 1, (s - 1) * (p - 1)]
+    total = max(sum(squares[:2]) - sum(squares[2:]), *squares[:2], 0.0)
+    table = {"mean": float(mean), "ci95": None, "n": p, "seeds": s}
+    if s * p > 1:
+        spread = sum(m ** 2 / f for m, f in zip(squares, freedom))
+        degrees = max(total ** 2 / spread, min(freedom)) if spread else math.inf
+        half = stats.t.ppf(0.975, degrees) * math.sqrt(total / (s * p))
+        table["ci95"] = [float(mean - half), float(mean + half)]
+    return table
+
+
+def auc(high, low):
+    """How often one of `high` [n] is above one of `low` [m], ties counting half: 1 where they separate, 0.5 by chance."""
+    high, low = np.asarray(high, dtype=np.float64)[:, None], np.asarray(low, dtype=np.float64)
+    return float(((high > low) + 0.5 * (high == low)).mean())
 
 
 # ---------------------------------------------------------------- distributions of features

@@ -536,6 +536,7 @@ def noise_schedule(num_steps, schedule, zero_terminal_snr):
 
 def warp(pictures, flow):
     """Pictures [n c H W] with pixel p taken from p + flow(p); flow [n 2 h w] is (x, y) in half sides, on any grid."""
+    flow = flow.nan_to_num()  # of a network that diverged: grid_sample's backward pass would crash the process
     flow = F.interpolate(flow, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
     identity = torch.eye(2, 3, device=flow.device).expand(len(flow), 2, 3)
     grid = F.affine_grid(identity, pictures.shape, align_corners=False) + rearrange(flow, "n k h w -> n h w k")

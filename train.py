@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -65,6 +66,10 @@ LIMITS = {
     "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
     "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.optimizer": ("adamw", "sgd"),
     "fed.dropout_rate": (0, 1), "fed.client_timeout_seconds": (0, 10**7), "runtime.memory_gb": (0, 10**5),
+    "study.seeds": (1, 10**4), "study.personal_clients": (0, 10**6), "study.train_seconds": (0, 10**6),
+    "study.validation_clips": (1, 10**4), "study.noise_multipliers": (1e-6, 1e3), "study.sample_rates": (0.01, 1),
+    "study.ranks": (1, 4096), "study.unreliable": (0, 0.99), "study.gammas": (0, 100), "study.tdc": (0, 1e3),
+    "study.seconds": (0.4, 10**6), "study.steps": (1, 10**6), "study.full_lr": (0, 10),
 }
 
 
@@ -128,6 +133,8 @@ def checked(name, value, default, where):
     if isinstance(default, float) and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)  # also of 1e-3, which YAML 1.1 reads as a word
+    if isinstance(default, list) and isinstance(value, list) and default:
+        return [checked(name, item, default[0], where) for item in value]
     if type(value) is not type(default):
         raise ValueError(f"{where}: {name} must be {type(default).__name__}, not {value!r}")
     limits = LIMITS.get(name)
@@ -202,9 +209,9 @@ def save_image(picture, path):
 
 
 def load_people(config):
-    """The dataset as {role: {person: [clip]}} for public, clients and unseen; made first if it is the default one."""
+    """The dataset as {role: {person: [clip]}} for public, clients and unseen; datasets/synthetic... is made first."""
     settings, root = config["data"], Path(config["data"]["root"])
-    if not root.exists() and str(root) == "datasets/synthetic":
+    if not root.exists() and str(root).startswith("datasets/synthetic"):
         s = settings["synthetic"]
         data.make_synthetic(root, s["public_people"], settings["clients"], settings["unseen"], s["clips_per_public"],
                             s["clips_per_client"], s["seconds"], settings["size"], s["unreliable"], config["seed"],
@@ -426,7 +433,8 @@ def train_backbone(config, people, device, path):
 
 def backbone(config, people, device, cache):
     """Judges and pretrained model as a dict of states, from the cache if the same public data and settings made them."""
-    recipe = {k: config[k] for k in ("seed", "data", "model", "judges", "backbone")}
+    recipe = {k: config[k] for k in ("seed", "model", "judges", "backbone")}
+    recipe["data"] = {k: config["data"][k] for k in ("size", "window")}  # what the clients are like is no part of it
     clips = [(c.path.name, c.path.stat().st_size) for own in people["public"].values() for c in own]
     code = "".join(Path(module.__file__).read_text() for module in (talking, metrics))
     key = hashlib.sha256(json.dumps([recipe, clips, code], sort_keys=True).encode()).hexdigest()[:16]
@@ -535,14 +543,14 @@ def generate(model, case, seed, sampling, mel=None):
 
 
 @torch.inference_mode()
-def score(judges, networks, frames, case, gallery, own):
+def score(judges, networks, frames, case, gallery):
     """Every per-clip metric of generated frames, `metrics.Seen`: ({metric: value}, {metric: why it has none}).
 
-    gallery [p d] holds each client's identity, `own` is the row. The right speech competes with other speech of the same
+    gallery [p d] holds each client's identity, the case's in row `own`. The right speech competes with other speech of the same
     person: another voice could be told from the face alone.
     """
     values, reasons = metrics.score_clip(frames, case["truth"], case["audio"], networks, judges)
-    values["id_accuracy*"] = float(int((gallery @ frames.by(judges.identity).mean(0)).argmax()) == own)
+    values["id_accuracy*"] = float(int((gallery @ frames.by(judges.identity).mean(0)).argmax()) == case["own"])
     right, *wrong = (judges.lip_sync(frames.by(judges.watch), mel)["sync"] for mel in case["spoken"])
     # a still mouth prefers none, and gets a half for guessing
     values["sync_accuracy*"] = float(np.mean([0.5 + 0.5 * np.sign(round(right - other, 3)) for other in wrong]))
@@ -558,65 +566,76 @@ def adapted(model, vector):
     return lora.merge_lora(twin)
 
 
-def evaluate(model, judges, clients, adapters, config, device):
-    """Score every method on the clients' test clips; returns rows, pictures to show and frames generated a second.
-
-    `clients` is {name: {"train", "validation", "test": [clip]}}; `adapters` is {method: {name: vector}}.
-    """
-    settings, window, names = config["evaluate"], config["data"]["window"], list(clients)
-    networks, sources = metrics.load_standard(config["weights"] or None)
-    networks = {name: network.to(device) for name, network in networks.items()}
-    extractors = {"*": judges.features} | ({"": networks["fid"]} if "fid" in networks else {})
+def test_cases(model, judges, clients, config, device):
+    """What is to be generated: a `test_case` for each test clip of `clients` {name: {"train", "validation", "test": [clip]}},
+    with what `score` asks for; and gallery [p d], each client's identity."""
+    settings, window, cases = config["evaluate"], config["data"]["window"], []
     with torch.inference_mode():
-        known = [np.concatenate([clip.frames[::5] for clip in clients[n]["train"]]) for n in names]
+        known = [np.concatenate([clip.frames[::5] for clip in split["train"]]) for split in clients.values()]
         faces = [judges.identity(fed.unit_range(pixels(frames, device))).mean(0) for frames in known]
-    gallery = F.normalize(torch.stack(faces), dim=1)
-    portraits = [portrait(clients[n]["train"]) for n in names]
-    cases = [(i, clip, test_case(model, clip, portraits[i], settings, device))
-             for i, n in enumerate(names) for clip in clients[n]["test"][:settings["clips_per_client"]]]
-    for i, clip, case in cases:
-        length = case["mel"].shape[1]
-        case["audio"] = clip.audio[:length * data.SAMPLES_PER_FRAME]
-        case["opening"] = None if clip.opening is None else torch.from_numpy(clip.opening[:length])
-        others = [c for part in clients[names[i]].values() for c in part if c is not clip and len(c.frames) >= length]
-        mels = [c.mel[:4 * length] for c in (clip, *others)]
-        # where no other clip is as long: its own sound, shifted
-        case["spoken"] = mels if others else [*mels, np.roll(mels[0], 2 * length, 0)]
-        case["rival"] = torch.from_numpy(data.audio_windows(case["spoken"][1], window)).to(device)[None]
-        case["truth"] = metrics.Seen(fed.unit_range(case["frames"])[0])
+    for own, (name, split) in enumerate(clients.items()):
+        reference = portrait(split["train"])
+        for clip in split["test"][:settings["clips_per_client"]]:
+            case = test_case(model, clip, reference, settings, device) | {"clip": clip, "name": name, "own": own}
+            length = case["mel"].shape[1]
+            case["audio"] = clip.audio[:length * data.SAMPLES_PER_FRAME]
+            case["opening"] = None if clip.opening is None else torch.from_numpy(clip.opening[:length])
+            others = [c for part in split.values() for c in part if c is not clip and len(c.frames) >= length]
+            mels = [c.mel[:4 * length] for c in (clip, *others)]
+            # where no other clip is as long: its own sound, shifted
+            case["spoken"] = mels if others else [*mels, np.roll(mels[0], 2 * length, 0)]
+            case["rival"] = torch.from_numpy(data.audio_windows(case["spoken"][1], window)).to(device)[None]
+            case["truth"] = metrics.Seen(fed.unit_range(case["frames"])[0])
+            cases.append(case)
+    return cases, F.normalize(torch.stack(faces), dim=1)
 
-    def still(i, clip, case):
+
+def untrained_methods(model, clients, device):
+    """What trained methods are compared with, {method: case -> frames [f 3 H W] in [0, 1]}."""
+    def still(case):
         return fed.unit_range(case["reference"])[0].expand(case["mel"].shape[1], -1, -1, -1)
 
-    def mean_frame(i, clip, case):
-        mean = np.mean([c.frames.mean(0) for c in clients[names[i]]["train"]], axis=0) / 255
+    def mean_frame(case):
+        mean = np.mean([c.frames.mean(0) for c in clients[case["name"]]["train"]], axis=0) / 255
         return torch.from_numpy(mean).float().to(device).expand(case["mel"].shape[1], -1, -1, -1)
 
-    def ceiling(i, clip, case):
+    def ceiling(case):
         with torch.inference_mode():
             frames = case["frames"][0]
             motion = model.motion(frames, model.autoencoder.encode(frames), case["reference"][0])
             return fed.unit_range(model.decode(motion[None] / model.spread, case["reference"]))[0]
 
-    methods = {"truth": lambda i, clip, case: fed.unit_range(case["frames"])[0], "copy reference": still,
-               "mean frame": mean_frame, "autoencoder ceiling": ceiling}
+    return {"truth": lambda case: fed.unit_range(case["frames"])[0], "copy reference": still, "mean frame": mean_frame,
+            "autoencoder ceiling": ceiling}
+
+
+def evaluate(model, judges, clients, adapters, config, device):
+    """Score every method on the clients' test clips; returns rows, pictures to show and frames generated a second.
+
+    `clients` is {name: {"train", "validation", "test": [clip]}}; `adapters` is {method: {name: vector}}.
+    """
+    networks, sources = metrics.load_standard(config["weights"] or None)
+    networks = {name: network.to(device) for name, network in networks.items()}
+    extractors = {"*": judges.features} | ({"": networks["fid"]} if "fid" in networks else {})
+    cases, gallery = test_cases(model, judges, clients, config, device)
+    methods = untrained_methods(model, clients, device)
     for method, vectors in adapters.items():
         twins = {n: adapted(model, v) for n, v in vectors.items()}
-        methods[method] = lambda i, clip, case, twins=twins: generate(twins[names[i]], case, i, config["sampling"])
-    methods["personal adapter, other speech"] = lambda i, clip, case, twins=twins: generate(
-        twins[names[i]], case, i, config["sampling"], case["rival"])
+        methods[method] = lambda case, twins=twins: generate(twins[case["name"]], case, case["own"], config["sampling"])
+    methods["personal adapter, other speech"] = lambda case, twins=twins: generate(
+        twins[case["name"]], case, case["own"], config["sampling"], case["rival"])
     rows, shown, seconds, num_frames, truth = {}, {}, 0.0, 0, None
     missing = {name: source["reason"] for name, source in sources.items() if not source["network"]}
     missing["mouth_correlation"] = "needs landmarks; mouth_correlation* is measured by the judge that trained here"
     for method, make in methods.items():
         scores, statistics = [], {star: metrics.FeatureStatistics() for star in extractors}
-        for i, clip, case in tqdm(cases, method, leave=False):
-            started = time.perf_counter()
-            frames = make(i, clip, case)
+        for case in tqdm(cases, method, leave=False):
+            started, clip = time.perf_counter(), case["clip"]
+            frames = make(case)
             if method in adapters:
                 seconds, num_frames = seconds + time.perf_counter() - started, num_frames + len(frames)
             seen = metrics.Seen(frames)
-            scores.append((*score(judges, networks, seen, case, gallery, i), len(frames)))
+            scores.append((*score(judges, networks, seen, case, gallery), len(frames)))
             with torch.inference_mode():
                 for star, extract in extractors.items():
                     statistics[star].update(seen.by(extract))
@@ -712,10 +731,13 @@ def report_tables(report):
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def make_clients(model, people, config, device):
-    """fed.Client and the clip splits of every client. What a client trains on is made when it is first asked for: a
-    process of several needs only its own clients'."""
-    splits = {name: data.split_clips(own, config["seed"]) for name, own in people["clients"].items()}
+def split_clients(people, config):
+    return {name: data.split_clips(own, config["seed"]) for name, own in people["clients"].items()}
+
+
+def make_clients(model, splits, config, device):
+    """A fed.Client for each of `splits`. What it trains on is made when it is first asked for: a process of several
+    needs only its own clients'."""
     f = config["fed"]["num_frames"]
 
     @functools.cache
@@ -735,7 +757,7 @@ def make_clients(model, people, config, device):
         num_samples = sum(len(c.frames) // f for c in splits[name]["train"])
         return fed.Client(name, num_samples, lambda *args: draw(name)(*args), lambda: validation(name))
 
-    return {name: client(name) for name in splits}, splits
+    return {name: client(name) for name in splits}
 
 
 def settings_of(config, public_jitter, how):
@@ -874,8 +896,12 @@ def load_state(path, device="cpu"):
 
 
 def add_adapters(model, config):
+    """Adapters in the frozen model, or, where lora.targets is empty, none: the whole UNet is trained then."""
     torch.manual_seed(config["seed"])  # A is random: every party must start from the same
     a = config["lora"]
+    if not a["targets"]:
+        model.unet.requires_grad_(True)
+        return
     lora.inject_lora(model, a["rank"], a["alpha"], a["dropout"], a["targets"], a["freeze_a"])
     model.eval()
 
@@ -899,7 +925,8 @@ def train(config, device, run, workers):
         seconds |= trained["seconds"]  # of the run that trained it, should this one have found it in the cache
         model, judges = restore(config, trained, device)
         add_adapters(model, config)
-        clients, splits = make_clients(model, people, config, device)
+        splits = split_clients(people, config)
+        clients = make_clients(model, splits, config, device)
         untouched, clock = lora.adapter_vector(model), time.perf_counter()
         shared = federate(model, judges, clients, config, run, public_jitter(people["public"]), workers)
         lap("rounds")
@@ -954,13 +981,16 @@ def public_jitter(public):
                           for own in public.values() for c in own]))
 
 
+def test_batch(model, split, config, device):
+    """One window of each of a client's test clips."""
+    length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["test"]))
+    return clip_batch(model, split["test"], length, device, config["seed"])
+
+
 def test_losses(model, splits, adapters, config, device):
     """Validation loss on every client's test clips under every method, {method: {mean, ci95, n}}; clip by clip, the
     difference to the method before and the ratio to the first, from which what clips differ in is gone."""
-    losses, batches = {}, {}
-    for name, split in splits.items():
-        length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["test"]))
-        batches[name] = clip_batch(model, split["test"], length, device, config["seed"])
+    losses, batches = {}, {name: test_batch(model, split, config, device) for name, split in splits.items()}
     for method, vectors in adapters.items():
         losses[method] = []
         for name, batch in batches.items():
@@ -1013,7 +1043,8 @@ def audit(config, device, run):
     people = load_people(config)
     model, judges = restore(config, load_state(run / "backbone.pt"), device)
     add_adapters(model, config)
-    clients, splits = make_clients(model, people, config, device)
+    splits = split_clients(people, config)
+    clients = make_clients(model, splits, config, device)
     start, delta, f = lora.adapter_vector(model), config["privacy"]["delta"], config["fed"]
     mechanism = make_mechanism(config, len(start))
     if mechanism is None:
@@ -1049,8 +1080,7 @@ def membership_auc(model, split, start, updates, config, device):
     batch = clip_batch(model, clips, length, device, config["seed"])
     for update in updates:
         gains = fed.membership_gains(model, batch, start, torch.as_tensor(update).float(), config["seed"])
-        members, strangers = gains[:len(split["train"])], gains[len(split["train"]):]
-        yield float((members[:, None] > strangers).float().mean())
+        yield metrics.auc(gains[:len(split["train"])], gains[len(split["train"]):])
 
 
 def dry_run(config, device):
@@ -1199,6 +1229,386 @@ def personalize_own(args, config, device):
     print(f"{output}: the adapter of {len(split['train'])} pieces of 2 s; it speaks with --action generate --adapter {output}")
 
 
+# ---------------------------------------------------------------------------------------------- the study
+
+
+TABLES = ("methods", "ablation", "privacy", "participation", "communication", "rank", "reliability", "tdc",
+          "personalization")
+LAYERS = {"attention": ["to_q", "to_k", "to_v", "to_out"], "modulation": ["time_emb_proj"],
+          "convolutions": ["unet.conv_in", "resnet.conv1", "resnet.conv2", "unet.conv_out"], "whole UNet, no LoRA": []}
+STUDY_METRICS = ("validation_loss", "psnr", "lpips", "lpips*", "id_similarity", "id_similarity*", "sync*",
+                 "mouth_correlation*", "jitter_ratio", "excess_jitter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A row of a table, to be worked out for each seed. `changes`: presets and settings over the config. `against`:
+    rows that it is compared with, pair by pair. `work`: rounds, personal (adapters trained from the backbone on) or the
+    name of an untrained method. `seconds` of each client's video are trained on, 0: all, None: study.train_seconds.
+    `unreliable`: share of the clients whose clips are broken."""
+
+    label: str
+    changes: tuple = ()
+    against: tuple = ()
+    work: str = "rounds"
+    seconds: float | None = None
+    unreliable: float = 0.0
+
+
+def study_cells(table, config):
+    """The rows of a table. All but those of DP itself do without it: its noise would hide everything else."""
+    s, own, both = config["study"], config["lora"], ("FedAvg", "centralized")
+    nothing = Cell("backbone only", ("plain", {"fed": {"rounds": 0}}), both if table == "methods" else ())
+    if table == "methods":
+        return [*(Cell(name, work=name) for name in ("copy reference", "autoencoder ceiling")), nothing,
+                *(Cell(name, ("plain", name.lower()), both) for name in (*both[::-1], "FedProx", "SCAFFOLD")),
+                Cell("PrivFedTalk without DP", ("plain",), both), Cell("PrivFedTalk", (), both)]
+    if table == "ablation":
+        rows = {"adapters-only": ("adapters-only",), "+ DP": ("plus-dp",), "+ ISFA": ("plus-isfa",),
+                "+ TDC": ("plus-tdc",), "+ ISFA + TDC": ("plain",), "full": ()}
+        return [Cell(label, changes, ("adapters-only",)) for label, changes in rows.items()]
+    if table == "privacy":
+        noisy = [(f"z = {z:g}", {"privacy": {"noise_multiplier": z}}) for z in s["noise_multipliers"]]
+        return [Cell("without DP", ("plain",)), *(Cell(label, (change,), ("without DP",)) for label, change in noisy)]
+    if table == "participation":
+        rate = config["fed"]["sample_rate"]
+        return swept("rate", s["sample_rates"], lambda value: {"fed": {"sample_rate": value}}, rate)
+    if table == "rank":
+        scaling = own["alpha"] / own["rank"]  # is kept
+        return swept("rank", s["ranks"], lambda rank: {"lora": {"rank": rank, "alpha": max(1, round(scaling * rank))}},
+                     own["rank"])
+    if table == "tdc":
+        return swept("lambda", s["tdc"], lambda weight: {"loss": {"tdc": weight}}, 0.0)
+    if table == "reliability":  # FedAvg against FedAvg with reliable clients; ISFA against FedAvg with the same ones
+        rows = [(share, gamma, f"{share:.0%} unreliable, FedAvg") for share in s["unreliable"] for gamma in s["gammas"]]
+        return [Cell(f"{share:.0%} unreliable, ISFA {gamma:g}" if gamma else name, ("plain", {"fed": {"gamma": gamma}}),
+                     (name if gamma else rows[0][2],), unreliable=share) for share, gamma, name in rows]
+    if table == "personalization":
+        return [nothing, *personal_cells(config)]
+    return []
+
+
+def swept(name, values, change, usual):
+    """A row for each value, compared with that of the usual one."""
+    return [Cell(f"{name} {value:g}", ("plain", change(value)), (f"{name} {usual:g}",)) for value in values]
+
+
+def personal_cells(config):
+    """Seconds of own video by steps of training; then, with the most of both, other layers and all of the UNet."""
+    s, untrained = config["study"], "backbone only"
+    cells = [Cell(f"{seconds:g} s, {steps} steps", ({"personal": {"steps": steps}},), (untrained,), "personal", seconds)
+             for seconds in s["seconds"] for steps in s["steps"]]
+    for kind, targets in LAYERS.items() if cells else ():
+        lr = config["personal"]["lr"] if targets else s["full_lr"]
+        other = {"lora": {"targets": targets}, "personal": {"lr": lr}}
+        most = next(cell for cell in reversed(cells) if cell.against == (untrained,))
+        cells.append(dataclasses.replace(most, label=f"{most.label}, {kind}", against=(untrained, most.label),
+                                         changes=(*most.changes, other)))
+    return cells
+
+
+@functools.cache
+def presets_of_defaults():
+    return read_yaml(DEFAULTS)["presets"]
+
+
+def settings_of_cell(cell, seed, config):
+    """The config that a cell runs with; its seed is that of the federation only: data and backbone stay the same."""
+    settings = copy.deepcopy(config) | {"seed": seed}
+    for change in cell.changes:
+        merge(settings, presets_of_defaults()[change] if isinstance(change, str) else change, cell.label)
+    return settings
+
+
+def keys_of_cell(cell, config):
+    """{key: seed} of a cell; cells that do the same have the same key."""
+    untrained = cell.work not in ("rounds", "personal") or {"fed": {"rounds": 0}} in cell.changes  # no seed matters
+    keys, s = {}, config["study"]
+    for seed in range(config["seed"], config["seed"] + (1 if untrained else s["seeds"])):
+        settings = settings_of_cell(cell, seed, config)
+        recipe = {k: v for k, v in settings.items() if k not in ("name", "runtime", "study")}
+        recipe |= {k: s[k] for k in ("train_seconds", "validation_clips", "personal_clients")}
+        recipe |= {"cell": [cell.work, cell.seconds, cell.unreliable, config["seed"]]}
+        keys[hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]] = seed
+    return keys
+
+
+def study_splits(people, config, seconds=None, unreliable=0.0):
+    """The clips that every client trains on, is validated and tested with; and {client: fault} of the unreliable."""
+    s, splits = config["study"], split_clients(people, config)
+    faults = data.choose_faults(list(splits), unreliable, config["seed"])
+    seconds = s["train_seconds"] if seconds is None else seconds
+    for name, split in splits.items():
+        split["train"] = data.first_seconds(split["train"], seconds) if seconds else split["train"]
+        split["validation"] = split["validation"][:s["validation_clips"]]
+        split["test"] = split["test"][:config["evaluate"]["clips_per_client"]]
+        for part in split if name in faults else ():
+            split[part] = [data.spoil(clip, faults[name], config["seed"]) for clip in split[part]]
+    return splits, faults
+
+
+def make_bench(config, people, trained, device):
+    """What all cells share: frozen model and judges, test cases and batches, clients by how much video they have."""
+    model, judges = restore(config, trained, device)
+
+    @functools.cache
+    def clients(seconds, unreliable):
+        splits, faults = study_splits(people, config, seconds, unreliable)
+        return make_clients(model, splits, config, device), faults
+
+    splits, _ = study_splits(people, config)
+    cases, gallery = test_cases(model, judges, splits, config, device)
+    networks, _ = metrics.load_standard(config["weights"] or None)
+    return types.SimpleNamespace(
+        config=config, device=device, model=model, judges=judges, clients=clients, splits=splits,
+        networks={name: network.to(device) for name, network in networks.items()},
+        cases=cases, gallery=gallery, jitter=public_jitter(people["public"]),
+        batches={name: test_batch(model, split, config, device) for name, split in splits.items()})
+
+
+def run_cell(cell, seed, bench, folder):
+    """A cell's figures: every metric by person and test clip, what it took, and each reliability of its rounds."""
+    started, settings = time.perf_counter(), settings_of_cell(cell, seed, bench.config)
+    people, length, trained, log = {name: {} for name in bench.splits}, 0, 0.0, folder / "rounds.jsonl"
+    if cell.work in ("rounds", "personal"):
+        model = copy.deepcopy(bench.model)
+        add_adapters(model, settings)
+        vectors, trained = train_cell(cell, settings, model, bench, folder)
+        length, twin = len(next(iter(vectors.values()))), functools.lru_cache(1)(lambda vector: adapted(model, vector))
+        people, loss = {}, functools.partial(fed.validation_loss, seed=bench.config["seed"], num_levels=4)
+        for name, vector in vectors.items():
+            people[name] = {"validation_loss": loss(twin(vector), bench.batches[name]).tolist()}
+        make = lambda case: generate(twin(vectors[case["name"]]), case, case["own"], settings["sampling"])
+    else:
+        make = untrained_methods(bench.model, bench.splits, bench.device)[cell.work]
+    for case in (case for case in bench.cases if case["name"] in people):
+        values, _ = score(bench.judges, bench.networks, metrics.Seen(make(case)), case, bench.gallery)
+        values |= {"excess_jitter": abs(values["jitter_ratio"] - 1)} if "jitter_ratio" in values else {}
+        for metric in set(STUDY_METRICS) & set(values):
+            people[case["name"]].setdefault(metric, []).append(values[metric])
+    rounds = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    faults, kept = bench.clients(cell.seconds, cell.unreliable)[1], ("client", "reliability", "identity", "stability")
+    reliability = [{k: c[k] for k in kept} | {"fault": faults.get(c["client"])}
+                   for r in rounds for c in r["clients"] if "identity" in c]
+    return {"seed": seed, "people": people, "parameters": length, "epsilon": rounds[-1]["epsilon"] if rounds else None,
+            "reliability": reliability, "training_seconds": trained, "seconds": time.perf_counter() - started}
+
+
+def train_cell(cell, settings, model, bench, folder):
+    """{client: adapter} of reliable clients: the global one, or, of the first few, their own; and seconds a client."""
+    (clients, faults), alone = bench.clients(cell.seconds, cell.unreliable), fed.Workers(alone=True)
+    names = [name for name in clients if name not in faults]
+    if cell.work == "personal":
+        clients = {name: clients[name] for name in names[:settings["study"]["personal_clients"] or None]}
+        for client in clients.values():  # makes what they train on, which the first cell should not be charged for
+            client.draw(1, settings["fed"]["num_frames"], torch.Generator())
+    started = time.perf_counter()
+    if cell.work == "personal":
+        vectors = personalize(model, bench.judges, clients, lora.adapter_vector(model), settings, folder, alone)
+    else:
+        shared = federate(model, bench.judges, clients, settings, folder, bench.jitter, alone)
+        vectors = dict.fromkeys(names, shared)
+    return vectors, (time.perf_counter() - started) / len(clients)
+
+
+def finish_cell(key, cell, seed, bench, run):
+    """Leave cells/<key>.json, unless it is there or another worker is at it."""
+    path, folder = run / "cells" / f"{key}.json", run / "cells" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(claimed(folder))
+        except ValueError:
+            return
+        if not path.exists():
+            result = run_cell(cell, seed, bench, folder)
+            save_text(json.dumps(finite(result)), path)
+            say(run, f"{cell.label}, seed {seed}: {result['seconds']:.0f} s")
+            for state in folder.rglob("*.pt"):
+                state.unlink()
+
+
+def study(config, tables, device, run, workers):
+    """--action study: every cell of the tables that is not there yet; then study.json, study.md and study.png."""
+    for table in tables:
+        if table not in TABLES:
+            raise ValueError(f"--tables {table}: no such table{nearest(table, TABLES)}")
+    cells = {table: study_cells(table, config) for table in tables}
+    jobs = [(cell, *job) for own in cells.values() for cell in own for job in keys_of_cell(cell, config).items()]
+    people = workers.in_turn(lambda: load_people(config))
+    for seconds in {cell.seconds for cell, *_ in jobs}:  # refuses what it must before anything is written
+        study_splits(people, config, seconds)
+    run.mkdir(parents=True, exist_ok=True)
+    with claimed(run) if workers.rank == 0 else contextlib.nullcontext():
+        if jobs:
+            trained = workers.ask(None, lambda _: starting_point(config, people, device, run))
+            bench = make_bench(config, people, trained, device)
+        for cell, key, seed in tqdm(jobs, "cells"):
+            finish_cell(key, cell, seed, bench, run)
+        workers.ask(None, lambda _: write_study(cells, config, run))
+
+
+def write_study(cells, config, run):
+    """study.json, study.md and study.png of cells that are there, beside tables of earlier calls; and the config."""
+    save_text(yaml.safe_dump(config, sort_keys=False), run / "config.yaml")
+    path, tables = run / "study.json", {}
+    for table, own in cells.items():
+        paths = {cell.label: [run / "cells" / f"{key}.json" for key in keys_of_cell(cell, config)] for cell in own}
+        found = {label: [json.loads(path.read_text()) for path in seeds] for label, seeds in paths.items()}
+        tables[table] = [study_row(table, cell, found, config) for cell in own] or communication_rows(config)
+    tables = (json.loads(path.read_text()) if path.exists() else {}) | finite(tables)
+    save_text(json.dumps(tables, indent=1), path)
+    save_text(study_text(tables, config), run / "study.md")
+    if panels := study_panels(tables):
+        draw_curves(panels, run / "study.png")
+    print(study_text(tables, config))
+
+
+def by_person(results, metric, people):
+    """A metric [seeds, people], each the mean over a person's test clips; None where one has no value."""
+    values = [[r["people"][name].get(metric) for name in people] for r in results]
+    return np.array([[np.mean(v) for v in row] for row in values]) if all(v for row in values for v in row) else None
+
+
+def study_row(table, cell, found, config):
+    """Each metric's mean; its difference, pair by pair (same seed, same clips), to the rows that this one is held
+    against, and the loss also as a ratio; and what else the table asks for."""
+    mine, row = found[cell.label], {"label": cell.label, "metrics": {}, "versus": {}}
+    for metric in STUDY_METRICS:
+        values = by_person(mine, metric, mine[0]["people"])
+        if values is not None:
+            row["metrics"][metric] = metrics.crossed_ci(values)
+    for other in (label for label in cell.against if label in found and label != cell.label):
+        versus = row["versus"].setdefault(other, {})
+        both = [name for name in mine[0]["people"] if name in found[other][0]["people"]]
+        for metric in row["metrics"]:
+            a, b = (by_person(results, metric, both) for results in (mine, found[other]))
+            if a is not None and b is not None:
+                versus[metric] = metrics.crossed_ci(a - b)
+            if metric == "validation_loss":
+                versus["loss ratio"] = metrics.crossed_ci(a / b)
+    return row | {"also": table_columns(table, cell, mine, settings_of_cell(cell, config["seed"], config))}
+
+
+def table_columns(table, cell, mine, settings):
+    """The columns of one table only: what a cell spent, sent or took; whether its reliabilities tell good from bad."""
+    p, f = settings["privacy"], settings["fed"]
+    if table == "privacy" and p["enabled"]:
+        return privacy_columns(settings, mine[0]["epsilon"])
+    if table == "participation":
+        epsilon = privacy.compute_epsilon(f["sample_rate"], p["noise_multiplier"], f["rounds"], p["delta"])
+        return {"clients a round": f["sample_rate"] * settings["data"]["clients"],
+                f"epsilon if z = {p['noise_multiplier']:g}": epsilon}
+    if table == "rank":
+        return {"rank": settings["lora"]["rank"]} | byte_columns(settings, mine[0]["parameters"])
+    if table == "reliability" and mine[0]["reliability"]:
+        return reliability_columns(mine)
+    if table == "personalization" and cell.work == "personal":
+        longest = max(r["training_seconds"] for r in mine)  # one that was cut off took less the second time
+        return {"parameters": mine[0]["parameters"], "seconds of training": longest}
+    return {}
+
+
+def privacy_columns(settings, epsilon, audit_length=8192):
+    """Epsilon of the run, and of larger federations: at the same z with as large a cohort, or with as much noise on the
+    mean. Then that of one round and what canaries measure of it, in updates of `audit_length`: the noise on each number
+    is the same as in longer ones."""
+    p, f, n = settings["privacy"], settings["fed"], settings["data"]["clients"]
+    z, rounds = p["noise_multiplier"], f["rounds"]
+    columns = {"z": z, f"epsilon, {n} clients": epsilon}
+    for many in (1000, 10000):
+        few = min(1.0, f["sample_rate"] * n / many)
+        columns[f"{many:,} clients, same cohort"] = privacy.compute_epsilon(few, z, rounds, p["delta"])
+        columns[f"{many:,} clients, same noise on the mean"] = privacy.compute_epsilon(
+            f["sample_rate"], z * many / n, rounds, p["delta"])
+    found = privacy.canary_audit(make_mechanism(settings, audit_length), p["delta"])
+    measured = {"mean": found["measured_epsilon"], "ci95": [found["epsilon_lower_bound"], found["epsilon_upper_bound"]]}
+    return columns | {"epsilon of one round": found["accounted_epsilon"], "as canaries measure it (99 %)": measured}
+
+
+def reliability_columns(mine):
+    """How well r and its parts tell good clients from bad ones, over the rounds; and the mean r by fault."""
+    columns = {}
+    for part in ("reliability", "identity", "stability"):
+        sides = [[[c[part] for c in r["reliability"] if bool(c["fault"]) == bad] for bad in (0, 1)] for r in mine]
+        if all(good and bad for good, bad in sides):
+            columns[f"AUC of {part}"] = metrics.crossed_ci([[metrics.auc(good, bad)] for good, bad in sides])
+    for fault in (None, "shifted sound", "flicker", "noise"):
+        found = [c["reliability"] for r in mine for c in r["reliability"] if c["fault"] == fault]
+        columns |= {f"mean r, {fault or 'good'}": float(np.mean(found))} if found else {}
+    return columns
+
+
+def byte_columns(settings, length):
+    """What a client sends and is sent in a round; the keys and shares of secure aggregation come on top."""
+    secure = make_mechanism(settings | {"privacy": settings["privacy"] | {"enabled": True}}, length)
+    return {"parameters": length, "bytes down": 4 * length, "bytes up, plain": 4 * (length + 1),
+            "bytes up, secure": secure.num_bytes}
+
+
+def communication_rows(config):
+    """Bytes of adapters of every rank, of B alone, of the UNet, and of the whole model."""
+    whole, own, lengths = sum(p.numel() for p in build_model(config).parameters()), config["lora"], {}
+    changes = {f"rank {rank}": {"rank": rank} for rank in config["study"]["ranks"]}
+    changes |= {f"rank {own['rank']}, B only": {"freeze_a": True}, "whole UNet, no LoRA": {"targets": []}}
+    for label, change in changes.items():
+        model = build_model(config).requires_grad_(False)
+        add_adapters(model, config | {"lora": own | change})
+        lengths[label] = len(lora.adapter_vector(model))
+    lengths["whole model"] = whole
+    return [{"label": label, "metrics": {}, "versus": {}, "also": byte_columns(config, n) | {"of the model": n / whole}}
+            for label, n in lengths.items()]
+
+
+def study_text(tables, config):
+    """study.json as Markdown."""
+    e, s, d = config["evaluate"], config["study"], config["data"]
+    lines = ["# The study", "", (
+        f"{s['seeds']} seeds, {d['clients']} clients, {e['clips_per_client']} test clips of {e['num_frames']} frames "
+        "each; mean [95 % interval] over people and seeds (`metrics.crossed_ci`). Differences are taken pair by pair: "
+        "same seed, same clips.")]
+    for table, rows in tables.items():
+        lines += ["", f"## {table}", *markdown({row["label"]: row["metrics"] | row["also"] for row in rows})]
+        for other in dict.fromkeys(other for row in rows for other in row["versus"]):
+            lines += ["", f"minus {other}:"]
+            lines += markdown({row["label"]: row["versus"][other] for row in rows if other in row["versus"]})
+    return "\n".join(lines) + "\n"
+
+
+def markdown(rows):
+    """{label: {column: value}} as the lines of a table."""
+    def text(value):
+        if isinstance(value, dict):
+            return text(value["mean"]) + (f" [{', '.join(map(text, value['ci95']))}]" if value["ci95"] else "")
+        return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    return ["", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
+            *(f"| {label} | " + " | ".join(text(row.get(c)) for c in columns) + " |" for label, row in rows.items())]
+
+
+def study_panels(tables):
+    """Epsilon and quality, own video and identity, rank, quality and bytes, as `draw_curves` takes them."""
+    panels, loss = {}, lambda row: row["metrics"]["validation_loss"]["mean"]
+    for row in tables.get("privacy", [])[1:]:
+        lines = panels.setdefault("validation loss by log10 epsilon", {})
+        for name in (name for name in row["also"] if name.endswith((" clients", "on the mean"))):
+            label = name.removeprefix("epsilon, ").split(", same")[0]
+            lines.setdefault(label, []).append((math.log10(row["also"][name]), loss(row)))
+    for row in tables.get("personalization", []):
+        seconds, _, steps = row["label"].partition(" s, ")
+        if steps.endswith(" steps"):
+            for metric in ("id_similarity*", "validation_loss"):
+                lines = panels.setdefault(f"{metric} by seconds of own video", {})
+                lines.setdefault(steps, []).append((float(seconds), row["metrics"][metric]["mean"]))
+    for row in tables.get("rank", []):
+        rank, sent = math.log2(row["also"]["rank"]), row["also"]
+        panels.setdefault("validation loss by log2 rank", {}).setdefault("without DP", []).append((rank, loss(row)))
+        lines = panels.setdefault("kilobytes up by log2 rank", {})
+        lines.setdefault("secure", []).append((rank, sent["bytes up, secure"] / 1000))
+    return panels
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -1211,8 +1621,9 @@ def parse(argv):
                                        "GPU there is, else the CPU")
     parser.add_argument("--resume", metavar="RUN", help="go on in this run directory, with its own config")
     parser.add_argument("--action", default="train",
-                        choices=["train", "evaluate", "generate", "personalize", "audit", "dry-run"])
-    parser.add_argument("--reference", nargs="+", help="generate: a picture of a face, or several of the same; the first moves")
+                        choices=["train", "evaluate", "generate", "personalize", "study", "audit", "dry-run"])
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), metavar="TABLE", help="study: which of its tables")
+    parser.add_argument("--reference", nargs="+", help="generate: a picture of a face, or several; the first one moves")
     parser.add_argument("--speech", help="generate: a sound or video file")
     parser.add_argument("--prompt", default="", help="generate: expression in a few words, such as smiling")
     parser.add_argument("--seconds", type=positive, help="generate: at most this much of the speech")
@@ -1250,8 +1661,10 @@ def act(args, config, devices, workers):
         raise ValueError(f"--action {args.action}: give the run with --resume runs/NAME")
     if args.action == "audit":
         return audit(config, device, Path(args.resume))
-    name = f"{config['runtime']['directory']}/{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}"
-    train(config, device, workers.ask(None, lambda _: Path(args.resume or name)), workers)
+    title = "study" if args.action == "study" else config["name"]
+    name = f"{config['runtime']['directory']}/{time.strftime('%Y%m%d-%H%M%S')}-{title}"
+    run = workers.ask(None, lambda _: Path(args.resume or name))
+    study(config, args.tables, device, run, workers) if args.action == "study" else train(config, device, run, workers)
 
 
 def launch(argv, num_workers):
@@ -1287,7 +1700,7 @@ def main(argv=None):
         devices = choose_devices(args.gpus)
         config = load_config(Path(args.resume) / "config.yaml" if args.resume else args.config, args.preset, args.set)
         settings_of(config, 1.0, {})  # refuses what does not go together
-        if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
+        if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate", "study"):
             return launch(sys.argv[1:] if argv is None else argv, len(devices))
         if size > 1:  # workers wait for each other as long as it takes to train a backbone
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))

@@ -299,6 +299,29 @@ def test_unreliable_clients_are_marked(tmp_path):
         data.make_synthetic(tmp_path / 'd')
 
 
+def test_clips_are_spoiled_as_unreliable_clients_are(synthetic):
+    faults = data.choose_faults(['a', 'b', 'c', 'd', 'e', 'f'], .5, 0)
+    assert sorted(faults.values()) == ['flicker', 'noise', 'shifted sound']
+    assert faults.items() <= data.choose_faults(['a', 'b', 'c', 'd', 'e', 'f'], 1, 0).items()
+    clip = synthetic.people['client-000'][0]
+    late, dark, noisy = (data.spoil(clip, fault, 0) for fault in ('shifted sound', 'flicker', 'noise'))
+    assert np.array_equal(late.frames, clip.frames) and not np.array_equal(late.mel, clip.mel)
+    assert np.array_equal(np.sort(late.audio), np.sort(clip.audio))
+    assert (dark.frames <= clip.frames).all() and np.array_equal(dark.audio, clip.audio)
+    assert 20 < np.std(noisy.frames.astype(int) - clip.frames) < 30
+    assert np.array_equal(noisy.frames, data.spoil(clip, 'noise', 0).frames)
+
+
+def test_first_seconds_cuts_the_last_clip(synthetic):
+    clips = synthetic.people['client-000']
+    kept = data.first_seconds(clips, 3.0)
+    assert [len(c.frames) for c in kept] == [50, 25] and [c.path for c in kept] == [c.path for c in clips[:2]]
+    assert (len(kept[1].audio), len(kept[1].mel), len(kept[1].opening)) == (25 * SAMPLES_PER_FRAME, 100, 25)
+    assert [len(c.frames) for c in data.first_seconds(clips, 2.2)] == [50]
+    with pytest.raises(ValueError, match='has 6 s of video'):
+        data.first_seconds(clips, 7.0)
+
+
 # ---- command line
 
 def test_command_line(tmp_path, synthetic, capsys):

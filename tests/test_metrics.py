@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
@@ -498,3 +499,27 @@ def test_what_cannot_be_scored_is_one_line_and_status_2(tmp_path, capsys):
         assert metrics.main([a if a[0] == "-" else str(tmp_path / a) for a in arguments.split()]) == 2
         error = capsys.readouterr().err.strip()
         assert says in error and len(error.splitlines()) == 1, arguments
+
+
+def test_crossed_interval_is_students_where_only_people_or_only_seeds_differ():
+    people, seeds = np.array([1.0, 2.0, 4.0, 9.0]), np.array([[0.0], [1.0], [5.0]])
+    for values, along in ((np.tile(people, (3, 1)), people), (np.tile(seeds, (1, 4)), seeds.ravel()), (people[None], people)):
+        found = metrics.crossed_ci(values)
+        low, high = stats.t.interval(0.95, len(along) - 1, along.mean(), stats.sem(along))
+        assert found["mean"] == pytest.approx(along.mean()) and found["ci95"] == pytest.approx([low, high])
+    assert metrics.crossed_ci(np.full((3, 4), 2.0))["ci95"] == [2, 2] and metrics.crossed_ci([[1.0]])["ci95"] is None
+
+
+@pytest.mark.parametrize("seed_std, person_std", [(0.0, 0.0), (0.0, 2.0), (1.0, 1.0), (2.0, 0.0)])
+def test_crossed_interval_covers_the_truth(seed_std, person_std):
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(600):
+        values = rng.normal(0, seed_std, (3, 1)) + rng.normal(0, person_std, (1, 12)) + rng.normal(0, 1, (3, 12))
+        low, high = metrics.crossed_ci(values)["ci95"]
+        hits += low <= 0 <= high
+    assert hits / 600 > 0.93
+
+
+def test_auc_counts_ties_half():
+    assert metrics.auc([3, 4], [1, 2]) == 1 and metrics.auc([1, 2], [3, 4]) == 0 and metrics.auc([1, 1], [1]) == 0.5
+    assert metrics.auc([2, 0], [1]) == 0.5

@@ -398,3 +398,11 @@ def test_ema_is_the_weighted_mean_of_what_it_saw():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert float(ema.module.weight) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_a_flow_that_diverged_does_not_crash(value):
+    flow = torch.full((2, 2, 4, 4), value, requires_grad=True)
+    picture = talking.warp(torch.rand(2, 3, 16, 16), flow)
+    picture.sum().backward()
+    assert picture.isfinite().all()

@@ -110,7 +110,7 @@ def test_every_cell_of_every_preset_is_a_valid_config():
         for table in train.TABLES:
             labels = {cell.label for cell in train.study_cells(table, config)}
             for cell in train.study_cells(table, config):
-                train.settings_of(train.settings_of_cell(cell, 5, config), 1.0)
+                train.settings_of(train.settings_of_cell(cell, 5, config), 1.0, {})
                 train.make_mechanism(train.settings_of_cell(cell, 5, config), 93328)
                 assert set(cell.against) <= labels
     for targets in filter(None, train.LAYERS.values()):

@@ -257,16 +257,16 @@ def client_update(model, judges, client, adapter, seed, settings, control=None, 
     return update.numpy(), weight, record
 
 
-def membership_gains(model, batch, adapter, update, seed):
-    """How much better [b] `update` [d] denoises each clip of a batch: an attacker's evidence that it was trained on.
+def membership_gains(model, batch, adapter, updates, seed):
+    """How much better [u b] each of `updates` [u d] denoises each clip of a batch: evidence that it was trained on.
 
     The loss-threshold attack of Yeom et al. (2018), with the model before the update as the reference.
     """
     losses = []
-    for vector in (adapter, adapter + update):
+    for vector in (adapter, *(adapter + torch.as_tensor(update).float() for update in updates)):
         lora.load_adapter_vector(model, vector)
         losses.append(validation_loss(model, batch, seed))
-    return losses[0] - losses[1]
+    return losses[0] - torch.stack(losses[1:])
 
 
 # ---------------------------------------------------------------------------------------------- one round

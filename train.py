@@ -1078,9 +1078,8 @@ def membership_auc(model, split, start, updates, config, device):
     clips = split["train"] + split["validation"] + split["test"]
     length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
     batch = clip_batch(model, clips, length, device, config["seed"])
-    for update in updates:
-        gains = fed.membership_gains(model, batch, start, torch.as_tensor(update).float(), config["seed"])
-        yield metrics.auc(gains[:len(split["train"])], gains[len(split["train"]):])
+    gains = fed.membership_gains(model, batch, start, updates, config["seed"])
+    return [metrics.auc(own[:len(split["train"])], own[len(split["train"]):]) for own in gains]
 
 
 def dry_run(config, device):

@@ -231,7 +231,7 @@ def test_an_update_tells_of_its_members():
     seen, unseen = (drawer(model, shift)(4, 6, torch.Generator().manual_seed(5)) for shift in (1.0, -1.0))
     fixed = dict(lr=2e-2, batch_size=4, num_frames=6, loss_weights=NO_JUDGES, condition_dropout=0.0)
     trained, _ = fed.train_adapter(model, None, lambda *_: seen, start, 20, 7, **fixed)
-    gains = [fed.membership_gains(model, batch, start, trained - start, 0).mean() for batch in (seen, unseen)]
+    gains = [fed.membership_gains(model, batch, start, [trained - start], 0).mean() for batch in (seen, unseen)]
     assert gains[0] > max(0, gains[1])
 
 
@@ -305,7 +305,9 @@ CURVATURES, TARGETS, RATE, STEPS = (1.0, 3.0, 0.5), (-1.0, 2.0, 4.0), 0.1, 5
 
 
 def quadratic_federation(monkeypatch, **train):
-    model = adapted_model()
+    model = torch.nn.Module()
+    model.unet = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    lora.inject_lora(model, 2, 4, 0.0, ["unet"])
 
     def accumulate(model, batch, *_, **__):
         model.zero_grad()

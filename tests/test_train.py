@@ -297,13 +297,13 @@ def test_one_person_is_no_dataset(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_dry_run_works_from_a_shell():
-    command = [sys.executable, "train.py", "--gpus", "cpu", "--action", "dry-run", "--set", *TINY]
-    out = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True, check=True)
-    assert all(word in out.stdout for word in ("epsilon", "adapter", "memory of a fed step")) and not out.stderr
+def test_dry_run_says_what_a_run_takes_sends_and_spends(capsys):
+    train.main(["--gpus", "cpu", "--action", "dry-run", "--set", *TINY])
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("epsilon", "adapter", "memory of a fed step", "memory of a backbone step"))
 
 
-def test_a_step_takes_the_memory_that_was_foretold_and_no_more_than_it_may():
+def test_a_step_takes_the_memory_that_was_foretold_and_no_more_than_it_may(monkeypatch):
     config = train.load_config(train.DEFAULTS, overrides=TINY)
     model = train.build_model(config)
     model.autoencoder.requires_grad_(False)
@@ -320,6 +320,7 @@ def test_a_step_takes_the_memory_that_was_foretold_and_no_more_than_it_may():
     parameters, trained = (sum(p.nbytes for p in model.parameters() if p.requires_grad or all_) for all_ in (True, False))
     held_before = 2 * (parameters + sum(b.nbytes for b in model.buffers())) + 2 * trained
     assert taken(how) == pytest.approx(held + 12 * each, rel=0.15)
+    monkeypatch.setattr(train, "step_memory", lambda *_: (held, each))
     config["runtime"]["memory_gb"] = (held + 5 * each) / 1e9
     how = train.how_to_step(model, None, config, "backbone")
     assert 4 <= how["micro_batch"] <= 5 and taken(how) < 1.15e9 * config["runtime"]["memory_gb"]

@@ -611,7 +611,7 @@ def spoil(clip, fault, seed):
 
 def _make_clip(folder, name, index, seconds, size, fault, seed):
     p, rng, num_frames = _person(seed, name), _rng(seed, name, index), round(seconds * FPS)
-    prompt = str(rng.choice(list(PROMPTS))) if rng.random() < .5 else ''
+    prompt = str(rng.choice(list(PROMPTS))) if rng.random() < .75 else ''
     text, curve = _speech_plan(rng, num_frames / FPS)
     motion = _motion(rng, p, curve, num_frames, prompt)
     frames, audio = _Painter(p, motion, size).frames(), _speak(rng, curve, p)

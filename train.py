@@ -231,8 +231,8 @@ def load_people(config):
 def encode_clips(model, clips, device, num_references=1):
     """Each clip as the motion of several reference pictures, {path: [(picture, moment, motion [f m h w], latents [c h w])]}.
 
-    They are `num_references` of its own frames and, where there are several, two of another clip of the person for a clip
-    with a prompt: in its own frames, what the prompt says can be seen. With one reference, adapters learn the clips by
+    They are `num_references` of its own frames and, where these are several, for a clip with a prompt as many of other
+    clips of the person: in its own frames, what the prompt says can be seen. With one reference, adapters learn the clips by
     heart. The autoencoder is frozen by then, so once is enough.
     """
     motions = {}
@@ -243,7 +243,8 @@ def encode_clips(model, clips, device, num_references=1):
         references = [(clip.frames[m], m) for m in moments]
         if clip.prompt and num_references > 1:
             others = [c for c in clips if c.person == clip.person and c.prompt != clip.prompt]
-            references += [(c.frames[len(c.frames) // 2], -1) for c in others[:2]]
+            shown = [c.frames[len(c.frames) * i // (num_references + 1)] for i in range(1, num_references + 1) for c in others]
+            references += [(picture, -1) for picture in shown[:num_references]]
         motions[clip.path] = []
         for picture, moment in references:
             reference = pixels(picture, device)

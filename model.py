@@ -703,21 +703,27 @@ class TalkingHead(nn.Module):
                 "identity": (self.identity_encoder(reference), scale["identity"]),
                 "text": (self.text_encoder(words), scale["text"] * said)}
 
-    def forward(self, xt, t, conditions, reference_latents):
+    def forward(self, xt, t, conditions, reference_latents, guidance=1.0):
         """What the network states, in the diffusion's parametrisation, for integer t [b] or, by frame, [b f].
 
         For x0 the UNet sees the prior's linear guess and corrects it, by as much as the prior leaves open at each place
         (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is zero, and
-        frames without noise (t = -1) are as given: the others go on from them.
+        frames without noise (t = -1) are as given: the others go on from them. With `guidance` the conditions are those
+        of 2 b clips, with speech and without, and the UNet says more of what tells the two apart (Ho & Salimans 2022).
         """
         t = t if t.dim() == 2 else t[:, None].expand(xt.shape[:2])
-        time = (t.float() + 1) / self.diffusion.num_steps
-        reference = reference_latents / self.reference_spread
-        if self.diffusion.prediction != "x0":
-            return self.unet(xt, time, conditions, reference)
-        with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
-            guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
-        return guess + deviation * self.unet(guess, time, conditions, reference)
+        guess, deviation = xt, None
+        if self.diffusion.prediction == "x0":
+            with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
+                guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
+        inputs = [guess, (t.float() + 1) / self.diffusion.num_steps, reference_latents / self.reference_spread]
+        if guidance != 1.0:
+            inputs = [torch.cat([x, x]) for x in inputs]
+        output = self.unet(inputs[0], inputs[1], conditions, inputs[2])
+        if guidance != 1.0:
+            with_speech, without = output.chunk(2)
+            output = torch.lerp(without, with_speech, guidance)
+        return output if deviation is None else guess + deviation * output
 
     def loss(self, output, target, t):
         """Squared error [b] at t [b f]; that of x0 as a share of the clip's own x0, so that calm clips count as much as
@@ -732,17 +738,14 @@ class TalkingHead(nn.Module):
     def sample(self, conditions, reference_latents, noise, known, num_steps, guidance, solver):
         """x0 [b f m h w] from `noise`; its first frames are those of `known` [b k m h w]."""
         k = known.shape[1]
-        silent = conditions | {"speech": (conditions["speech"][0], torch.zeros_like(conditions["speech"][1]))}
-        both = {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name])) for name in conditions}
+        if guidance != 1.0:
+            silent = conditions | {"speech": (conditions["speech"][0], torch.zeros_like(conditions["speech"][1]))}
+            conditions = {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name])) for name in silent}
 
         def network(xt, t):
-            xt = torch.cat([known, xt[:, k:]], dim=1)
             t = t[:, None].repeat(1, xt.shape[1])
             t[:, :k] = -1
-            if guidance == 1.0:
-                return self(xt, t, conditions, reference_latents)
-            said, unsaid = self(xt.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), both, reference_latents.repeat(2, 1, 1, 1)).chunk(2)
-            return torch.lerp(unsaid, said, guidance)
+            return self(torch.cat([known, xt[:, k:]], dim=1), t, conditions, reference_latents, guidance)
 
         return torch.cat([known, self.diffusion.sample(network, noise, num_steps, solver)[:, k:]], dim=1)
 

@@ -317,8 +317,9 @@ def first_seconds(clips, seconds):
         n = min(left, len(clip.frames))
         left -= n
         if n >= 10:
+            opening = None if clip.opening is None else clip.opening[:n]
             kept.append(replace(clip, frames=clip.frames[:n], audio=clip.audio[:n * SAMPLES_PER_FRAME],
-                                mel=clip.mel[:n * MELS_PER_FRAME], opening=None if clip.opening is None else clip.opening[:n]))
+                                mel=clip.mel[:n * MELS_PER_FRAME], opening=opening))
     if left:
         raise ValueError(f'{clips[0].person} has {seconds - left / FPS:g} s of video to train on, not {seconds:g}')
     return kept

@@ -286,8 +286,8 @@ def derived_seed(*parts):
 class Workers:
     """The processes of a run: one a device, each with its own model. Rank 0 is also the server.
 
-    They are those of torch.distributed where it is initialised, else (or if asked for) this process alone. All that travels between them
-    goes through `ask`: adapters, records, protocol messages.
+    They are those of torch.distributed where it is initialised, else (or if asked for) this process alone. All that
+    travels between them goes through `ask`: adapters, records, protocol messages.
     """
 
     def __init__(self, alone=False):

@@ -430,7 +430,8 @@ class TalkingUNet(nn.Module):
         x = x + F.interpolate(self.position, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
         def run(block, x):  # checkpointing keeps a block's input only, and works the rest out again on the way back
-            how = functools.partial(checkpoint, block, use_reentrant=False) if self.checkpointing and self.training else block
+            again = self.checkpointing and self.training
+            how = functools.partial(checkpoint, block, use_reentrant=False) if again else block
             return how(x, temb, conditions, num_frames)
 
         skips = []

@@ -62,7 +62,8 @@ LIMITS = {
     "privacy.delta": (1e-300, 0.5), "privacy.noise": ("distributed", "server", "local"),
     "privacy.min_honest": (1, 10**6), "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1),
     "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6), "sampling.num_steps": (1, 1000),
-    "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100), "evaluate.num_frames": (6, 10**5),
+    "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100),
+    "evaluate.num_frames": (6, 10**5),
     "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
     "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.optimizer": ("adamw", "sgd"),
     "fed.dropout_rate": (0, 1), "fed.client_timeout_seconds": (0, 10**7), "runtime.memory_gb": (0, 10**5),
@@ -243,7 +244,8 @@ def encode_clips(model, clips, device, num_references=1):
         references = [(clip.frames[m], m) for m in moments]
         if clip.prompt and num_references > 1:
             others = [c for c in clips if c.person == clip.person and c.prompt != clip.prompt]
-            shown = [c.frames[len(c.frames) * i // (num_references + 1)] for i in range(1, num_references + 1) for c in others]
+            shown = [c.frames[len(c.frames) * i // (num_references + 1)]
+                     for i in range(1, num_references + 1) for c in others]
             references += [(picture, -1) for picture in shown[:num_references]]
         motions[clip.path] = []
         for picture, moment in references:
@@ -512,7 +514,8 @@ def peak_bytes(work):
         work()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler complains that there is no GPU
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
         work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
@@ -547,8 +550,8 @@ def generate(model, case, seed, sampling, mel=None):
 def score(judges, networks, frames, case, gallery):
     """Every per-clip metric of generated frames, `metrics.Seen`: ({metric: value}, {metric: why it has none}).
 
-    gallery [p d] holds each client's identity, the case's in row `own`. The right speech competes with other speech of the same
-    person: another voice could be told from the face alone.
+    gallery [p d] holds each client's identity, the case's in row `own`. The right speech competes with other speech of
+    the same person: another voice could be told from the face alone.
     """
     values, reasons = metrics.score_clip(frames, case["truth"], case["audio"], networks, judges)
     values["id_accuracy*"] = float(int((gallery @ frames.by(judges.identity).mean(0)).argmax()) == case["own"])
@@ -568,8 +571,8 @@ def adapted(model, vector):
 
 
 def test_cases(model, judges, clients, config, device):
-    """What is to be generated: a `test_case` for each test clip of `clients` {name: {"train", "validation", "test": [clip]}},
-    with what `score` asks for; and gallery [p d], each client's identity."""
+    """What is to be generated: a `test_case` for each test clip of `clients` {name: {"train", "validation", "test":
+    [clip]}}, with what `score` asks for; and gallery [p d], each client's identity."""
     settings, window, cases = config["evaluate"], config["data"]["window"], []
     with torch.inference_mode():
         known = [np.concatenate([clip.frames[::5] for clip in split["train"]]) for split in clients.values()]
@@ -1075,7 +1078,7 @@ def audit(config, device, run):
 
 
 def membership_auc(model, split, start, updates, config, device):
-    """How well each of `updates` tells a client's training clips from its others, by `fed.membership_gains`; 0.5: a guess."""
+    """How well each of `updates` tells a client's training clips from its others (`fed.membership_gains`); 0.5: a guess."""
     clips = split["train"] + split["validation"] + split["test"]
     length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
     batch = clip_batch(model, clips, length, device, config["seed"])
@@ -1142,8 +1145,8 @@ def speak(args, config, device):
     seconds, lag = time.perf_counter() - started, data.sound_lag(args.output, case["audio"])
     if abs(lag) > 0.5 / data.FPS and case["audio"].any():
         raise ValueError(f"{args.output}: its sound comes {1000 * lag:.0f} ms late: the encoder shifted it")
-    print(f"{args.output}: {num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames a second, file included), "
-          f"the first after {times[0]:.2f} s; sound {1000 * lag:+.1f} ms")
+    print(f"{args.output}: {num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames a second, file "
+          f"included), the first after {times[0]:.2f} s; sound {1000 * lag:+.1f} ms")
     if len(args.reference) > 1:
         print(compare_references(model, judges, case, seed, config["sampling"]))
 
@@ -1185,7 +1188,8 @@ def marked(frames):
     """Frames [f 3 H W] in [0, 1] with the letters AI in a corner."""
     height, width = frames.shape[-2:]
     stamp = Image.new("L", (width, height))
-    ImageDraw.Draw(stamp).text((width - 2, height - 1), "AI", 160, ImageFont.load_default(max(8, height // 9)), anchor="rs")
+    font = ImageFont.load_default(max(8, height // 9))
+    ImageDraw.Draw(stamp).text((width - 2, height - 1), "AI", 160, font, anchor="rs")
     return torch.lerp(frames, torch.ones_like(frames), torch.from_numpy(np.array(stamp)).to(frames.device) / 255)
 
 
@@ -1194,8 +1198,8 @@ def compare_references(model, judges, case, seed, sampling):
     pictures, similarity = case["reference"], []
     person = F.normalize(judges.identity(fed.unit_range(pictures[0])).mean(0), dim=0)
     for some in (pictures[:, :1], pictures):
-        first = next(model.stream(some, case["mel"][None].to(some.device), case["words"], torch.Generator().manual_seed(seed),
-                                  **sampling))
+        first = next(model.stream(some, case["mel"][None].to(some.device), case["words"],
+                                  torch.Generator().manual_seed(seed), **sampling))
         similarity.append(float((judges.identity(fed.unit_range(first)[0]) @ person).mean()))
     alone, together = similarity
     return (f"identity similarity* with the first picture alone {alone:.3f}, with all {pictures.shape[1]} {together:.3f}: "
@@ -1226,7 +1230,7 @@ def personalize_own(args, config, device):
     losses = test_losses(model, {"me": split}, adapters, config, device)
     for name, loss in losses.items():
         print(f"validation loss on {loss['n']} held-out pieces, {name}: {written(loss)}")
-    print(f"{output}: the adapter of {len(split['train'])} pieces of 2 s; it speaks with --action generate --adapter {output}")
+    print(f"{output}: the adapter of {len(split['train'])} pieces of 2 s; --action generate --adapter {output} speaks with it")
 
 
 # ---------------------------------------------------------------------------------------------- the study

@@ -185,8 +185,10 @@ def main():
         data.write_video(folder / f"{person['name']}.mp4", train.marked(frames).mul(255).byte().numpy(), audio,
                          {"comment": "synthetic"})
     train.save_text(json.dumps(result, indent=1), folder / "speak.json")
-    lines = [f"{part}: {name}: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
-                                            for k, v in row.items()) for part, rows in result.items() for name, row in rows.items()]
+    def line(row):
+        return ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+
+    lines = [f"{part}: {name}: {line(row)}" for part, rows in result.items() for name, row in rows.items()]
     train.save_text("\n".join(lines) + "\n", folder / "speak.md")
     print("\n".join(lines))
 

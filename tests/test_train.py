@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -259,6 +260,18 @@ def test_a_run_has_one_process_at_work_and_loses_its_half_written_files(finished
     (run / "personal" / ".123-client-000.pt").write_text("half")
     with train.claimed(run):
         assert not list(run.rglob(".[0-9]*"))
+
+
+def test_a_clip_with_a_prompt_is_also_seen_from_another_clip():
+    model = train.build_model(train.load_config(train.DEFAULTS, overrides=TINY))
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 12, 3, 32, 32), dtype=np.uint8)
+    clips = [data.Clip("anna", str(i), Path(str(i)), frames, None, None, prompt, None)
+             for i, (frames, prompt) in enumerate(zip(pictures, ("smiling", "", "smiling")))]
+    motions = train.encode_clips(model, clips, torch.device("cpu"), 3)
+    moments, own = [[moment for _, moment, *_ in motions[clip.path]] for clip in clips], [2, 6, 10]
+    assert moments == [own + [-1] * 3, own, own + [-1] * 3]
+    assert all(any(np.array_equal(picture, frame) for frame in pictures[1]) for picture, *_ in motions[Path("0")][3:])
+    assert [moment for _, moment, *_ in train.encode_clips(model, clips[:1], torch.device("cpu"))[Path("0")]] == [6]
 
 
 def test_a_backbone_that_is_cut_off_goes_on_where_it_was(finished, tmp_path, monkeypatch):

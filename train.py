@@ -232,8 +232,8 @@ def load_people(config):
 def encode_clips(model, clips, device, num_references=1):
     """Each clip as the motion of several reference pictures, {path: [(picture, moment, motion [f m h w], latents [c h w])]}.
 
-    They are `num_references` of its own frames and, where these are several, for a clip with a prompt as many of other
-    clips of the person: in its own frames, what the prompt says can be seen. With one reference, adapters learn the clips by
+    They are `num_references` of its own frames and, where these are several, for a clip with a prompt a frame of another
+    clip of the person, counted as often: in its own frames, what the prompt says can be seen. With one reference, adapters learn the clips by
     heart. The autoencoder is frozen by then, so once is enough.
     """
     motions = {}
@@ -242,16 +242,15 @@ def encode_clips(model, clips, device, num_references=1):
         latents = model.autoencoder.encode(frames)
         moments = [int((i + 0.5) / num_references * len(frames)) for i in range(num_references)]
         references = [(clip.frames[m], m) for m in moments]
-        if clip.prompt and num_references > 1:
-            others = [c for c in clips if c.person == clip.person and c.prompt != clip.prompt]
-            shown = [c.frames[len(c.frames) * i // (num_references + 1)]
-                     for i in range(1, num_references + 1) for c in others]
-            references += [(picture, -1) for picture in shown[:num_references]]
+        others = [c for c in clips if c.person == clip.person and c.prompt != clip.prompt]
+        if clip.prompt and others and num_references > 1:
+            references.append((others[0].frames[len(others[0].frames) // 2], -1))
         motions[clip.path] = []
         for picture, moment in references:
             reference = pixels(picture, device)
-            motions[clip.path].append((picture, moment, model.motion(frames, latents, reference).cpu(),
-                                       model.autoencoder.encode(reference[None])[0].cpu()))
+            seen = (picture, moment, model.motion(frames, latents, reference).cpu(),
+                    model.autoencoder.encode(reference[None])[0].cpu())
+            motions[clip.path] += [seen] * (num_references if moment < 0 else 1)  # as often as all of its own
     return motions
 
 

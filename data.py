@@ -296,17 +296,20 @@ def split_clips(clips, seed):
     return parts
 
 
+def _part(clip, start, stop):
+    """Frames `start` to `stop` of a clip, with their sound."""
+    part = lambda values, each: values[each * start:each * stop]
+    return replace(clip, frames=part(clip.frames, 1), audio=part(clip.audio, SAMPLES_PER_FRAME),
+                   mel=part(clip.mel, MELS_PER_FRAME), opening=None if clip.opening is None else part(clip.opening, 1))
+
+
 def cut(clips, seconds):
     """The clips in pieces of `seconds`; of what is left over, a piece that is at least half as long."""
     pieces, length = [], max(1, round(seconds * FPS))
     for clip in clips:
-        starts = range(0, max(1, len(clip.frames) - length // 2 + 1), length)
-        for number, start in enumerate(starts):
-            part = lambda values, each: values[each * start:each * (start + length)]
-            opening = None if clip.opening is None else part(clip.opening, 1)
-            pieces.append(replace(clip, name=f'{clip.name}-{number}', path=clip.path / str(number), opening=opening,
-                                  frames=part(clip.frames, 1), audio=part(clip.audio, SAMPLES_PER_FRAME),
-                                  mel=part(clip.mel, MELS_PER_FRAME)))
+        for number, start in enumerate(range(0, max(1, len(clip.frames) - length // 2 + 1), length)):
+            pieces.append(replace(_part(clip, start, start + length), name=f'{clip.name}-{number}',
+                                  path=clip.path / str(number)))
     return pieces
 
 
@@ -317,9 +320,7 @@ def first_seconds(clips, seconds):
         n = min(left, len(clip.frames))
         left -= n
         if n >= 10:
-            opening = None if clip.opening is None else clip.opening[:n]
-            kept.append(replace(clip, frames=clip.frames[:n], audio=clip.audio[:n * SAMPLES_PER_FRAME],
-                                mel=clip.mel[:n * MELS_PER_FRAME], opening=opening))
+            kept.append(_part(clip, 0, n))
     if left:
         raise ValueError(f'{clips[0].person} has {seconds - left / FPS:g} s of video to train on, not {seconds:g}')
     return kept

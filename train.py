@@ -233,8 +233,8 @@ def encode_clips(model, clips, device, num_references=1):
     """Each clip as the motion of several reference pictures, {path: [(picture, moment, motion [f m h w], latents [c h w])]}.
 
     They are `num_references` of its own frames and, where these are several, for a clip with a prompt a frame of another
-    clip of the person, counted as often: in its own frames, what the prompt says can be seen. With one reference, adapters learn the clips by
-    heart. The autoencoder is frozen by then, so once is enough.
+    clip of the person, counted as often: in its own frames, what the prompt says can be seen. With one reference,
+    adapters learn the clips by heart. The autoencoder is frozen by then, so once is enough.
     """
     motions = {}
     for clip in tqdm(clips, "motion", leave=False, mininterval=1):
@@ -270,9 +270,10 @@ def drawer(model, clips, motions, device):
     return draw
 
 
-def clip_batch(model, clips, num_frames, device, seed):
-    """One window of every clip, as a batch."""
-    motions, generator = encode_clips(model, clips, device), torch.Generator().manual_seed(seed)
+def clip_batch(model, clips, config, device):
+    """One window of every clip, as a batch: as long as the shortest of them, at most evaluate.num_frames."""
+    num_frames = min(config["evaluate"]["num_frames"], *(len(clip.frames) for clip in clips))
+    motions, generator = encode_clips(model, clips, device), torch.Generator().manual_seed(config["seed"])
     return fed.join_batches([drawer(model, [clip], motions, device)(1, num_frames, generator) for clip in clips])
 
 
@@ -304,15 +305,13 @@ def schedule(step, num_steps, lr):
     return lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def descend(optimizer, loss, lr):
-    """One clipped optimizer step at learning rate `lr`."""
+def descend(optimizer, lr):
+    """One clipped optimizer step at learning rate `lr` along the gradients that are there, which it clears."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if loss is not None:  # else its gradient is there already
-        optimizer.zero_grad()
-        loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
     optimizer.step()
+    optimizer.zero_grad()
 
 
 def train_autoencoder(autoencoder, clips, settings, seed, device):
@@ -335,7 +334,8 @@ def train_autoencoder(autoencoder, clips, settings, seed, device):
         error = autoencoder.decode((mean + noise * (log_variance / 2).exp()) * autoencoder.scaling_factor) - frames
         kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         loss = error.abs().mean() + error.square().mean() + settings["kl_weight"] * kl
-        descend(optimizer, loss, schedule(step, settings["autoencoder_steps"], settings["autoencoder_lr"]))
+        loss.backward()
+        descend(optimizer, schedule(step, settings["autoencoder_steps"], settings["autoencoder_lr"]))
         if step % 10 == 0:
             bar.set_postfix(psnr=f"{10 * np.log10(4 / error.detach().square().mean().item()):.1f} dB")
 
@@ -352,7 +352,8 @@ def train_speech(model, batches, settings, generator):
         picks = torch.randint(len(target), (256,), generator=generator)
         summary = model.speech_encoder(mel[picks][None])[0, :, -1]
         loss = (head(summary) - target[picks]).square().mean()
-        descend(optimizer, loss, schedule(step, settings["speech_steps"], settings["lr"]))
+        loss.backward()
+        descend(optimizer, schedule(step, settings["speech_steps"], settings["lr"]))
 
 
 def train_unet(model, public, config, device, partial):
@@ -385,7 +386,7 @@ def train_unet(model, public, config, device, partial):
     for step in bar:
         batch = draw(settings["batch_size"], settings["num_frames"], generator)
         terms, how["micro_batch"] = fed.accumulate(model, batch, None, generator, **how)
-        descend(optimizer, None, schedule(step, settings["steps"], settings["lr"]))
+        descend(optimizer, schedule(step, settings["steps"], settings["lr"]))
         average.update(model)
         losses.append(terms["diffusion"])
         if step % 10 == 0:
@@ -572,7 +573,7 @@ def adapted(model, vector):
 def test_cases(model, judges, clients, config, device):
     """What is to be generated: a `test_case` for each test clip of `clients` {name: {"train", "validation", "test":
     [clip]}}, with what `score` asks for; and gallery [p d], each client's identity."""
-    settings, window, cases = config["evaluate"], config["data"]["window"], []
+    settings, window, cases = config["evaluate"], model.speech_encoder.window, []
     with torch.inference_mode():
         known = [np.concatenate([clip.frames[::5] for clip in split["train"]]) for split in clients.values()]
         faces = [judges.identity(fed.unit_range(pixels(frames, device))).mean(0) for frames in known]
@@ -750,9 +751,7 @@ def make_clients(model, splits, config, device):
 
     @functools.cache
     def validation(name):
-        clips = splits[name]["validation"]
-        length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
-        batch = clip_batch(model, clips, length, device, config["seed"])
+        batch = clip_batch(model, splits[name]["validation"], config, device)
         picture = pixels(portrait(splits[name]["train"])[None], device)
         return batch | {"other_reference": picture.expand_as(batch["reference"])}
 
@@ -871,10 +870,15 @@ def write_round(record, state, run):
         save_torch(state, run / "best.pt")
 
 
+def personal_settings(model, judges, config):
+    """What `fed.train_adapter` needs for a personal adapter: as in the rounds, but by AdamW at its own rate."""
+    train = settings_of(config, 1.0, how_to_step(model, judges, config, "fed"))["train"]
+    return train | {"lr": config["personal"]["lr"], "proximal": 0.0, "optimizer": "adamw"}
+
+
 def personalize(model, judges, clients, adapter, config, run, workers):
     """Each client's own adapter, trained on from the global one on its own clips; kept in personal/<client>.pt."""
-    how = workers.ask(None, lambda _: how_to_step(model, judges, config, "fed"))
-    train = settings_of(config, 1.0, how)["train"] | {"lr": config["personal"]["lr"], "proximal": 0.0, "optimizer": "adamw"}
+    train = workers.ask(None, lambda _: personal_settings(model, judges, config))
     (run / "personal").mkdir(exist_ok=True)
     names, vectors = list(clients), {}
     for number in tqdm(workers.share([client.num_samples for client in clients.values()]), "personal adapters"):
@@ -984,16 +988,10 @@ def public_jitter(public):
                           for own in public.values() for c in own]))
 
 
-def test_batch(model, split, config, device):
-    """One window of each of a client's test clips."""
-    length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in split["test"]))
-    return clip_batch(model, split["test"], length, device, config["seed"])
-
-
 def test_losses(model, splits, adapters, config, device):
     """Validation loss on every client's test clips under every method, {method: {mean, ci95, n}}; clip by clip, the
     difference to the method before and the ratio to the first, from which what clips differ in is gone."""
-    losses, batches = {}, {name: test_batch(model, split, config, device) for name, split in splits.items()}
+    losses, batches = {}, {name: clip_batch(model, split["test"], config, device) for name, split in splits.items()}
     for method, vectors in adapters.items():
         losses[method] = []
         for name, batch in batches.items():
@@ -1079,9 +1077,7 @@ def audit(config, device, run):
 def membership_auc(model, split, start, updates, config, device):
     """How well each of `updates` tells a client's training clips from its others (`fed.membership_gains`); 0.5: a guess."""
     clips = split["train"] + split["validation"] + split["test"]
-    length = min(config["evaluate"]["num_frames"], min(len(c.frames) for c in clips))
-    batch = clip_batch(model, clips, length, device, config["seed"])
-    gains = fed.membership_gains(model, batch, start, updates, config["seed"])
+    gains = fed.membership_gains(model, clip_batch(model, clips, config, device), start, updates, config["seed"])
     return [metrics.auc(own[:len(split["train"])], own[len(split["train"]):]) for own in gains]
 
 
@@ -1115,24 +1111,25 @@ def dry_run(config, device):
 
 def speak(args, config, device):
     """--action generate: a portrait and a voice become a talking video with sound."""
-    model, judges = speaker(args, config, device)
-    for flag in ("reference", "speech", "output"):
+    for flag in ("reference", "speech"):
         if not getattr(args, flag):
             raise ValueError(f"--action generate needs --{flag}")
-    size, unknown = config["data"]["size"], set(talking.split_words(args.prompt)).difference(model.text_encoder.words)
+    output, size = args.output or "talk.mp4", config["data"]["size"]
+    model, judges = speaker(args, config, device)
+    unknown = set(talking.split_words(args.prompt)).difference(model.text_encoder.words)
     if unknown:
         print(f"--prompt: not known and ignored: {', '.join(sorted(unknown))}; "
               f"known: {', '.join(model.text_encoder.words) or 'none, the dataset had no prompts'}")
-    case = hear(args, config) | {"reference": torch.stack([pixels(p, device) for p in see(args.reference, size)])[None]}
-    case["words"] = model.text_encoder.ids([args.prompt]).to(device)
+    case = {"reference": torch.stack([pixels(p, device) for p in see(args.reference, size)])[None],
+            "words": model.text_encoder.ids([args.prompt]).to(device)} | hear(args, config, device)
     sampling = config["sampling"] | {"num_steps": args.steps or config["sampling"]["num_steps"]}
-    sampling["scales"] = {name: getattr(args, f"{name}_scale") for name in ("speech", "identity", "text")}
+    sampling["scales"] = {name: getattr(args, f"{name}_scale") for name in talking.CONDITIONS}
     seed = config["seed"] if args.seed is None else args.seed
-    started, times, num_frames = time.perf_counter(), [], case["mel"].shape[0]
+    started, times, num_frames = time.perf_counter(), [], case["mel"].shape[1]
 
     def blocks():
-        stream = model.stream(case["reference"], case["mel"][None].to(device), case["words"],
-                              torch.Generator().manual_seed(seed), **sampling)
+        stream = model.stream(case["reference"], case["mel"], case["words"], torch.Generator().manual_seed(seed),
+                              **sampling)
         with tqdm(total=num_frames, desc="speaking", unit=" frames") as bar:
             for block in stream:
                 frames = fed.unit_range(block)[0]
@@ -1140,11 +1137,11 @@ def speak(args, config, device):
                 yield (frames if args.no_watermark else marked(frames)).mul(255).round().byte().cpu().numpy()
                 bar.update(len(frames))
 
-    data.write_video(args.output, blocks(), case["audio"], {"comment": "synthetic: generated by PrivFedTalk"})
-    seconds, lag = time.perf_counter() - started, data.sound_lag(args.output, case["audio"])
+    data.write_video(output, blocks(), case["audio"], {"comment": "synthetic: generated by PrivFedTalk"})
+    seconds, lag = time.perf_counter() - started, data.sound_lag(output, case["audio"])
     if abs(lag) > 0.5 / data.FPS and case["audio"].any():
-        raise ValueError(f"{args.output}: its sound comes {1000 * lag:.0f} ms late: the encoder shifted it")
-    print(f"{args.output}: {num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames a second, file "
+        raise ValueError(f"{output}: its sound comes {1000 * lag:.0f} ms late: the encoder shifted it")
+    print(f"{output}: {num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames a second, file "
           f"included), the first after {times[0]:.2f} s; sound {1000 * lag:+.1f} ms")
     if len(args.reference) > 1:
         print(compare_references(model, judges, case, seed, config["sampling"]))
@@ -1173,14 +1170,14 @@ def see(paths, size):
         yield picture
 
 
-def hear(args, config):
-    """The sound of --speech, at most --seconds of it, in whole frames: audio int16 [640 f] and mel [f n m]."""
+def hear(args, config, device):
+    """The sound of --speech, at most --seconds of it, in whole frames: audio int16 [640 f] and mel [1 f n m]."""
     audio = data.load_speech(args.speech)
     audio = audio[:round(args.seconds * data.SAMPLE_RATE)] if args.seconds else audio
     num_frames = max(6, len(audio) // data.SAMPLES_PER_FRAME)
     audio = np.pad(audio, (0, num_frames * data.SAMPLES_PER_FRAME))[:num_frames * data.SAMPLES_PER_FRAME]
     mel = data.audio_windows(data.log_mel(audio), config["data"]["window"])
-    return {"audio": audio, "mel": torch.from_numpy(mel)}
+    return {"audio": audio, "mel": torch.from_numpy(mel)[None].to(device)}
 
 
 def marked(frames):
@@ -1197,8 +1194,7 @@ def compare_references(model, judges, case, seed, sampling):
     pictures, similarity = case["reference"], []
     person = F.normalize(judges.identity(fed.unit_range(pictures[0])).mean(0), dim=0)
     for some in (pictures[:, :1], pictures):
-        first = next(model.stream(some, case["mel"][None].to(some.device), case["words"],
-                                  torch.Generator().manual_seed(seed), **sampling))
+        first = next(model.stream(some, case["mel"], case["words"], torch.Generator().manual_seed(seed), **sampling))
         similarity.append(float((judges.identity(fed.unit_range(first)[0]) @ person).mean()))
     alone, together = similarity
     return (f"identity similarity* with the first picture alone {alone:.3f}, with all {pictures.shape[1]} {together:.3f}: "
@@ -1209,7 +1205,7 @@ def personalize_own(args, config, device):
     """--action personalize: a person's own videos become an adapter; what it gains is measured on a held-out fifth."""
     if not args.clips or not args.resume:
         raise ValueError("--action personalize needs --clips FOLDER and --resume runs/NAME")
-    run, settings = Path(args.resume), config["personal"]
+    run = Path(args.resume)
     dataset = data.TalkingHeads(args.clips, config["data"]["size"], progress=True)
     for path, reason in dataset.skipped:
         print(f"skipped {path}: {reason}")
@@ -1220,9 +1216,8 @@ def personalize_own(args, config, device):
     add_adapters(model, config)
     start = load_state(run / "last.pt")["adapter"]
     draw = drawer(model, split["train"], encode_clips(model, split["train"], device, NUM_REFERENCES), device)
-    how = how_to_step(model, judges, config, "fed")
-    train = settings_of(config, 1.0, how)["train"] | {"lr": settings["lr"], "proximal": 0.0, "optimizer": "adamw"}
-    own, _ = fed.train_adapter(model, judges, draw, start, settings["steps"], config["seed"], **train)
+    own, _ = fed.train_adapter(model, judges, draw, start, config["personal"]["steps"], config["seed"],
+                               **personal_settings(model, judges, config))
     output = args.output or "me.pt"
     save_torch({"adapter": own}, output)
     adapters = {"global adapter": {"me": start}, "personal adapter": {"me": own}}
@@ -1366,7 +1361,7 @@ def make_bench(config, people, trained, device):
         config=config, device=device, model=model, judges=judges, clients=clients, splits=splits,
         networks={name: network.to(device) for name, network in networks.items()},
         cases=cases, gallery=gallery, jitter=public_jitter(people["public"]),
-        batches={name: test_batch(model, split, config, device) for name, split in splits.items()})
+        batches={name: clip_batch(model, split["test"], config, device) for name, split in splits.items()})
 
 
 def run_cell(cell, seed, bench, folder):
@@ -1633,7 +1628,7 @@ def parse(argv):
     parser.add_argument("--steps", type=int, choices=range(1, 1001), metavar="1..1000",
                         help="generate: solver steps; left out: sampling.num_steps")
     parser.add_argument("--seed", type=int, help="generate: of the noise; left out: the config's")
-    for name in ("speech", "identity", "text"):
+    for name in talking.CONDITIONS:
         parser.add_argument(f"--{name}-scale", type=float, default=1.0, help=f"generate: weight of {name}; 0 leaves it out")
     parser.add_argument("--no-watermark", action="store_true", help="generate: without the letters AI in the corner")
     parser.add_argument("--adapter", help="generate: personal/<client>.pt of the person")

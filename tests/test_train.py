@@ -208,6 +208,16 @@ def test_a_finished_run_speaks_in_windows_and_in_step_with_the_sound(finished, t
     assert "synthetic" in about and len(decoded(tmp_path / "short.mp4")[0]) == 12
 
 
+def test_a_video_without_a_name_is_called_talk(finished, tmp_path, monkeypatch):
+    folder, run = finished
+    clip = next((folder / "people" / "client-000").glob("*.mp4"))
+    reference, run = (run / "grid.png").resolve(), run.resolve()
+    monkeypatch.chdir(tmp_path)
+    train.main(["--gpus", "cpu", "--action", "generate", "--resume", str(run), "--reference", str(reference), "--speech",
+                str(clip.resolve())])
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.mp4"]
+
+
 def test_the_mark_is_in_the_corner_and_nowhere_else(finished, tmp_path):
     frames = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.5
     change = (train.marked(frames) - frames).amax((0, 1))

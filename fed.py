@@ -500,10 +500,10 @@ def clear_mean(updates, survivors, workers):
 
     def weighted_mean(parts):
         pairs = union(parts).values()
-        mean, total = np.zeros(len(next(iter(pairs))[0])), sum(weight for _, weight in pairs)
-        for update, weight in pairs:  # summed in float64
-            mean += weight / total * update
-        return mean, total
+        mean, total = torch.zeros(len(next(iter(pairs))[0])), sum(weight for _, weight in pairs)
+        for update, weight in pairs:
+            mean.add_(torch.from_numpy(update), alpha=weight / total)
+        return mean.numpy(), total
 
     mean, weight_sum = workers.ask(updates, weighted_mean)
     return mean, survivors, {"weight_sum": weight_sum, "bytes_up": 4 * (len(mean) + 1)}

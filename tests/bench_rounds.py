@@ -55,7 +55,7 @@ def plain_round(model, batches, start, lr):
     return start + total / len(batches)
 
 
-def bench(d, rounds=15):
+def bench(d, rounds=25):
     model, n = linear_model(d)
     generator = torch.Generator().manual_seed(0)
     batches = [{"x": torch.randn(BATCH, n, generator=generator), "y": torch.randn(BATCH, 1)} for _ in range(CLIENTS)]
@@ -66,18 +66,17 @@ def bench(d, rounds=15):
                     client_timeout_seconds=0.0)
     mechanism = privacy.Mechanism(1.0, 0.01, d, CLIENTS, CLIENTS)
     state = {"adapter": lora.adapter_vector(model)}
-    kinds = {"plain loop": lambda i: plain_round(model, batches, state["adapter"], 0.1),
-             "round": lambda i: fed.run_round(model, None, clients, state, i, 0, None, settings),
-             "round, secure sum and noise": lambda i: fed.run_round(model, None, clients, state, i, 0, mechanism, settings)}
-    seconds = {kind: [] for kind in kinds}
-    for index in range(rounds + 2):  # in turn, so that a busy machine slows all of them
-        for kind, work in kinds.items():
-            started = time.perf_counter()
-            work(index)
-            seconds[kind].append(time.perf_counter() - started)
-    medians = {kind: float(np.median(taken[2:])) for kind, taken in seconds.items()}
-    for kind, median in medians.items():
-        print(f"d = {d:9,}: {kind:28} {1e3 * median:8.1f} ms, {median / medians['plain loop']:6.2f} times the plain loop")
+    plain = lambda i: plain_round(model, batches, state["adapter"], 0.1)
+    for kind, private in (("round", None), ("round, secure sum and noise", mechanism)):
+        seconds = {"plain loop": [], kind: []}
+        for index in range(rounds + 2):  # in turn, so that a busy machine slows both
+            for name, work in (("plain loop", plain),
+                               (kind, lambda i: fed.run_round(model, None, clients, state, i, 0, private, settings))):
+                started = time.perf_counter()
+                work(index)
+                seconds[name].append(time.perf_counter() - started)
+        base, own = (float(np.median(taken[2:])) for taken in seconds.values())
+        print(f"d = {d:9,}: {kind:28} {1e3 * own:8.1f} ms, {own / base:6.2f} times the plain loop's {1e3 * base:.1f} ms")
 
 
 if __name__ == "__main__":

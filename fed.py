@@ -151,15 +151,15 @@ def unit_range(frames):
 
 
 @torch.no_grad()
-def validation_loss(model, batch, seed, num_levels=8):
+def validation_loss(model, batch, seed, num_levels=8, scales=None):
     """The share of each clip's own motion that stays unexplained [b], in the mean over evenly spaced timesteps, with
-    noise fixed by `seed`. A network that always says "as in the reference" has 1."""
+    noise fixed by `seed`. A network that always says "as in the reference" has 1. `scales` as in `TalkingHead.conditions`."""
     x0 = batch["motion"] / model.spread
     generator, errors = torch.Generator().manual_seed(seed), []
     for level in range(num_levels):
         t = torch.full((len(x0),), int((level + 0.5) / num_levels * model.diffusion.num_steps), device=x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-        _, _, x0_hat, _ = noised(model, batch, t, eps)
+        _, _, x0_hat, _ = noised(model, batch, t, eps, scales)
         errors.append((x0_hat - x0).square().flatten(1).mean(1))
     return torch.stack(errors).mean(0) / x0.square().flatten(1).mean(1)
 
@@ -209,7 +209,7 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
 
 
 def reliability(model, judges, batch, alpha, public_jitter, seed, **sampling):
-    """r = alpha ID + (1 - alpha) TS in [0, 1], from clips generated for held-out samples.
+    """The paper's r = alpha ID + (1 - alpha) TS in [0, 1], from clips generated for held-out samples.
 
     ID is the cosine to the reference's identity, TS = exp(-max(0, jitter / public_jitter - 1)): a client whose
     clips shake no more than public people's is fully stable, whatever its own clips look like.
@@ -223,6 +223,24 @@ def reliability(model, judges, batch, alpha, public_jitter, seed, **sampling):
     jitter = float(np.mean([metrics.temporal_jitter(clip) for clip in frames]))
     stability = math.exp(-max(0.0, jitter / public_jitter - 1))
     return alpha * identity + (1 - alpha) * stability, {"identity": identity, "stability": stability}
+
+
+def unexplained(model, batch, seed):
+    """Shares of the clips' motion that stay unexplained, in their mean: with their speech, and without."""
+    return [float(validation_loss(model, batch, seed, 4, scales).mean()) for scales in (None, {"speech": 0.0})]
+
+
+def explained_reliability(model, batch, alpha, public, seed):
+    """r = alpha SP + (1 - alpha) FIT in [0, 1], from how the model explains the motion u of held-out clips themselves.
+
+    It sees what generated clips do not show, as the model makes clean ones from a poor client's speech all the same:
+    FIT = exp(-max(0, u / u_public - 1)) falls with flicker and noise, which nothing explains; SP, the part that speech
+    has in the explanation over that of public people's, is 0 where the sound is not that of the picture.
+    """
+    (heard, silent), (public_heard, public_silent) = unexplained(model, batch, seed), public
+    speech = min(1.0, max(0.0, (silent - heard) / max(public_silent - public_heard, 1e-6)))
+    fit = math.exp(-max(0.0, heard / public_heard - 1))
+    return alpha * speech + (1 - alpha) * fit, {"speech": speech, "fit": fit}
 
 
 def isfa_weight(num_samples, reliability, gamma, cap):
@@ -249,8 +267,10 @@ def client_update(model, judges, client, adapter, seed, settings, control=None, 
         update = torch.cat([update, -update / (steps * train["lr"]) - control])
     r, parts = 1.0, {}
     if settings["gamma"]:
-        r, parts = reliability(model, judges, client.validation(), settings["reliability_alpha"],
-                               settings["public_jitter"], seed, **settings["sampling"])
+        held_out, alpha, public = client.validation(), settings["reliability_alpha"], settings["public"]
+        r, parts = (reliability(model, judges, held_out, alpha, public, seed, **settings["sampling"])
+                    if settings["reliability"] == "generated" else
+                    explained_reliability(model, held_out, alpha, public, seed))
     weight = isfa_weight(client.num_samples, r, settings["gamma"], settings["sample_cap"])
     record = {"client": client.name, "steps": steps, "terms": terms, "reliability": r, **parts, "weight": weight,
               "seconds": time.perf_counter() - started}

@@ -65,7 +65,8 @@ LIMITS = {
     "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100),
     "evaluate.num_frames": (6, 10**5),
     "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
-    "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.optimizer": ("adamw", "sgd"),
+    "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.reliability": ("generated", "explained"),
+    "fed.optimizer": ("adamw", "sgd"),
     "fed.dropout_rate": (0, 1), "fed.client_timeout_seconds": (0, 10**7), "runtime.memory_gb": (0, 10**5),
     "study.seeds": (1, 10**4), "study.personal_clients": (0, 10**6), "study.train_seconds": (0, 10**6),
     "study.validation_clips": (1, 10**4), "study.noise_multipliers": (1e-6, 1e3), "study.sample_rates": (0.01, 1),
@@ -762,16 +763,16 @@ def make_clients(model, splits, config, device):
     return {name: client(name) for name in splits}
 
 
-def settings_of(config, public_jitter, how):
-    """What fed.run_round needs, from the config and from `how_to_step`."""
+def settings_of(config, public, how):
+    """What fed.run_round needs, from the config, `public_standard` and `how_to_step`."""
     f = config["fed"]
     if f["algorithm"] == "scaffold" and (f["optimizer"] != "sgd" or f["proximal"]):
         raise ValueError("fed.algorithm scaffold: its control variates are means of plain gradients: set "
                          "fed.optimizer=sgd and fed.proximal=0")
     train = {k: f[k] for k in ("lr", "batch_size", "num_frames", "proximal", "optimizer")}
-    names = ("algorithm", "sample_rate", "local_epochs", "server_lr", "gamma", "reliability_alpha", "sample_cap",
-             "dropout_rate", "client_timeout_seconds")
-    return {k: f[k] for k in names} | {"train": train | how, "sampling": config["sampling"], "public_jitter": public_jitter}
+    names = ("algorithm", "sample_rate", "local_epochs", "server_lr", "gamma", "reliability", "reliability_alpha",
+             "sample_cap", "dropout_rate", "client_timeout_seconds")
+    return {k: f[k] for k in names} | {"train": train | how, "sampling": config["sampling"], "public": public}
 
 
 def make_mechanism(config, length):
@@ -809,13 +810,13 @@ def initial_state(model, config):
     return state
 
 
-def federate(model, judges, clients, config, run, public_jitter, workers):
+def federate(model, judges, clients, config, run, public, workers):
     """All rounds, resumed from `last.pt` where there is one; writes rounds.jsonl, last.pt and best.pt."""
     p, lead = config["privacy"], workers.rank == 0
     path = run / "last.pt"
     state = workers.ask(None, lambda _: load_state(path) if path.exists() else initial_state(model, config))
     how = workers.ask(None, lambda _: how_to_step(model, judges, config, "fed"))
-    clients, settings = list(clients.values()), settings_of(config, public_jitter, how)
+    clients, settings = list(clients.values()), settings_of(config, public, how)
     mechanism, num_rounds = make_mechanism(config, len(state["adapter"])), config["fed"]["rounds"]
     accountant = privacy.Accountant(state["accountant"])
     if lead:
@@ -872,7 +873,7 @@ def write_round(record, state, run):
 
 def personal_settings(model, judges, config):
     """What `fed.train_adapter` needs for a personal adapter: as in the rounds, but by AdamW at its own rate."""
-    train = settings_of(config, 1.0, how_to_step(model, judges, config, "fed"))["train"]
+    train = settings_of(config, None, how_to_step(model, judges, config, "fed"))["train"]
     return train | {"lr": config["personal"]["lr"], "proximal": 0.0, "optimizer": "adamw"}
 
 
@@ -935,7 +936,8 @@ def train(config, device, run, workers):
         splits = split_clients(people, config)
         clients = make_clients(model, splits, config, device)
         untouched, clock = lora.adapter_vector(model), time.perf_counter()
-        shared = federate(model, judges, clients, config, run, public_jitter(people["public"]), workers)
+        public = public_standard(config["fed"]["reliability"], model, people["public"], config, device)
+        shared = federate(model, judges, clients, config, run, public, workers)
         lap("rounds")
         own = personalize(model, judges, clients, shared, config, run, workers)
         lap("personal adapters")
@@ -982,10 +984,14 @@ def publish(report, shown, run):
     print(report_tables(report))
 
 
-def public_jitter(public):
-    """Mean temporal jitter of the public clips: what stability is measured by."""
-    return float(np.mean([float(metrics.temporal_jitter(torch.from_numpy(c.frames / np.float32(255))))
-                          for own in public.values() for c in own]))
+def public_standard(kind, model, public, config, device, num_clips=12):
+    """What a client's reliability of this kind is held against: the public clips' mean temporal jitter (generated), or
+    how well the backbone explains a few of them (explained)."""
+    if kind == "generated":
+        return float(np.mean([float(metrics.temporal_jitter(torch.from_numpy(c.frames / np.float32(255))))
+                              for own in public.values() for c in own]))
+    clips = [own[0] for own in public.values()][:num_clips]
+    return fed.unexplained(model, clip_batch(model, clips, config, device), config["seed"])
 
 
 def test_losses(model, splits, adapters, config, device):
@@ -1054,7 +1060,7 @@ def audit(config, device, run):
                 for defect in privacy.DEFECTS}
     z = privacy.find_noise_multiplier(8, delta, f["sample_rate"], f["rounds"])
     protected = dataclasses.replace(mechanism, noise_multiplier=z)
-    settings = settings_of(config, 1.0, how_to_step(model, judges, config, "fed")) | {"gamma": 0.0}
+    settings = settings_of(config, None, how_to_step(model, judges, config, "fed")) | {"gamma": 0.0}
     local = [fed.client_update(model, judges, client, start, fed.derived_seed(config["seed"], 2 * 10**6, i), settings)
              for i, client in enumerate(tqdm(clients.values(), "local updates"))]
     uploads = {i: (update, weight) for i, (update, weight, _) in enumerate(local)}
@@ -1234,6 +1240,7 @@ TABLES = ("methods", "ablation", "privacy", "participation", "communication", "r
           "personalization")
 LAYERS = {"attention": ["to_q", "to_k", "to_v", "to_out"], "modulation": ["time_emb_proj"],
           "convolutions": ["unet.conv_in", "resnet.conv1", "resnet.conv2", "unet.conv_out"], "whole UNet, no LoRA": []}
+RELIABILITY = ("reliability", "identity", "stability", "speech", "fit")  # r and the parts of either kind
 STUDY_METRICS = ("validation_loss", "psnr", "lpips", "lpips*", "id_similarity", "id_similarity*", "sync*",
                  "mouth_correlation*", "jitter_ratio", "excess_jitter")
 
@@ -1277,10 +1284,8 @@ def study_cells(table, config):
                      own["rank"])
     if table == "tdc":
         return swept("lambda", s["tdc"], lambda weight: {"loss": {"tdc": weight}}, 0.0)
-    if table == "reliability":  # FedAvg against FedAvg with reliable clients; ISFA against FedAvg with the same ones
-        rows = [(share, gamma, f"{share:.0%} unreliable, FedAvg") for share in s["unreliable"] for gamma in s["gammas"]]
-        return [Cell(f"{share:.0%} unreliable, ISFA {gamma:g}" if gamma else name, ("plain", {"fed": {"gamma": gamma}}),
-                     (name if gamma else rows[0][2],), unreliable=share) for share, gamma, name in rows]
+    if table == "reliability":
+        return reliability_cells(s)
     if table == "personalization":
         return [nothing, *personal_cells(config)]
     return []
@@ -1289,6 +1294,18 @@ def study_cells(table, config):
 def swept(name, values, change, usual):
     """A row for each value, compared with that of the usual one."""
     return [Cell(f"{name} {value:g}", ("plain", change(value)), (f"{name} {usual:g}",)) for value in values]
+
+
+def reliability_cells(s):
+    """FedAvg against FedAvg of reliable clients; ISFA, by each gamma and kind of r, against FedAvg of the same clients."""
+    names, cells = {share: f"{share:.0%} unreliable, " for share in s["unreliable"]}, []
+    for share, gamma in ((share, gamma) for share in names for gamma in s["gammas"]):
+        for kind in ("generated", "explained") if gamma else ("generated",):
+            label = names[share] + (f"ISFA {gamma:g}, {kind}" if gamma else "FedAvg")
+            against = names[share if gamma else s["unreliable"][0]] + "FedAvg"
+            change = {"fed": {"gamma": gamma, "reliability": kind}}
+            cells.append(Cell(label, ("plain", change), (against,), unreliable=share))
+    return cells
 
 
 def personal_cells(config):
@@ -1360,7 +1377,8 @@ def make_bench(config, people, trained, device):
     return types.SimpleNamespace(
         config=config, device=device, model=model, judges=judges, clients=clients, splits=splits,
         networks={name: network.to(device) for name, network in networks.items()},
-        cases=cases, gallery=gallery, jitter=public_jitter(people["public"]),
+        cases=cases, gallery=gallery, standard=functools.cache(
+            lambda kind: public_standard(kind, model, people["public"], config, device)),
         batches={name: clip_batch(model, split["test"], config, device) for name, split in splits.items()})
 
 
@@ -1385,9 +1403,9 @@ def run_cell(cell, seed, bench, folder):
         for metric in set(STUDY_METRICS) & set(values):
             people[case["name"]].setdefault(metric, []).append(values[metric])
     rounds = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    faults, kept = bench.clients(cell.seconds, cell.unreliable)[1], ("client", "reliability", "identity", "stability")
-    reliability = [{k: c[k] for k in kept} | {"fault": faults.get(c["client"])}
-                   for r in rounds for c in r["clients"] if "identity" in c]
+    faults, kept = bench.clients(cell.seconds, cell.unreliable)[1], ("client", *RELIABILITY)
+    reliability = [{k: c[k] for k in kept if k in c} | {"fault": faults.get(c["client"])}
+                   for r in rounds for c in r["clients"]] if settings["fed"]["gamma"] else []
     return {"seed": seed, "people": people, "parameters": length, "epsilon": rounds[-1]["epsilon"] if rounds else None,
             "reliability": reliability, "training_seconds": trained, "seconds": time.perf_counter() - started}
 
@@ -1404,7 +1422,7 @@ def train_cell(cell, settings, model, bench, folder):
     if cell.work == "personal":
         vectors = personalize(model, bench.judges, clients, lora.adapter_vector(model), settings, folder, alone)
     else:
-        shared = federate(model, bench.judges, clients, settings, folder, bench.jitter, alone)
+        shared = federate(model, bench.judges, clients, settings, folder, bench.standard(settings["fed"]["reliability"]), alone)
         vectors = dict.fromkeys(names, shared)
     return vectors, (time.perf_counter() - started) / len(clients)
 
@@ -1527,7 +1545,7 @@ def privacy_columns(settings, epsilon, audit_length=8192):
 def reliability_columns(mine):
     """How well r and its parts tell good clients from bad ones, over the rounds; and the mean r by fault."""
     columns = {}
-    for part in ("reliability", "identity", "stability"):
+    for part in (part for part in RELIABILITY if part in mine[0]["reliability"][0]):
         sides = [[[c[part] for c in r["reliability"] if bool(c["fault"]) == bad] for bad in (0, 1)] for r in mine]
         if all(good and bad for good, bad in sides):
             columns[f"AUC of {part}"] = metrics.crossed_ci([[metrics.auc(good, bad)] for good, bad in sides])
@@ -1697,7 +1715,7 @@ def main(argv=None):
     try:
         devices = choose_devices(args.gpus)
         config = load_config(Path(args.resume) / "config.yaml" if args.resume else args.config, args.preset, args.set)
-        settings_of(config, 1.0, {})  # refuses what does not go together
+        settings_of(config, None, {})  # refuses what does not go together
         if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate", "study"):
             return launch(sys.argv[1:] if argv is None else argv, len(devices))
         if size > 1:  # workers wait for each other as long as it takes to train a backbone

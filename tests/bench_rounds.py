@@ -62,7 +62,7 @@ def bench(d, rounds=25):
     clients = [fed.Client(str(i), BATCH, lambda *_, b=b: b, None) for i, b in enumerate(batches)]
     train = dict(lr=0.1, batch_size=BATCH, num_frames=1, proximal=0.0, optimizer="sgd", loss_weights={}, condition_dropout=0.0)
     settings = dict(algorithm="isfa", sample_rate=1.0, local_epochs=1.0, server_lr=1.0, gamma=0.0, reliability_alpha=0.7,
-                    sample_cap=BATCH, train=train, sampling={}, public_jitter=1.0, dropout_rate=0.0,
+                    sample_cap=BATCH, train=train, sampling={}, reliability="generated", public=1.0, dropout_rate=0.0,
                     client_timeout_seconds=0.0)
     mechanism = privacy.Mechanism(1.0, 0.01, d, CLIENTS, CLIENTS)
     state = {"adapter": lora.adapter_vector(model)}

@@ -50,7 +50,7 @@ def clients_of(model, num):
 def settings(**changes):
     train = dict(lr=1e-2, batch_size=2, num_frames=6, proximal=0.0, loss_weights=NO_JUDGES, condition_dropout=0.1)
     return dict(algorithm="isfa", sample_rate=1.0, local_epochs=0.5, server_lr=0.5, gamma=0.0, reliability_alpha=0.7,
-                sample_cap=100, train=train, sampling=SAMPLING, public_jitter=0.1, dropout_rate=0.0,
+                sample_cap=100, train=train, sampling=SAMPLING, reliability="generated", public=0.1, dropout_rate=0.0,
                 client_timeout_seconds=0.0) | changes
 
 
@@ -191,10 +191,21 @@ def test_local_training_lowers_the_loss_reproducibly():
 def test_reliability_is_a_share_and_falls_with_shaking():
     model, judges = adapted_model(), metrics.Judges().eval()
     batch = drawer(model)(1, 6, torch.Generator().manual_seed(0))
-    calm, parts = fed.reliability(model, judges, batch, 0.7, public_jitter=10.0, seed=0, **SAMPLING)
-    shaky, _ = fed.reliability(model, judges, batch, 0.7, public_jitter=1e-3, seed=0, **SAMPLING)
+    calm, parts = fed.reliability(model, judges, batch, 0.7, 10.0, seed=0, **SAMPLING)
+    shaky, _ = fed.reliability(model, judges, batch, 0.7, 1e-3, seed=0, **SAMPLING)
     assert 0 <= shaky < calm <= 1 and parts["stability"] == 1.0
     assert calm == pytest.approx(0.7 * parts["identity"] + 0.3)
+
+
+def test_explained_reliability_falls_with_what_nothing_explains_and_with_useless_speech(monkeypatch):
+    model, batch = adapted_model(), drawer(adapted_model())(2, 6, torch.Generator().manual_seed(0))
+    heard, silent = fed.unexplained(model, batch, 0)
+    assert heard != silent and heard == float(fed.validation_loss(model, batch, 0, 4).mean())
+    for own, speech, fit in (((0.4, 0.6), 1, 1), ((0.3, 0.6), 1, 1), ((0.5, 0.6), 0.5, math.exp(-0.25)),
+                             ((0.4, 0.3), 0, 1), ((0.8, 0.8), 0, math.exp(-1))):
+        monkeypatch.setattr(fed, "unexplained", lambda *_, own=own: own)
+        r, parts = fed.explained_reliability(model, batch, 0.7, (0.4, 0.6), 0)
+        assert parts == pytest.approx({"speech": speech, "fit": fit}) and r == pytest.approx(0.7 * speech + 0.3 * fit)
 
 
 def test_secure_round_is_the_plain_weighted_mean():

@@ -47,7 +47,7 @@ def test_going_on_repeats_no_cell(studied):
     assert worked[:2] == ["rank 1"] * 2 and len(first) == 2 and "rank 1" not in worked[2:]
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
     assert "lambda 0.05" not in worked  # is what rank 1 is, at this rank
-    assert len(worked) == len(list((run / "cells").glob("*.json"))) == 2 + 2 + 1 + 2 * 2
+    assert len(worked) == len(list((run / "cells").glob("*.json"))) == 2 + 2 * 2 + 1 + 2 * 2
     assert not list((run / "cells").rglob("*.pt"))
 
 
@@ -66,9 +66,11 @@ def test_the_tables_say_what_the_cells_found(studied):
         assert row["metrics"][metric]["mean"] == pytest.approx(mean) and row["metrics"][metric]["n"] == 3
     assert row["also"]["bytes down"] == 4 * found[0]["parameters"]
     assert rows["tdc"]["lambda 0.05"]["metrics"] == row["metrics"]
-    unreliable = rows["reliability"]["34% unreliable, ISFA 1"]
+    unreliable = rows["reliability"]["34% unreliable, ISFA 1, generated"]
     assert unreliable["metrics"]["psnr"]["n"] == 2 and unreliable["versus"] == {}  # FedAvg is not in the table
     assert 0 <= unreliable["also"]["AUC of reliability"]["mean"] <= 1
+    explained = rows["reliability"]["34% unreliable, ISFA 1, explained"]["also"]
+    assert "AUC of fit" in explained and "AUC of identity" not in explained
     own = rows["personalization"]
     labels = ("0.8 s, 1 steps", "0.8 s, 1 steps, whole UNet, no LoRA")
     assert np.diff([own[label]["also"]["parameters"] for label in labels]) > 0
@@ -94,7 +96,7 @@ def test_cells_that_do_the_same_have_the_same_key():
     plain = keys["methods"]["PrivFedTalk without DP"]
     assert plain == keys["ablation"]["+ ISFA + TDC"] == keys["rank"]["rank 4"] == keys["participation"]["rate 0.75"]
     assert plain == keys["tdc"]["lambda 0.05"] == keys["privacy"]["without DP"]
-    assert plain == keys["reliability"]["0% unreliable, ISFA 0.5"]
+    assert plain == keys["reliability"]["0% unreliable, ISFA 0.5, generated"]
     assert keys["methods"]["PrivFedTalk"] == keys["ablation"]["full"] == keys["privacy"]["z = 0.005"] != plain
     assert keys["methods"]["FedAvg"] == keys["ablation"]["+ TDC"] == keys["reliability"]["0% unreliable, FedAvg"]
     assert keys["methods"]["backbone only"] == keys["personalization"]["backbone only"] and len(plain) == 3

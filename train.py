@@ -71,6 +71,7 @@ LIMITS = {
     "study.seeds": (1, 10**4), "study.personal_clients": (0, 10**6), "study.train_seconds": (0, 10**6),
     "study.validation_clips": (1, 10**4), "study.noise_multipliers": (1e-6, 1e3), "study.sample_rates": (0.01, 1),
     "study.ranks": (1, 4096), "study.unreliable": (0, 0.99), "study.gammas": (0, 100), "study.tdc": (0, 1e3),
+    "study.tdc_num_steps": (1, 1000),
     "study.seconds": (0.4, 10**6), "study.steps": (1, 10**6), "study.full_lr": (0, 10),
 }
 
@@ -1282,8 +1283,9 @@ def study_cells(table, config):
         scaling = own["alpha"] / own["rank"]  # is kept
         return swept("rank", s["ranks"], lambda rank: {"lora": {"rank": rank, "alpha": max(1, round(scaling * rank))}},
                      own["rank"])
-    if table == "tdc":
-        return swept("lambda", s["tdc"], lambda weight: {"loss": {"tdc": weight}}, 0.0)
+    if table == "tdc":  # of FedAvg: ISFA's r would change with the sampling
+        return [Cell(f"lambda {weight:g}, {n} steps", ("plus-tdc", {"loss": {"tdc": weight}, "sampling": {"num_steps": n}}),
+                     (f"lambda 0, {n} steps",)) for n in s["tdc_num_steps"] for weight in s["tdc"]]
     if table == "reliability":
         return reliability_cells(s)
     if table == "personalization":

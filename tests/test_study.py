@@ -36,8 +36,8 @@ def studied(tmp_path_factory):
     train.main(["--gpus", "cpu", "--action", "study", "--tables", "rank", "communication", "--set", *settings])
     run = next((folder / "runs").glob("*-study"))
     first = {path: path.stat().st_mtime_ns for path in (run / "cells").glob("*.json")}
-    train.main(["--gpus", "cpu", "--action", "study", "--tables", "tdc", "rank", "reliability", "personalization",
-                "--resume", str(run), "--set", "study.tdc=[0.05]"])
+    train.main(["--gpus", "cpu", "--action", "study", "--tables", "participation", "rank", "reliability", "personalization",
+                "--resume", str(run), "--set", "study.sample_rates=[1.0]"])
     patch.undo()
     return run, worked, first
 
@@ -46,7 +46,7 @@ def test_going_on_repeats_no_cell(studied):
     run, worked, first = studied
     assert worked[:2] == ["rank 1"] * 2 and len(first) == 2 and "rank 1" not in worked[2:]
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
-    assert "lambda 0.05" not in worked  # is what rank 1 is, at this rank
+    assert "rate 1" not in worked  # is what rank 1 is, at this rank
     assert len(worked) == len(list((run / "cells").glob("*.json"))) == 2 + 2 * 2 + 1 + 2 * 2
     assert not list((run / "cells").rglob("*.pt"))
 
@@ -55,8 +55,8 @@ def test_the_tables_say_what_the_cells_found(studied):
     run, *_ = studied
     tables = json.loads((run / "study.json").read_text())
     rows = {table: {row["label"]: row for row in own} for table, own in tables.items()}
-    assert list(rows) == ["rank", "communication", "tdc", "reliability", "personalization"]
-    config = train.load_config(run / "config.yaml", overrides=["study.tdc=[0.05]"])
+    assert list(rows) == ["rank", "communication", "participation", "reliability", "personalization"]
+    config = train.load_config(run / "config.yaml", overrides=["study.sample_rates=[1.0]"])
     cell = train.study_cells("rank", config)[0]
     found = [json.loads((run / "cells" / f"{key}.json").read_text()) for key in train.keys_of_cell(cell, config)]
     assert [c["seed"] for c in found] == [0, 1] and found[0]["people"] != found[1]["people"]
@@ -65,7 +65,7 @@ def test_the_tables_say_what_the_cells_found(studied):
         mean = np.mean([np.mean([np.mean(p[metric]) for p in c["people"].values()]) for c in found])
         assert row["metrics"][metric]["mean"] == pytest.approx(mean) and row["metrics"][metric]["n"] == 3
     assert row["also"]["bytes down"] == 4 * found[0]["parameters"]
-    assert rows["tdc"]["lambda 0.05"]["metrics"] == row["metrics"]
+    assert rows["participation"]["rate 1"]["metrics"] == row["metrics"]
     unreliable = rows["reliability"]["34% unreliable, ISFA 1, generated"]
     assert unreliable["metrics"]["psnr"]["n"] == 2 and unreliable["versus"] == {}  # FedAvg is not in the table
     assert 0 <= unreliable["also"]["AUC of reliability"]["mean"] <= 1
@@ -95,10 +95,12 @@ def test_cells_that_do_the_same_have_the_same_key():
             for table in train.TABLES}
     plain = keys["methods"]["PrivFedTalk without DP"]
     assert plain == keys["ablation"]["+ ISFA + TDC"] == keys["rank"]["rank 4"] == keys["participation"]["rate 0.75"]
-    assert plain == keys["tdc"]["lambda 0.05"] == keys["privacy"]["without DP"]
+    assert plain == keys["privacy"]["without DP"]
     assert plain == keys["reliability"]["0% unreliable, ISFA 0.5, generated"]
     assert keys["methods"]["PrivFedTalk"] == keys["ablation"]["full"] == keys["privacy"]["z = 0.005"] != plain
     assert keys["methods"]["FedAvg"] == keys["ablation"]["+ TDC"] == keys["reliability"]["0% unreliable, FedAvg"]
+    assert keys["ablation"]["+ TDC"] == keys["tdc"]["lambda 0.05, 2 steps"] != keys["tdc"]["lambda 0.05, 8 steps"]
+    assert keys["ablation"]["adapters-only"] == keys["tdc"]["lambda 0, 2 steps"]
     assert keys["methods"]["backbone only"] == keys["personalization"]["backbone only"] and len(plain) == 3
     for own in keys.values():
         every = [key for seeds in own.values() for key in seeds]

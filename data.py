@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -326,11 +327,21 @@ def first_seconds(clips, seconds):
     return kept
 
 
-def draw_batch(clips, motions, batch_size, num_frames, generator, window=5):
+class View(NamedTuple):
+    """A clip as the motion of one picture [3, h, w], frame `moment` of its own or another clip's (-1)."""
+
+    picture: np.ndarray
+    moment: int
+    motion: torch.Tensor    # f, m, y, x
+    latents: torch.Tensor   # c, y, x, of the picture
+    prompt: str             # of the clip, where the picture does not show it already
+    shown: str              # of the picture, if it has one of its own
+
+
+def draw_batch(clips, views, batch_size, num_frames, generator, window=5):
     """Random windows: frames [b, f, 3, h, w] and reference [b, 3, h, w] in [-1, 1], mel [b, f, 4 window, 40], opening
-    [b, f] (NaN where unknown), person, prompt, and out of `motions` {path: [(picture [3, h, w], moment, motion
-    [f, m, y, x], latents [c, y, x])]} motion [b, f, m, y, x] and reference_latents [b, c, y, x] of one picture, the
-    reference: frame `moment` of the window's own clip, outside of the window where there is room, or another clip's (-1)."""
+    [b, f] (NaN where unknown), person, and out of `views` {path: [View]} motion [b, f, m, y, x], reference_latents
+    [b, c, y, x] and prompt of one picture, the reference. A window does not hold it where there is room beside it."""
     people = _by_person(clip for clip in clips if len(clip.frames) >= num_frames)
     if not people:
         raise ValueError(f'no clip has the {num_frames} frames that a training window needs')
@@ -338,13 +349,13 @@ def draw_batch(clips, motions, batch_size, num_frames, generator, window=5):
     names, rows, drawn = sorted(people), [], []
     for _ in range(batch_size):
         clip = pick(people[pick(names)])
-        picture, moment, motion, latents = pick(motions[clip.path])
+        view = pick(views[clip.path])
         starts = range(len(clip.frames) - num_frames + 1)
-        start = pick([s for s in starts if not s <= moment < s + num_frames] or starts)
+        start = pick([s for s in starts if not s <= view.moment < s + num_frames] or starts)
         span = slice(start, start + num_frames)
         opening = np.full(num_frames, np.nan, np.float32) if clip.opening is None else clip.opening[span]
-        rows.append((clip.frames[span], audio_windows(clip.mel, window)[span], picture, opening))
-        drawn.append((clip.person, clip.prompt, motion[span], latents))
+        rows.append((clip.frames[span], audio_windows(clip.mel, window)[span], view.picture, opening))
+        drawn.append((clip.person, view.prompt, view.motion[span], view.latents))
     frames, mel, reference, opening = (torch.from_numpy(np.stack(a)) for a in zip(*rows))
     frames, reference = (t.float().mul_(1 / 127.5).sub_(1) for t in (frames, reference))
     person, prompt, motion, latents = zip(*drawn)

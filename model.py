@@ -334,7 +334,8 @@ class CrossAttention(nn.Module):
     def forward(self, x, conditions, num_frames):
         """x [(b f) n c]; conditions {name: (tokens, scale [b])}, tokens b m d for the whole clip or b f m d by frame."""
         q, found = self.to_q(self.norm(x)), 0.0
-        for name, (tokens, scale) in conditions.items():
+        for name in self.to_k:
+            tokens, scale = conditions[name]
             shared = num_frames if tokens.dim() == 3 else 1  # frames that look at the same tokens
             tokens = tokens.flatten(0, -3)
             h = attend(rearrange(q, "(b f) n c -> b (f n) c", f=shared), self.to_k[name](tokens), self.to_v[name](tokens),
@@ -576,14 +577,15 @@ def neighbourly(x):
 
 
 class GaussianPrior(nn.Module):
-    """Clips x0 [b f c h w] as a zero-mean Gaussian: how x0 varies together over places and times, and the best linear
-    denoiser that follows from it.
+    """Clips x0 [b f c h w] as a Gaussian: how x0 varies together over places and times, what words add to its mean, which
+    is zero without, and the best linear denoiser that follows from it.
 
     Cov = K (x) (modes diag(variance) modes^T + rest (I - modes modes^T)), K the autocorrelation over frames.
     """
 
-    def __init__(self, num_values, num_modes, num_lags=25):
+    def __init__(self, num_values, num_modes, num_words, num_lags=25):
         super().__init__()
+        self.register_buffer("said", torch.zeros(num_words, num_modes))  # row 0 is no word
         self.register_buffer("modes", torch.eye(num_values, num_modes))
         self.register_buffer("variance", torch.ones(num_modes))
         self.register_buffer("rest", torch.ones(()))
@@ -602,13 +604,36 @@ class GaussianPrior(nn.Module):
         lags += [lags[-1]] * len(self.correlation)  # slower than a window: as if it stayed
         self.correlation.copy_(torch.stack(lags[: len(self.correlation)]))
 
+    @torch.no_grad()
+    def fit_words(self, means, words, reference_words):
+        """Measure what words add: means [n c h w] over time of clips whose prompts are `words` [n k], as seen from pictures
+        out of clips whose prompts are `reference_words` [n k].
+
+        Ridge regression on the difference in words, in each mode as strong as what words explain there beyond chance asks
+        for (empirical Bayes by moments: with A^T A = V s V^T and z = V^T A^T y, E z^2 = s^2 real + s chance).
+        """
+        said, shown = (F.one_hot(ids, len(self.said)).sum(1)[:, 1:].float() for ids in (words, reference_words))  # n words
+        asked = said - shown
+        values = means.flatten(1) @ self.modes  # n modes
+        strength, directions = torch.linalg.eigh(asked.T @ asked)
+        strength = strength.clamp(min=0)[:, None]
+        seen = directions.T @ asked.T @ values  # words modes
+        left = values.square().sum(0) - (seen.square() / strength.clamp(min=1e-3)).sum(0)
+        chance = left.clamp(min=1e-6) / max(1, len(values) - int((strength > 1e-3).sum()))
+        real = ((seen.square() - strength * chance).sum(0) / strength.square().sum()).clamp(min=0)
+        self.said[1:] = directions @ (seen * real / (strength * real + chance))
+
+    def expected(self, words, shape):
+        """The mean of x0 [b c h w] for words [b k]."""
+        return (self.said[words].sum(1) @ self.modes.T).view(len(words), *shape)
+
     def mean_variance(self):
         """Variance of x0, averaged over places."""
         num_values, num_modes = self.modes.shape
         return (self.variance.sum() + (num_values - num_modes) * self.rest) / num_values
 
-    def denoise(self, xt, signal, noise):
-        """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b f 1 1 1]: frames of less noise inform the others), and
+    def denoise(self, xt, signal, noise, mean):
+        """E[x0 | xt] of clips with mean [b 1 c h w] for xt = signal x0 + noise eps (coefficients [b f 1 1 1]: frames of less noise inform the others), and
         the deviation [b f c h w] that it leaves at each place.
 
         In a mode of variance v, frames are N(0, v K): the gain is v K S (v S K S + N^2)^-1, S and N the coefficients.
@@ -619,11 +644,11 @@ class GaussianPrior(nn.Module):
         total = signal[..., :, None] * seen + torch.diag_embed(noise**2)
         gain = torch.linalg.solve(total, seen, left=False)
         left = (covariance.diagonal(dim1=1, dim2=2) - (gain * seen).sum(-1)).clamp(min=0).transpose(1, 2)  # b f k+1
-        flat = xt.flatten(2)
-        mean = torch.einsum("bkfg,bgk->bfk", gain[:, :-1] - gain[:, -1:], flat @ self.modes) @ self.modes.T
-        mean = mean + gain[:, -1] @ flat
+        flat = (xt - signal.view(-1, xt.shape[1], 1, 1, 1) * mean).flatten(2)
+        guess = torch.einsum("bkfg,bgk->bfk", gain[:, :-1] - gain[:, -1:], flat @ self.modes) @ self.modes.T
+        guess = guess + gain[:, -1] @ flat
         deviation = (left[..., -1:] + (left[..., :-1] - left[..., -1:]) @ (self.modes**2).T).clamp(min=0).sqrt()  # b f d
-        return mean.view_as(xt), deviation.view_as(xt)
+        return mean + guess.view_as(xt), deviation.view_as(xt)
 
     def between_frames(self, num_frames):
         """The correlation matrix K [f f] of frames by their distance, made positive definite."""
@@ -652,7 +677,7 @@ class TalkingHead(nn.Module):
         self.diffusion = Diffusion(**diffusion)
         self.side = size // self.autoencoder.factor
         num_values = self.motion_channels * self.side**2
-        self.prior = GaussianPrior(num_values, min(prior_modes, num_values))
+        self.prior = GaussianPrior(num_values, min(prior_modes, num_values), self.text_encoder.table.num_embeddings)
         self.register_buffer("spread", torch.ones(self.motion_channels, 1, 1))
         self.register_buffer("reference_spread", torch.ones(latent_channels, 1, 1))
 
@@ -669,6 +694,13 @@ class TalkingHead(nn.Module):
             variance = torch.pca_lowrank(flat, q=min(64, *flat.shape), center=False, niter=4)[1] ** 2 / len(flat)
             self.spread[part] = (variance.square().sum() / variance.sum()).sqrt()
         self.prior.fit(motion / self.spread)
+
+    def learn_expressions(self, views):
+        """Measure what each word of a prompt adds to the mean motion, on views of clips that do not show it (data.View)."""
+        if views:
+            device, (prompts, shown) = self.spread.device, zip(*((v.prompt, v.shown) for v in views))
+            means = torch.stack([v.motion.mean(0) for v in views]).to(device) / self.spread
+            self.prior.fit_words(means, *(self.text_encoder.ids(said).to(device) for said in (prompts, shown)))
 
     @torch.no_grad()
     def motion(self, frames, latents, reference):
@@ -694,29 +726,34 @@ class TalkingHead(nn.Module):
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))
 
     def conditions(self, mel, reference, words, scales=None):
-        """{name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or several [b n 3 H W], and words [b n].
+        """{name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or several [b n 3 H W], and words [b n]; and
+        beside them "expected", the mean [b m h w] that words give the prior, with text's scale.
 
         `scales` {name: number or [b]} are 1 where not given; a clip without words has none of text's.
         """
         said = (words > 0).any(1).float()
         scale = {name: torch.ones_like(said) * (scales or {}).get(name, 1.0) for name in CONDITIONS}
+        shape = (self.motion_channels, self.side, self.side)
         return {"speech": (self.speech_encoder(mel), scale["speech"]),
                 "identity": (self.identity_encoder(reference), scale["identity"]),
-                "text": (self.text_encoder(words), scale["text"] * said)}
+                "text": (self.text_encoder(words), scale["text"] * said),
+                "expected": (self.prior.expected(words, shape), scale["text"])}
 
     def forward(self, xt, t, conditions, reference_latents, guidance=1.0):
         """What the network states, in the diffusion's parametrisation, for integer t [b] or, by frame, [b f].
 
         For x0 the UNet sees the prior's linear guess and corrects it, by as much as the prior leaves open at each place
-        (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is zero, and
-        frames without noise (t = -1) are as given: the others go on from them. With `guidance` the conditions are those
+        (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is what words let
+        expect, zero without any, and frames without noise (t = -1) are as given: the others go on from them. With `guidance` the conditions are those
         of 2 b clips, with speech and without, and the UNet says more of what tells the two apart (Ho & Salimans 2022).
         """
         t = t if t.dim() == 2 else t[:, None].expand(xt.shape[:2])
         guess, deviation = xt, None
         if self.diffusion.prediction == "x0":
+            mean, scale = (x[:len(xt)] for x in conditions["expected"])
+            mean = (mean * scale[:, None, None, None])[:, None]  # b 1 m h w
             with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
-                guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
+                guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt), mean)
         inputs = [guess, (t.float() + 1) / self.diffusion.num_steps, reference_latents / self.reference_spread]
         if guidance != 1.0:
             inputs = [torch.cat([x, x]) for x in inputs]

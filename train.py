@@ -232,28 +232,28 @@ def load_people(config):
 
 @torch.inference_mode()
 def encode_clips(model, clips, device, num_references=1):
-    """Each clip as the motion of several reference pictures, {path: [(picture, moment, motion [f m h w], latents [c h w])]}.
+    """Each clip as the motion of several reference pictures, {path: [data.View]}.
 
     They are `num_references` of its own frames and, where these are several, for a clip with a prompt a frame of another
     clip of the person, counted as often: in its own frames, what the prompt says can be seen. With one reference,
     adapters learn the clips by heart. The autoencoder is frozen by then, so once is enough.
     """
-    motions = {}
+    views = {}
     for clip in tqdm(clips, "motion", leave=False, mininterval=1):
         frames = pixels(clip.frames, device)
         latents = model.autoencoder.encode(frames)
         moments = [int((i + 0.5) / num_references * len(frames)) for i in range(num_references)]
-        references = [(clip.frames[m], m) for m in moments]
+        references = [(clip.frames[m], m, "", "") for m in moments]
         others = [c for c in clips if c.person == clip.person and c.prompt != clip.prompt]
         if clip.prompt and others and num_references > 1:
-            references.append((others[0].frames[len(others[0].frames) // 2], -1))
-        motions[clip.path] = []
-        for picture, moment in references:
+            references.append((others[0].frames[len(others[0].frames) // 2], -1, clip.prompt, others[0].prompt))
+        views[clip.path] = []
+        for picture, moment, prompt, shown in references:
             reference = pixels(picture, device)
-            seen = (picture, moment, model.motion(frames, latents, reference).cpu(),
-                    model.autoencoder.encode(reference[None])[0].cpu())
-            motions[clip.path] += [seen] * (num_references if moment < 0 else 1)  # as often as all of its own
-    return motions
+            view = data.View(picture, moment, model.motion(frames, latents, reference).cpu(),
+                             model.autoencoder.encode(reference[None])[0].cpu(), prompt, shown)
+            views[clip.path] += [view] * (num_references if prompt else 1)  # as often as all of its own
+    return views
 
 
 def pixels(frames, device):
@@ -261,11 +261,11 @@ def pixels(frames, device):
     return torch.from_numpy(np.array(frames)).to(device).float() / 127.5 - 1
 
 
-def drawer(model, clips, motions, device):
+def drawer(model, clips, views, device):
     """A function (batch_size, num_frames, generator) -> batch on the device."""
 
     def draw(batch_size, num_frames, generator):
-        batch = data.draw_batch(clips, motions, batch_size, num_frames, generator, model.speech_encoder.window)
+        batch = data.draw_batch(clips, views, batch_size, num_frames, generator, model.speech_encoder.window)
         batch["words"] = model.text_encoder.ids(batch["prompt"])
         return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
@@ -275,8 +275,8 @@ def drawer(model, clips, motions, device):
 def clip_batch(model, clips, config, device):
     """One window of every clip, as a batch: as long as the shortest of them, at most evaluate.num_frames."""
     num_frames = min(config["evaluate"]["num_frames"], *(len(clip.frames) for clip in clips))
-    motions, generator = encode_clips(model, clips, device), torch.Generator().manual_seed(config["seed"])
-    return fed.join_batches([drawer(model, [clip], motions, device)(1, num_frames, generator) for clip in clips])
+    views, generator = encode_clips(model, clips, device), torch.Generator().manual_seed(config["seed"])
+    return fed.join_batches([drawer(model, [clip], views, device)(1, num_frames, generator) for clip in clips])
 
 
 # ---------------------------------------------------------------------------------------------- backbone
@@ -366,12 +366,14 @@ def train_unet(model, public, config, device, partial):
     torch.manual_seed(seed)
     clips = [clip for own in public.values() for clip in own]
     model.text_encoder.learn_words(clip.prompt for clip in clips)
-    draw = drawer(model, clips, encode_clips(model, clips, device, NUM_REFERENCES), device)
+    views = encode_clips(model, clips, device, NUM_REFERENCES)
+    draw = drawer(model, clips, views, device)
     generator, losses = torch.Generator().manual_seed(seed), []
     state = load_state(partial, device) if partial.exists() else None
     if state is None:
         batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
         model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("motion", "reference_latents")))
+        model.learn_expressions([own[-1] for own in views.values() if own[-1].prompt])
         train_speech(model, batches, settings, generator)
         del batches  # of many more clips than a step
     model.autoencoder.requires_grad_(False)
@@ -748,8 +750,8 @@ def make_clients(model, splits, config, device):
 
     @functools.cache
     def draw(name):
-        motions = encode_clips(model, splits[name]["train"], device, NUM_REFERENCES)
-        return drawer(model, splits[name]["train"], motions, device)
+        views = encode_clips(model, splits[name]["train"], device, NUM_REFERENCES)
+        return drawer(model, splits[name]["train"], views, device)
 
     @functools.cache
     def validation(name):

@@ -246,10 +246,10 @@ def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
     clips = [clip_of('a', str(i)) for i in range(3)] + [clip_of('b', '7')]
     level = lambda t: ((t + 1) * 127.5).round()
     number = {clip.path: k for k, clip in enumerate(clips)}
-    motions = {clip.path: [(clip.frames[moment], moment,
-                            1000 * moment + 100 * number[clip.path] + torch.arange(30.)[:, None, None, None],
-                            torch.full((1, 1, 1), float(moment))) for moment in (5, 15)] for clip in clips}
-    batch = data.draw_batch(clips, motions, 64, 8, torch.Generator().manual_seed(0))
+    views = {clip.path: [data.View(clip.frames[moment], moment,
+                                   1000 * moment + 100 * number[clip.path] + torch.arange(30.)[:, None, None, None],
+                                   torch.full((1, 1, 1), float(moment)), '', '') for moment in (5, 15)] for clip in clips}
+    batch = data.draw_batch(clips, views, 64, 8, torch.Generator().manual_seed(0))
     assert batch['frames'].shape == (64, 8, 3, 8, 8) and batch['mel'].shape == (64, 8, 20, 40)
     assert batch['opening'].isnan().all() and set(batch['person']) == {'a', 'b'}
     name, time = level(batch['frames'][:, 0, 0, 0, 0]), level(batch['frames'][:, :, 1, 0, 0])
@@ -260,10 +260,10 @@ def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
     assert (time[:, 0] < 5).any() and (time[:, 0] > 15).any()
     torch.testing.assert_close(batch['reference_latents'].flatten(), moment)                  # all of the same moment
     torch.testing.assert_close((batch['motion'].flatten(1) - 1000 * moment[:, None]) % 100, time)
-    again = data.draw_batch(clips, motions, 64, 8, torch.Generator().manual_seed(0))
+    again = data.draw_batch(clips, views, 64, 8, torch.Generator().manual_seed(0))
     assert all(torch.equal(batch[k], again[k]) for k in ('frames', 'mel', 'reference', 'motion'))
     with pytest.raises(ValueError, match='31 frames'):
-        data.draw_batch(clips, motions, 2, 31, torch.Generator())
+        data.draw_batch(clips, views, 2, 31, torch.Generator())
 
 
 # ---- synthetic talkers

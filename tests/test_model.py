@@ -97,7 +97,7 @@ def test_samplers_reach_a_known_gaussian_and_dpm_is_of_higher_order():
 @pytest.mark.parametrize("levels", [(0.6, 0.6, 0.6, 0.6), (1.0, 1.0, 0.6, 0.0), (1.0, 0.0, 0.0, 0.0)])
 def test_prior_is_the_conditional_mean_of_a_gaussian(levels):
     torch.manual_seed(0)
-    prior = talking.GaussianPrior(num_values=6, num_modes=3, num_lags=4)
+    prior = talking.GaussianPrior(num_values=6, num_modes=3, num_words=2, num_lags=4)
     modes, _ = torch.linalg.qr(torch.randn(6, 3))
     prior.modes.copy_(modes), prior.variance.copy_(torch.tensor([3.0, 1.0, 0.5])), prior.rest.fill_(0.1)
     prior.correlation.copy_(torch.tensor([1.0, 0.8, 0.5, 0.3]))
@@ -108,8 +108,10 @@ def test_prior_is_the_conditional_mean_of_a_gaussian(levels):
     noise = (1 - signal**2).sqrt()
     S, N = (torch.diag(c.repeat_interleave(6)) for c in (signal, noise))
     gain = covariance @ S @ torch.linalg.inv(S @ covariance @ S + N**2)
-    guess, deviation = prior.denoise(xt, signal.view(1, 4, 1, 1, 1), noise.view(1, 4, 1, 1, 1))
-    assert torch.allclose(guess.flatten(), gain @ xt.flatten(), atol=1e-4)
+    mean = torch.randn(1, 1, 6, 1, 1)
+    guess, deviation = prior.denoise(xt, signal.view(1, 4, 1, 1, 1), noise.view(1, 4, 1, 1, 1), mean)
+    expected = mean.expand_as(xt).flatten()
+    assert torch.allclose(guess.flatten(), expected + gain @ (xt.flatten() - S @ expected), atol=1e-4)
     left = covariance - gain @ S @ covariance
     assert torch.allclose(deviation.flatten() ** 2, left.diagonal(), atol=1e-5)
 
@@ -119,12 +121,26 @@ def test_prior_finds_the_covariance_that_made_the_data():
     modes, _ = torch.linalg.qr(torch.randn(8, 2))
     walk = torch.randn(4000, 2, 2).cumsum(1) / torch.tensor([1.0, 2.0**0.5])[:, None]  # two frames, correlation 1 / sqrt 2
     x0 = (walk * torch.tensor([2.0, 1.0])) @ modes.T + 0.1 * torch.randn(4000, 2, 8)
-    prior = talking.GaussianPrior(8, 2, num_lags=2)
+    prior = talking.GaussianPrior(8, 2, 2, num_lags=2)
     prior.fit(x0.view(4000, 2, 8, 1, 1))
     assert torch.allclose(prior.variance, torch.tensor([4.01, 1.01]), rtol=0.06)
     assert float(prior.rest) == pytest.approx(0.01, rel=0.06) and float(prior.correlation[1]) == pytest.approx(0.70, abs=0.03)
     assert float(prior.mean_variance()) == pytest.approx(float(x0.square().mean()), rel=1e-3)
     assert float((prior.modes.T @ modes).square().sum()) == pytest.approx(2, rel=1e-3)
+
+
+def test_words_are_found_where_they_act_and_nowhere_else():
+    torch.manual_seed(0)
+    prior, effects = talking.GaussianPrior(4, 3, 5), torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 0]])
+    words, shown = torch.randint(0, 4, (400, 2)), torch.randint(0, 4, (400, 1))  # word 4 is never said
+    means = effects[words].sum(1) - effects[shown].sum(1) + 0.5 * torch.randn(400, 3)
+    prior.fit_words(F.pad(means, (0, 1))[:, :, None, None], words, shown)
+    assert torch.allclose(prior.said[1:4, :2], effects[1:4, :2], atol=0.12) and not prior.said[[0, 4]].any()
+    assert prior.said[:, 2].abs().max() < 0.03  # where words do nothing, chance is not taken for an effect
+    expected = prior.expected(torch.tensor([[1, 2], [0, 0]]), (4, 1, 1)).flatten(1)
+    assert torch.allclose(expected, torch.stack([prior.said[1] + prior.said[2], torch.zeros(3)]) @ prior.modes.T)
+    prior.fit_words(torch.randn(100, 4, 1, 1), words[:100], torch.zeros(100, 1, dtype=torch.long))  # says nothing of words
+    assert prior.said.abs().max() < 0.25
 
 
 def test_sampling_starts_at_the_noisiest_step():

@@ -277,11 +277,12 @@ def test_a_clip_with_a_prompt_is_also_seen_from_another_clip():
     pictures = np.random.default_rng(0).integers(0, 255, (3, 12, 3, 32, 32), dtype=np.uint8)
     clips = [data.Clip("anna", str(i), Path(str(i)), frames, None, None, prompt, None)
              for i, (frames, prompt) in enumerate(zip(pictures, ("smiling", "", "smiling")))]
-    motions = train.encode_clips(model, clips, torch.device("cpu"), 3)
-    moments, own = [[moment for _, moment, *_ in motions[clip.path]] for clip in clips], [2, 6, 10]
+    views = train.encode_clips(model, clips, torch.device("cpu"), 3)
+    moments, own = [[view.moment for view in views[clip.path]] for clip in clips], [2, 6, 10]
     assert moments == [own + [-1] * 3, own, own + [-1] * 3]
-    assert all(any(np.array_equal(picture, frame) for frame in pictures[1]) for picture, *_ in motions[Path("0")][3:])
-    assert [moment for _, moment, *_ in train.encode_clips(model, clips[:1], torch.device("cpu"))[Path("0")]] == [6]
+    assert all(any(np.array_equal(view.picture, frame) for frame in pictures[1]) for view in views[Path("0")][3:])
+    assert [(v.prompt, v.shown) for v in views[Path("0")][2:4]] == [("", ""), ("smiling", "")]
+    assert [view.moment for view in train.encode_clips(model, clips[:1], torch.device("cpu"))[Path("0")]] == [6]
 
 
 def test_a_backbone_that_is_cut_off_goes_on_where_it_was(finished, tmp_path, monkeypatch):

@@ -794,13 +794,13 @@ class TalkingHead(nn.Module):
         The first of several references [b n 3 H W] is the one that moves; words [b n] are the prompt's; guidance > 1
         exaggerates the effect of speech (Ho & Salimans 2022) at twice the cost. Every window goes on from the last
         KNOWN_FRAMES of the one before and is anchored on the reference again: memory does not grow with the clip, and
-        neither does what goes wrong.
+        neither does what goes wrong. The first is half as long, so that its frames come sooner.
         """
         first = reference if reference.dim() == 4 else reference[:, 0]
         latents, (num_clips, num_frames) = self.autoencoder.encode(first), mel.shape[:2]
         known, start = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:]), 0
         while start < num_frames:
-            said = mel[:, start - known.shape[1]:][:, :window]
+            said = mel[:, start - known.shape[1]:][:, :window if start or not window else window // 2]
             noise = torch.randn(num_clips, said.shape[1], *known.shape[2:], generator=generator).to(latents.device)
             conditions = self.conditions(said, reference, words, scales)
             x0 = self.sample(conditions, latents, noise, known, num_steps, guidance, solver)

@@ -83,7 +83,7 @@ def drift(speaker, person, seconds):
                                    None if opening is None else opening[part]) for name, part in parts.items()}
     change = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).numpy()
     window, known = speaker.config["sampling"]["window"], train.talking.KNOWN_FRAMES
-    seams = np.arange(window, len(frames), window - known) - 1
+    seams = np.arange(window // 2, len(frames), window - known) - 1
     found["seams"] = {"jitter at borders / elsewhere": float(change[seams].mean() / np.delete(change, seams).mean()),
                       "seconds until the first frame": first, "frames a second": len(frames) / taken}
     return found, frames, audio

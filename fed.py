@@ -208,6 +208,7 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
     return lora.adapter_vector(model), sums
 
 
+@torch.no_grad()
 def reliability(model, judges, batch, alpha, public_jitter, seed, **sampling):
     """The paper's r = alpha ID + (1 - alpha) TS in [0, 1], from clips generated for held-out samples.
 

@@ -620,7 +620,7 @@ class GaussianPrior(nn.Module):
         seen = directions.T @ asked.T @ values  # words modes
         left = values.square().sum(0) - (seen.square() / strength.clamp(min=1e-3)).sum(0)
         chance = left.clamp(min=1e-6) / max(1, len(values) - int((strength > 1e-3).sum()))
-        real = ((seen.square() - strength * chance).sum(0) / strength.square().sum()).clamp(min=0)
+        real = ((seen.square() - strength * chance).sum(0) / strength.square().sum().clamp(min=1e-6)).clamp(min=0)
         self.said[1:] = directions @ (seen * real / (strength * real + chance))
 
     def expected(self, words, shape):
@@ -633,10 +633,11 @@ class GaussianPrior(nn.Module):
         return (self.variance.sum() + (num_values - num_modes) * self.rest) / num_values
 
     def denoise(self, xt, signal, noise, mean):
-        """E[x0 | xt] of clips with mean [b 1 c h w] for xt = signal x0 + noise eps (coefficients [b f 1 1 1]: frames of less noise inform the others), and
-        the deviation [b f c h w] that it leaves at each place.
+        """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b f 1 1 1]: frames of less noise inform the others), of
+        clips with mean [b 1 c h w], and the deviation [b f c h w] that it leaves at each place.
 
-        In a mode of variance v, frames are N(0, v K): the gain is v K S (v S K S + N^2)^-1, S and N the coefficients.
+        In a mode of variance v, frames less their mean are N(0, v K): the gain is v K S (v S K S + N^2)^-1, with S and N the
+        coefficients.
         """
         signal, noise = signal.flatten(1)[:, None], noise.flatten(1)[:, None]  # b 1 f
         covariance = torch.cat([self.variance, self.rest[None]])[:, None, None] * self.between_frames(xt.shape[1])
@@ -744,8 +745,9 @@ class TalkingHead(nn.Module):
 
         For x0 the UNet sees the prior's linear guess and corrects it, by as much as the prior leaves open at each place
         (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is what words let
-        expect, zero without any, and frames without noise (t = -1) are as given: the others go on from them. With `guidance` the conditions are those
-        of 2 b clips, with speech and without, and the UNet says more of what tells the two apart (Ho & Salimans 2022).
+        expect, zero without any, and frames without noise (t = -1) are as given: the others go on from them. With
+        `guidance` the conditions are those of 2 b clips, with speech and without, and the UNet says more of what tells the
+        two apart (Ho & Salimans 2022).
         """
         t = t if t.dim() == 2 else t[:, None].expand(xt.shape[:2])
         guess, deviation = xt, None

@@ -222,8 +222,13 @@ def reliability(model, judges, batch, alpha, public_jitter, seed, **sampling):
     similarity = judges.identity(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     identity = float((similarity * person[:, None]).sum(-1).mean().clamp(0, 1))
     jitter = float(np.mean([metrics.temporal_jitter(clip) for clip in frames]))
-    stability = math.exp(-max(0.0, jitter / public_jitter - 1))
+    stability = within(jitter, public_jitter)
     return alpha * identity + (1 - alpha) * stability, {"identity": identity, "stability": stability}
+
+
+def within(value, public):
+    """1 for a value up to that of public people, falling exponentially with its excess over it."""
+    return math.exp(-max(0.0, value / public - 1))
 
 
 def unexplained(model, batch, seed):
@@ -240,7 +245,7 @@ def explained_reliability(model, batch, alpha, public, seed):
     """
     (heard, silent), (public_heard, public_silent) = unexplained(model, batch, seed), public
     speech = min(1.0, max(0.0, (silent - heard) / max(public_silent - public_heard, 1e-6)))
-    fit = math.exp(-max(0.0, heard / public_heard - 1))
+    fit = within(heard, public_heard)
     return alpha * speech + (1 - alpha) * fit, {"speech": speech, "fit": fit}
 
 

@@ -728,17 +728,17 @@ class TalkingHead(nn.Module):
 
     def conditions(self, mel, reference, words, scales=None):
         """{name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or several [b n 3 H W], and words [b n]; and
-        beside them "expected", the mean [b m h w] that words give the prior, with text's scale.
+        beside them "expected", the mean [b 1 m h w] that words give the prior at text's scale.
 
         `scales` {name: number or [b]} are 1 where not given; a clip without words has none of text's.
         """
         said = (words > 0).any(1).float()
         scale = {name: torch.ones_like(said) * (scales or {}).get(name, 1.0) for name in CONDITIONS}
-        shape = (self.motion_channels, self.side, self.side)
+        expected = self.prior.expected(words, (1, self.motion_channels, self.side, self.side))
         return {"speech": (self.speech_encoder(mel), scale["speech"]),
                 "identity": (self.identity_encoder(reference), scale["identity"]),
                 "text": (self.text_encoder(words), scale["text"] * said),
-                "expected": (self.prior.expected(words, shape), scale["text"])}
+                "expected": scale["text"].view(-1, 1, 1, 1, 1) * expected}
 
     def forward(self, xt, t, conditions, reference_latents, guidance=1.0):
         """What the network states, in the diffusion's parametrisation, for integer t [b] or, by frame, [b f].
@@ -752,10 +752,8 @@ class TalkingHead(nn.Module):
         t = t if t.dim() == 2 else t[:, None].expand(xt.shape[:2])
         guess, deviation = xt, None
         if self.diffusion.prediction == "x0":
-            mean, scale = (x[:len(xt)] for x in conditions["expected"])
-            mean = (mean * scale[:, None, None, None])[:, None]  # b 1 m h w
             with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
-                guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt), mean)
+                guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt), conditions["expected"])
         inputs = [guess, (t.float() + 1) / self.diffusion.num_steps, reference_latents / self.reference_spread]
         if guidance != 1.0:
             inputs = [torch.cat([x, x]) for x in inputs]
@@ -780,7 +778,8 @@ class TalkingHead(nn.Module):
         k = known.shape[1]
         if guidance != 1.0:
             silent = conditions | {"speech": (conditions["speech"][0], torch.zeros_like(conditions["speech"][1]))}
-            conditions = {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name])) for name in silent}
+            conditions = conditions | {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name]))
+                                       for name in CONDITIONS}
 
         def network(xt, t):
             t = t[:, None].repeat(1, xt.shape[1])

@@ -1305,7 +1305,7 @@ def swept(name, values, change, usual):
 def reliability_cells(s):
     """FedAvg against FedAvg of reliable clients; ISFA, by each gamma and kind of r, against FedAvg of the same clients."""
     names, cells = {share: f"{share:.0%} unreliable, " for share in s["unreliable"]}, []
-    for share, gamma in ((share, gamma) for share in names for gamma in s["gammas"]):
+    for share, gamma in itertools.product(names, s["gammas"]):
         for kind in ("generated", "explained") if gamma else ("generated",):
             label = names[share] + (f"ISFA {gamma:g}, {kind}" if gamma else "FedAvg")
             against = names[share if gamma else s["unreliable"][0]] + "FedAvg"
@@ -1383,8 +1383,8 @@ def make_bench(config, people, trained, device):
     return types.SimpleNamespace(
         config=config, device=device, model=model, judges=judges, clients=clients, splits=splits,
         networks={name: network.to(device) for name, network in networks.items()},
-        cases=cases, gallery=gallery, standard=functools.cache(
-            lambda kind: public_standard(kind, model, people["public"], config, device)),
+        cases=cases, gallery=gallery,
+        standard=functools.cache(lambda kind: public_standard(kind, model, people["public"], config, device)),
         batches={name: clip_batch(model, split["test"], config, device) for name, split in splits.items()})
 
 
@@ -1428,7 +1428,8 @@ def train_cell(cell, settings, model, bench, folder):
     if cell.work == "personal":
         vectors = personalize(model, bench.judges, clients, lora.adapter_vector(model), settings, folder, alone)
     else:
-        shared = federate(model, bench.judges, clients, settings, folder, bench.standard(settings["fed"]["reliability"]), alone)
+        standard = bench.standard(settings["fed"]["reliability"])
+        shared = federate(model, bench.judges, clients, settings, folder, standard, alone)
         vectors = dict.fromkeys(names, shared)
     return vectors, (time.perf_counter() - started) / len(clients)
 

@@ -263,7 +263,7 @@ def test_what_words_let_expect_has_their_scale():
     model, (xt, mel, reference, words) = small_model("x0"), inputs()
     model.prior.said[1:].normal_()
     whole, half = (model.conditions(mel, reference, words, s)["expected"] for s in (None, {"text": 0.5}))
-    assert whole.shape == (2, 1, *xt.shape[2:]) and whole.abs().amin() > 0 and torch.equal(half, 0.5 * whole)
+    assert whole.shape == (2, 1, *xt.shape[2:]) and whole.abs().amax() > 0.1 and torch.equal(half, 0.5 * whole)
     without = output(model, xt, mel, reference, words, text=0.0)
     assert torch.equal(without, output(model, xt, mel, reference, torch.zeros_like(words)))
     assert not torch.allclose(without, output(model, xt, mel, reference, words), atol=1e-2)

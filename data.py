@@ -17,6 +17,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -192,7 +193,7 @@ class TalkingHeads:
             raise ValueError(f'no dataset at {root}' + (f'; did you mean {self.root.parent / near[0]}?' if near else ''))
         self.cache = Path(cache) if cache else self._default_cache()
         self.cache.mkdir(parents=True, exist_ok=True)
-        paths = sorted(p for p in self.root.rglob('*.mp4') if not any(s[0] == '.' for s in p.relative_to(root).parts))
+        paths = sorted(self.root / p for p in glob('**/*.mp4', root_dir=self.root, recursive=True))   # nothing hidden
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             loaded = list(tqdm(pool.map(self._load, paths), 'reading clips', len(paths), disable=None if progress else True))
         self.clips = sorted((c for c in loaded if isinstance(c, Clip)), key=lambda c: (c.person, c.name))

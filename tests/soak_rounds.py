@@ -7,9 +7,9 @@ the same log, and neither may leak memory, file descriptors or processes.
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -64,16 +64,16 @@ def killed_rounds(folder, num_rounds, stops, rng):
     """The same in child processes, killed when the log has as many lines as each of `stops`, and resumed."""
     log = folder / "rounds.jsonl"
     for stop in [*stops, None]:
-        with open(folder / "output.txt", "a") as output:
-            child = subprocess.Popen([sys.executable, __file__, "child", str(folder), str(num_rounds)],
-                                     stdout=output, stderr=output)
-        while child.poll() is None:
+        child = multiprocessing.get_context("fork").Process(target=run_rounds, args=(folder, num_rounds))
+        child.start()
+        while child.is_alive():
             if stop and log.exists() and len(log.read_text().splitlines()) >= stop:
                 time.sleep(rng.uniform(0, 0.2))  # anywhere in a round, also while a checkpoint is written
-                child.send_signal(signal.SIGKILL)
+                child.kill()
                 break
             time.sleep(0.01)
-        assert child.wait() == (-signal.SIGKILL if stop else 0), (folder / "output.txt").read_text()[-2000:]
+        child.join()
+        assert child.exitcode == (-signal.SIGKILL if stop else 0), f"exit {child.exitcode}"
 
 
 def soak(num_rounds, num_kills):
@@ -82,8 +82,8 @@ def soak(num_rounds, num_kills):
     with tempfile.TemporaryDirectory() as temporary:
         calm, hurt = Path(temporary) / "calm", Path(temporary) / "hurt"
         calm.mkdir(), hurt.mkdir()
-        usage = run_rounds(calm, num_rounds)
         killed_rounds(hurt, num_rounds, sorted(rng.choice(np.arange(1, num_rounds), num_kills, replace=False)), rng)
+        usage = run_rounds(calm, num_rounds)  # last: what is forked has started no thread yet
         states = [torch.load(folder / "last.pt", weights_only=True) for folder in (calm, hurt)]
         assert not list(hurt.glob(".[0-9]*")), "a half-written file was left"
         assert states[0]["round"] == states[1]["round"] == num_rounds
@@ -98,12 +98,9 @@ def soak(num_rounds, num_kills):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["child"]:
-        run_rounds(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        rounds, kills = (int(n) for n in sys.argv[1:]) if len(sys.argv) > 1 else (300, 10)
-        memory, files = soak(rounds, kills).T
-        first, last = memory[len(memory) // 20:len(memory) // 4], memory[-len(memory) // 4:]
-        print(f"memory: {np.median(first):.0f} MiB in the first quarter, {np.median(last):.0f} in the last; "
-              f"open files: {files[0]:.0f} at first, {files[-1]:.0f} at last")
-        assert np.median(last) < 1.05 * np.median(first) and files[-1] <= files[0]
+    rounds, kills = (int(n) for n in sys.argv[1:]) if len(sys.argv) > 1 else (300, 10)
+    memory, files = soak(rounds, kills).T
+    first, last = memory[len(memory) // 20:len(memory) // 4], memory[-len(memory) // 4:]
+    print(f"memory: {np.median(first):.0f} MiB in the first quarter, {np.median(last):.0f} in the last; "
+          f"open files: {files[0]:.0f} at first, {files[-1]:.0f} at last")
+    assert np.median(last) < 1.05 * np.median(first) and files[-1] <= files[0]

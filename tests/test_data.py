@@ -334,8 +334,9 @@ def test_command_line(tmp_path, synthetic, capsys):
 
 
 @pytest.mark.skipif(not REAL_FACES.is_dir(), reason='../shared/real_faces is not there')
-def test_real_faces_load():
-    heads = TalkingHeads(REAL_FACES)
-    assert (len(heads.people), len(heads.clips), heads.skipped) == (35, 193, [])
-    assert not (REAL_FACES / '.cache').exists()                                               # it is read-only
-    assert len(data.split_people(heads.people, 12, 5, 0)[0]) == 18
+def test_real_faces_load(tmp_path):
+    for person in sorted(p for p in REAL_FACES.iterdir() if p.is_dir())[:6]:
+        (tmp_path / person.name).symlink_to(person.resolve())
+    heads = TalkingHeads(tmp_path, cache=tmp_path / '.cache')
+    assert len(heads.people) == 6 and len(heads.clips) >= 12 and heads.skipped == []
+    assert all(c.frames.std() > 10 and np.abs(c.audio).max() > .01 for c in heads.clips)     # a picture, and a voice

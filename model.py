@@ -362,7 +362,7 @@ class TemporalAttention(nn.Module):
         frame = torch.arange(num_frames, device=x.device)
         distance = frame[None] - frame[:, None]
         bias = self.bias[:, distance.clamp(-self.reach, self.reach) + self.reach]
-        bias = bias.masked_fill(distance.abs() > self.reach, -math.inf)
+        bias = bias.masked_fill(distance.abs() > self.reach, -math.inf)[None]  # 1 h f f: fused if nothing is trained
         h = rearrange(x, "(b f) n d -> (b n) f d", f=num_frames)
         return rearrange(self.attention(h, bias), "(b n) f d -> (b f) n d", n=x.shape[1])
 
@@ -637,25 +637,29 @@ class GaussianPrior(nn.Module):
         clips with mean [b 1 c h w], and the deviation [b f c h w] that it leaves at each place.
 
         In a mode of variance v, frames less their mean are N(0, v K): the gain is v K S (v S K S + N^2)^-1, with S and N the
-        coefficients.
+        coefficients. With N^-1 S K S N^-1 = U diag(snr) U^T it is K S N^-1 U diag(v / (v snr + 1)) U^T N^-1: one
+        decomposition serves all modes. In float64, frames without noise may be said to have 1e-5.
         """
-        signal, noise = signal.flatten(1)[:, None], noise.flatten(1)[:, None]  # b 1 f
-        covariance = torch.cat([self.variance, self.rest[None]])[:, None, None] * self.between_frames(xt.shape[1])
-        seen = covariance * signal[..., None, :]  # b k+1 f f: Cov(x0, signal x0)
-        total = signal[..., :, None] * seen + torch.diag_embed(noise**2)
-        gain = torch.linalg.solve(total, seen, left=False)
-        left = (covariance.diagonal(dim1=1, dim2=2) - (gain * seen).sum(-1)).clamp(min=0).transpose(1, 2)  # b f k+1
-        flat = (xt - signal.view(-1, xt.shape[1], 1, 1, 1) * mean).flatten(2)
-        guess = torch.einsum("bkfg,bgk->bfk", gain[:, :-1] - gain[:, -1:], flat @ self.modes) @ self.modes.T
-        guess = guess + gain[:, -1] @ flat
+        between = self.between_frames(xt.shape[1])
+        shape, signal, noise = signal.shape, signal.flatten(1).double(), noise.flatten(1).double().clamp(min=1e-5)  # b f
+        ratio = signal / noise
+        snr, axes = torch.linalg.eigh(ratio[:, :, None] * between * ratio[:, None])
+        apart = axes.mT / noise[:, None]  # U^T N^-1: into coordinates that no mode mixes
+        back = between * signal[:, None] @ apart.mT  # b f g: and out of them
+        variance = torch.cat([self.variance, self.rest[None]]).double()
+        shrink = variance / (variance * snr.clamp(min=0)[..., None] + 1)  # b g k+1
+        left = (between.diagonal()[:, None] * variance - back.square() @ (variance * shrink)).clamp(min=0)  # b f k+1
+        signal, apart, back, shrink, left = (x.to(xt) for x in (signal.view(shape), apart, back, shrink, left))
+        flat = apart @ (xt - signal * mean).flatten(2)  # b g d
+        guess = (flat @ self.modes * (shrink[..., :-1] - shrink[..., -1:])) @ self.modes.T + flat * shrink[..., -1:]
         deviation = (left[..., -1:] + (left[..., :-1] - left[..., -1:]) @ (self.modes**2).T).clamp(min=0).sqrt()  # b f d
-        return mean + guess.view_as(xt), deviation.view_as(xt)
+        return mean + (back @ guess).view_as(xt), deviation.view_as(xt)
 
     def between_frames(self, num_frames):
-        """The correlation matrix K [f f] of frames by their distance, made positive definite."""
+        """The correlation matrix K [f f] of frames by their distance, made positive definite, in float64."""
         frame = torch.arange(num_frames, device=self.correlation.device)
         lag = (frame[None] - frame[:, None]).abs().clamp(max=len(self.correlation) - 1)
-        slowness, times = torch.linalg.eigh(self.correlation[lag])
+        slowness, times = torch.linalg.eigh(self.correlation[lag].double())
         return times * slowness.clamp(min=1e-3) @ times.T
 
 
@@ -740,27 +744,21 @@ class TalkingHead(nn.Module):
                 "text": (self.text_encoder(words), scale["text"] * said),
                 "expected": scale["text"].view(-1, 1, 1, 1, 1) * expected}
 
-    def forward(self, xt, t, conditions, reference_latents, guidance=1.0):
+    def forward(self, xt, t, conditions, reference_latents):
         """What the network states, in the diffusion's parametrisation, for integer t [b] or, by frame, [b f].
 
         For x0 the UNet sees the prior's linear guess and corrects it, by as much as the prior leaves open at each place
         (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is what words let
-        expect, zero without any, and frames without noise (t = -1) are as given: the others go on from them. With
-        `guidance` the conditions are those of 2 b clips, with speech and without, and the UNet says more of what tells the
-        two apart (Ho & Salimans 2022).
+        expect, zero without any, and frames without noise (t = -1) are as given: the others go on from them.
         """
         t = t if t.dim() == 2 else t[:, None].expand(xt.shape[:2])
         guess, deviation = xt, None
         if self.diffusion.prediction == "x0":
             with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
                 guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt), conditions["expected"])
-        inputs = [guess, (t.float() + 1) / self.diffusion.num_steps, reference_latents / self.reference_spread]
-        if guidance != 1.0:
-            inputs = [torch.cat([x, x]) for x in inputs]
-        output = self.unet(inputs[0], inputs[1], conditions, inputs[2])
-        if guidance != 1.0:
-            with_speech, without = output.chunk(2)
-            output = torch.lerp(without, with_speech, guidance)
+        known = conditions["identity"][1].view(-1, 1, 1, 1)  # identity of scale 0 hides the picture, too
+        output = self.unet(guess, (t.float() + 1) / self.diffusion.num_steps, conditions,
+                           known * reference_latents / self.reference_spread)
         return output if deviation is None else guess + deviation * output
 
     def loss(self, output, target, t):
@@ -774,17 +772,29 @@ class TalkingHead(nn.Module):
         return error.mean(1)
 
     def sample(self, conditions, reference_latents, noise, known, num_steps, guidance, solver):
-        """x0 [b f m h w] from `noise`; its first frames are those of `known` [b k m h w]."""
-        k = known.shape[1]
-        if guidance != 1.0:
-            silent = conditions | {"speech": (conditions["speech"][0], torch.zeros_like(conditions["speech"][1]))}
-            conditions = conditions | {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name]))
-                                       for name in CONDITIONS}
+        """x0 [b f m h w] from `noise`; its first frames are those of `known` [b k m h w].
+
+        With `guidance` the network says more of what tells a clip with its speech from one without (Ho & Salimans 2022);
+        among many steps every second one takes that difference from the step before.
+        """
+        k, speech, lead = known.shape[1], conditions["speech"], None
+        silent = conditions | {"speech": (speech[0], torch.zeros_like(speech[1]))}
+        both = {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name])) for name in CONDITIONS}
+        both |= {"expected": torch.cat([conditions["expected"]] * 2)}
+        compared = self.diffusion.timesteps(num_steps)[::2 if guidance > 1 and num_steps > 3 else 1].tolist()
 
         def network(xt, t):
-            t = t[:, None].repeat(1, xt.shape[1])
+            nonlocal lead
+            step, t = int(t[0]), t[:, None].repeat(1, xt.shape[1])
             t[:, :k] = -1
-            return self(torch.cat([known, xt[:, k:]], dim=1), t, conditions, reference_latents, guidance)
+            inputs = [torch.cat([known, xt[:, k:]], dim=1), t, conditions, reference_latents]
+            if guidance == 1.0:
+                return self(*inputs)
+            if step not in compared:
+                return self(*inputs) + (guidance - 1) * lead
+            said, unsaid = self(*(both if x is conditions else torch.cat([x, x]) for x in inputs)).chunk(2)
+            lead = said - unsaid
+            return unsaid + guidance * lead
 
         return torch.cat([known, self.diffusion.sample(network, noise, num_steps, solver)[:, k:]], dim=1)
 

@@ -227,22 +227,20 @@ def inputs(f=9):
             torch.rand(2, 3, 32, 32, generator=g) * 2 - 1, torch.tensor([[1, 2, 0], [3, 0, 0]]))
 
 
-def output(model, xt, mel, reference, words, picture=None, t=None, **scales):
-    """`picture` is what the denoiser is to warp, `reference` where its identity tokens come from."""
-    conditions = model.conditions(mel, reference, words, scales)
+def output(model, xt, mel, reference, words, t=None, **scales):
+    conditions, first = model.conditions(mel, reference, words, scales), reference if reference.dim() == 4 else reference[:, 0]
     with torch.no_grad():
-        return model(xt, torch.tensor([40, 80]) if t is None else t, conditions,
-                     model.autoencoder.encode(reference if picture is None else picture))
+        return model(xt, torch.tensor([40, 80]) if t is None else t, conditions, model.autoencoder.encode(first))
 
 
 @pytest.mark.parametrize("name", ["speech", "identity", "text"])
 def test_a_scale_of_zero_removes_one_condition_and_no_other(name):
     model, (xt, mel, reference, words) = small_model(), inputs()
     changed = {"speech": (mel + 1, reference, words), "identity": (mel, -reference, words), "text": (mel, reference, words + 1)}
-    plain, without = (output(model, xt, mel, reference, words, reference, **s) for s in ({}, {name: 0.0}))
+    plain, without = (output(model, xt, mel, reference, words, **s) for s in ({}, {name: 0.0}))
     for other, arguments in changed.items():
-        assert not torch.allclose(output(model, xt, *arguments, reference), plain, atol=1e-4)
-        assert torch.equal(output(model, xt, *arguments, reference, **{name: 0.0}), without) == (other == name)
+        assert not torch.allclose(output(model, xt, *arguments), plain, atol=1e-4)
+        assert torch.equal(output(model, xt, *arguments, **{name: 0.0}), without) == (other == name)
 
 
 def test_scales_may_differ_by_clip_and_half_a_scale_is_between():
@@ -283,7 +281,7 @@ def test_several_references_are_more_identity_tokens():
     model, (xt, mel, reference, words) = small_model(), inputs()
     two = torch.stack([reference, reference], dim=1)
     assert model.identity_encoder(two).shape == (2, 32, 16)  # the same picture twice says the same
-    assert torch.allclose(output(model, xt, mel, two, words, reference), output(model, xt, mel, reference, words), atol=1e-5)
+    assert torch.allclose(output(model, xt, mel, two, words), output(model, xt, mel, reference, words), atol=1e-5)
 
 
 def test_speech_acts_on_its_own_frame_first():
@@ -351,6 +349,14 @@ def test_guidance_zero_ignores_speech_and_one_is_plain():
     assert torch.allclose(*silent, atol=1e-5)
     near_one = generated(model, reference, mel, words, guidance=1.0 + 1e-6)
     assert torch.allclose(generated(model, reference, mel, words), near_one, atol=1e-3)
+
+
+def test_among_many_steps_every_second_one_is_guided_by_the_step_before(monkeypatch):
+    model, (_, mel, reference, words), clips = small_model("x0"), inputs(), []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, xt, *rest: clips.append(len(xt)) or forward(self, xt, *rest))
+    plain, guided, _ = (generated(model, reference, mel, words, guidance=g, steps=n) for g, n in ((1.0, 6), (1.5, 6), (1.5, 2)))
+    assert clips == [2] * 6 + [4, 2] * 3 + [4, 4] and not torch.allclose(plain, guided, atol=1e-3)
 
 
 def test_a_long_clip_comes_in_windows_that_go_on_from_each_other(monkeypatch):

@@ -23,7 +23,6 @@ import privacy
 from model import CONDITIONS, KNOWN_FRAMES
 
 CONTINUED = 0.25  # share of training clips that go on from frames without noise
-JUDGED = 0.5  # share of an adapter's batches that the judges see, whose terms cost nearly as much as all else
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,13 @@ def stratified_timesteps(model, num, generator):
     return (u * model.diffusion.num_steps).long()
 
 
-def with_chance(model, batch, is_judged, generator, condition_dropout):
+def with_chance(model, batch, weights, generator, condition_dropout):
     """The batch with what Eq. 12 leaves to chance: t [b f], eps as motion, kept [b 3], and what the judges see.
 
     Speech, identity and text are each withheld from a share `condition_dropout` of the clips (kept 0); a share CONTINUED
-    knows its first frames, without noise (t = -1), as the windows of a long clip do. The judges see one clip of each batch
-    that `is_judged`, of a share JUDGED, drawn with probability ~ alpha_bar: the expectation of weighting all clips by it, at
-    a fraction of the cost. `judged` [b], on the CPU, is the weight of their terms, zero but for that clip; `first` [b] its
-    first frame.
+    knows its first frames, without noise (t = -1), as the windows of a long clip do. The judges see one clip, drawn with
+    probability ~ alpha_bar: the expectation of weighting all by it, at a fraction of the cost. `judged` [b], on the CPU,
+    is the weight of their terms, zero but for that clip; `first` [b] its first frame.
     """
     b, f = batch["motion"].shape[:2]
     t, eps = stratified_timesteps(model, b, generator), torch.randn(batch["motion"].shape, generator=generator)
@@ -82,9 +80,9 @@ def with_chance(model, batch, is_judged, generator, condition_dropout):
     chance = {"t": t[:, None].where(~known, -1), "eps": eps * ~known[:, :, None, None, None], "kept": kept}
     chance = {name: value.to(batch["motion"].device) for name, value in chance.items()}
     judged, first = torch.zeros(b), torch.zeros(b, dtype=torch.long)
-    if is_judged:
+    if weights["identity"] or weights["perceptual"] or weights["sync"]:
         alpha_bar = model.diffusion.alpha_bar[t]
-        judged[torch.multinomial(alpha_bar, 1, generator=generator)] = alpha_bar.mean() / JUDGED
+        judged[torch.multinomial(alpha_bar, 1, generator=generator)] = alpha_bar.mean()
         first += torch.randint(f - 4, (), generator=generator)
     return batch | chance | {"judged": judged, "first": first}
 
@@ -109,14 +107,12 @@ def objective(model, batch, weights, judges, share=1.0, bf16=False):
 
 
 def accumulate(model, batch, judges, generator, *, loss_weights, condition_dropout, micro_batch=0, bf16=False):
-    """Leave the gradient of Eq. 12 on a batch in the parameters, `micro_batch` clips at a time (0: all at once); without
-    judges, of its other terms.
+    """Leave the gradient of Eq. 12 on a batch in the parameters, `micro_batch` clips at a time (0: all at once).
 
     Returns its terms and the micro-batch that fitted: half as many clips each time that CUDA runs out of memory. Chance
     is drawn for the whole batch, so that its gradient is the same up to rounding, however it is cut.
     """
-    is_judged = judges is not None and any(loss_weights[name] for name in ("identity", "perceptual", "sync"))
-    batch, num = with_chance(model, batch, is_judged, generator, condition_dropout), len(batch["motion"])
+    batch, num = with_chance(model, batch, loss_weights, generator, condition_dropout), len(batch["motion"])
     micro_batch, terms = min(micro_batch or num, num), None
     while terms is None:
         model.zero_grad()
@@ -179,8 +175,7 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
     SCAFFOLD's c - c_i, added to every gradient (Karimireddy et al. 2020, Alg. 1); `optimizer` sgd is plain, of constant
     rate, as its control variates ask. The rest goes to `accumulate`.
     """
-    lora.load_adapter_vector(model, start)
-    parameters = lora.adapter_parameters(model)
+    parameters = lora.load_adapter_vector(model, start)
     anchors = [p.detach().clone() for p in parameters] if proximal else []
     corrections = lora.split_vector(parameters, correction) if correction is not None else []
     if optimizer == "adamw":
@@ -193,8 +188,7 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
     try:
         for step in range(num_steps):
             batch = draw(batch_size, num_frames, generator)
-            seen_by = judges if torch.rand((), generator=generator) < JUDGED else None
-            terms, micro_batch = accumulate(model, batch, seen_by, generator, micro_batch=micro_batch, **terms_of)
+            terms, micro_batch = accumulate(model, batch, judges, generator, micro_batch=micro_batch, **terms_of)
             with torch.no_grad():
                 for p, anchor in zip(parameters, anchors):
                     p.grad += proximal * (p - anchor)
@@ -210,7 +204,7 @@ def train_adapter(model, judges, draw, start, num_steps, seed, *, lr, batch_size
             sums = {name: sums.get(name, 0.0) + value / num_steps for name, value in terms.items()}
     finally:
         model.unet.eval()
-    return lora.adapter_vector(model), sums
+    return lora.join_vector(parameters), sums
 
 
 @torch.no_grad()

@@ -76,7 +76,12 @@ def adapter_parameters(module):
 
 def adapter_vector(module):
     """All adapters of `module` as one float32 vector [d] on the CPU, a copy."""
-    return torch.cat([p.detach().float().flatten().cpu() for p in adapter_parameters(module)])
+    return join_vector(adapter_parameters(module))
+
+
+def join_vector(parameters):
+    """The parameters as one float32 vector [d] on the CPU, a copy."""
+    return torch.cat([p.detach().float().flatten().cpu() for p in parameters])
 
 
 def split_vector(parameters, vector):
@@ -89,10 +94,11 @@ def split_vector(parameters, vector):
 
 @torch.no_grad()
 def load_adapter_vector(module, vector):
-    """Write a vector [d] back into the adapters. Raises ValueError where the length does not fit."""
+    """Write a vector [d] back into the adapters; returns their parameters. ValueError where the length does not fit."""
     parameters = adapter_parameters(module)
     for parameter, piece in zip(parameters, split_vector(parameters, vector)):
         parameter.copy_(piece)
+    return parameters
 
 
 def merge_lora(module):

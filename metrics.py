@@ -985,7 +985,9 @@ def main(argv=None):
                       "weights": {Path(args.judges).name: _sha256(args.judges)}}
             sources |= dict.fromkeys(SELF_TRAINED, source)
         if args.json:
-            Path(args.json).write_text(json.dumps({"rows": rows, "judges": sources, "notes": notes}, indent=1))
+            half_written = Path(f"{args.json}.part")
+            half_written.write_text(json.dumps({"rows": rows, "judges": sources, "notes": notes}, indent=1))
+            half_written.replace(args.json)
     except (ValueError, OSError) as error:
         print(f"metrics.py: {error}", file=sys.stderr)
         return 2

@@ -1006,7 +1006,7 @@ def test_losses(model, splits, adapters, config, device):
     for method, vectors in adapters.items():
         losses[method] = []
         for name, batch in batches.items():
-            losses[method] += fed.validation_loss(adapted(model, vectors[name]), batch, config["seed"]).tolist()
+            losses[method] += fed.validation_loss(adapted(model, vectors[name]), batch, config["seed"], 4).tolist()
     table = {m: metrics.mean_ci(v) for m, v in losses.items()}
     methods = list(losses)
     for better, worse in zip(methods[1:], methods):

@@ -17,15 +17,14 @@ class LoRALayer(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__()
-        self.base, self.scaling = base, alpha / rank
-        self.dropout = nn.Dropout(dropout)
+        self.base, self.scaling, self.dropout = base, alpha / rank, dropout
         weight = base.weight
         self.A = nn.Parameter(weight.new_empty(rank, *weight.shape[1:]))
         self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
         nn.init.kaiming_uniform_(self.A.flatten(1), a=math.sqrt(5))
 
     def forward(self, x):
-        h = self.dropout(x)
+        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if isinstance(self.base, nn.Conv2d):
             h = F.conv2d(h, self.A, None, self.base.stride, self.base.padding)
             return self.base(x) + self.scaling * F.conv2d(h, self.B[:, :, None, None])

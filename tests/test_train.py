@@ -29,7 +29,7 @@ TINY = ["runtime.threads=1", "data.size=32", "data.clients=3", "data.unseen=1", 
 
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
-        train.main(list(arguments))
+        train.main([*([] if "--gpus" in arguments else ["--gpus", "cpu"]), *arguments])
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and len(error.splitlines()) == 1, error
     return error

@@ -756,9 +756,9 @@ class TalkingHead(nn.Module):
         if self.diffusion.prediction == "x0":
             with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
                 guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt), conditions["expected"])
-        known = conditions["identity"][1].view(-1, 1, 1, 1)  # identity of scale 0 hides the picture, too
+        shown = conditions["identity"][1].view(-1, 1, 1, 1)  # identity of scale 0 hides the picture, too
         output = self.unet(guess, (t.float() + 1) / self.diffusion.num_steps, conditions,
-                           known * reference_latents / self.reference_spread)
+                           shown * reference_latents / self.reference_spread)
         return output if deviation is None else guess + deviation * output
 
     def loss(self, output, target, t):

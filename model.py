@@ -777,19 +777,18 @@ class TalkingHead(nn.Module):
         With `guidance` the network says more of what tells a clip with its speech from one without (Ho & Salimans 2022);
         among many steps every second one takes that difference from the step before.
         """
-        k, speech, lead = known.shape[1], conditions["speech"], None
+        k, speech, lead = known.shape[1], conditions["speech"], 0.0
         silent = conditions | {"speech": (speech[0], torch.zeros_like(speech[1]))}
         both = {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name])) for name in CONDITIONS}
         both |= {"expected": torch.cat([conditions["expected"]] * 2)}
-        compared = self.diffusion.timesteps(num_steps)[::2 if guidance > 1 and num_steps > 3 else 1].tolist()
+        every = 2 if guidance > 1 and num_steps > 3 else 1
+        compared = self.diffusion.timesteps(num_steps)[::every].tolist() if guidance != 1.0 else []
 
         def network(xt, t):
             nonlocal lead
             step, t = int(t[0]), t[:, None].repeat(1, xt.shape[1])
             t[:, :k] = -1
             inputs = [torch.cat([known, xt[:, k:]], dim=1), t, conditions, reference_latents]
-            if guidance == 1.0:
-                return self(*inputs)
             if step not in compared:
                 return self(*inputs) + (guidance - 1) * lead
             said, unsaid = self(*(both if x is conditions else torch.cat([x, x]) for x in inputs)).chunk(2)

@@ -620,21 +620,20 @@ def untrained_methods(model, clients, device):
             "autoencoder ceiling": ceiling}
 
 
-def evaluate(model, judges, clients, adapters, config, device):
+def evaluate(model, judges, clients, twins, config, device):
     """Score every method on the clients' test clips; returns rows, pictures to show and frames generated a second.
 
-    `clients` is {name: {"train", "validation", "test": [clip]}}; `adapters` is {method: {name: vector}}.
+    `clients` is {name: {"train", "validation", "test": [clip]}}; `twins` is {method: {name: model}} of `adapted` ones.
     """
     networks, sources = metrics.load_standard(config["weights"] or None)
     networks = {name: network.to(device) for name, network in networks.items()}
     extractors = {"*": judges.features} | ({"": networks["fid"]} if "fid" in networks else {})
     cases, gallery = test_cases(model, judges, clients, config, device)
     methods = untrained_methods(model, clients, device)
-    for method, vectors in adapters.items():
-        twins = {n: adapted(model, v) for n, v in vectors.items()}
-        methods[method] = lambda case, twins=twins: generate(twins[case["name"]], case, case["own"], config["sampling"])
-    methods["personal adapter, other speech"] = lambda case, twins=twins: generate(
-        twins[case["name"]], case, case["own"], config["sampling"], case["rival"])
+    for method, own in twins.items():
+        methods[method] = lambda case, own=own: generate(own[case["name"]], case, case["own"], config["sampling"])
+    methods["personal adapter, other speech"] = lambda case: generate(
+        own[case["name"]], case, case["own"], config["sampling"], case["rival"])
     rows, shown, seconds, num_frames, truth = {}, {}, 0.0, 0, None
     missing = {name: source["reason"] for name, source in sources.items() if not source["network"]}
     missing["mouth_correlation"] = "needs landmarks; mouth_correlation* is measured by the judge that trained here"
@@ -643,7 +642,7 @@ def evaluate(model, judges, clients, adapters, config, device):
         for case in tqdm(cases, method, leave=False):
             started, clip = time.perf_counter(), case["clip"]
             frames = make(case)
-            if method in adapters:
+            if method in twins:
                 seconds, num_frames = seconds + time.perf_counter() - started, num_frames + len(frames)
             seen = metrics.Seen(frames)
             scores.append((*score(judges, networks, seen, case, gallery), len(frames)))
@@ -950,11 +949,12 @@ def train(config, device, run, workers):
         own = personalize(model, judges, clients, shared, config, run, workers)
         lap("personal adapters")
         if lead:
-            adapters = {"backbone only": dict.fromkeys(clients, untouched), "global adapter": dict.fromkeys(clients, shared),
-                        "personal adapter": own}
+            twins = {"backbone only": dict.fromkeys(clients, adapted(model, untouched)),
+                     "global adapter": dict.fromkeys(clients, adapted(model, shared)),
+                     "personal adapter": {name: adapted(model, vector) for name, vector in own.items()}}
             with every_core(config):
-                rows, sources, shown, speed = evaluate(model, judges, splits, adapters, config, device)
-                losses = test_losses(model, splits, adapters, config, device)
+                rows, sources, shown, speed = evaluate(model, judges, splits, twins, config, device)
+                losses = test_losses(model, splits, twins, config, device)
                 lap("evaluation")
                 publish(make_report(config, rows, sources, losses, judges, seconds, speed, model, run), shown, run)
             draw_history(run, trained["losses"])
@@ -1013,14 +1013,14 @@ def public_standard(kind, model, public, config, device, num_clips=12):
     return fed.unexplained(model, clip_batch(model, clips, config, device), config["seed"])
 
 
-def test_losses(model, splits, adapters, config, device):
+def test_losses(model, splits, twins, config, device):
     """Validation loss on every client's test clips under every method, {method: {mean, ci95, n}}; clip by clip, the
     difference to the method before and the ratio to the first, from which what clips differ in is gone."""
     losses, batches = {}, {name: clip_batch(model, split["test"], config, device) for name, split in splits.items()}
-    for method, vectors in adapters.items():
+    for method, own in twins.items():
         losses[method] = []
         for name, batch in batches.items():
-            losses[method] += fed.validation_loss(adapted(model, vectors[name]), batch, config["seed"], 4).tolist()
+            losses[method] += fed.validation_loss(own[name], batch, config["seed"], 4).tolist()
     table = {m: metrics.mean_ci(v) for m, v in losses.items()}
     methods = list(losses)
     for better, worse in zip(methods[1:], methods):
@@ -1244,8 +1244,8 @@ def personalize_own(args, config, device):
                                **personal_settings(model, judges, config))
     output = args.output or "me.pt"
     save_torch({"adapter": own}, output)
-    adapters = {"global adapter": {"me": start}, "personal adapter": {"me": own}}
-    losses = test_losses(model, {"me": split}, adapters, config, device)
+    twins = {"global adapter": {"me": adapted(model, start)}, "personal adapter": {"me": adapted(model, own)}}
+    losses = test_losses(model, {"me": split}, twins, config, device)
     for name, loss in losses.items():
         print(f"validation loss on {loss['n']} held-out pieces, {name}: {written(loss)}")
     print(f"{output}: the adapter of {len(split['train'])} pieces of 2 s; --action generate --adapter {output} speaks with it")

@@ -101,9 +101,11 @@ def _ffmpeg(*arguments, blocks=()):
     return output
 
 
-def _decode(path, size):
-    """Frames uint8 [f, 3, size, size] and audio int16 [640 f] of a video file; ValueError with the reason."""
-    scale = f'scale={size}:{size}:force_original_aspect_ratio=increase:flags=area+accurate_rnd+full_chroma_int'
+def _decode(path, size, crop):
+    """Frames uint8 [f, 3, size, size], the middle `crop` of each side, and audio int16 [640 f] of a video file; ValueError
+    with the reason."""
+    whole = round(size / crop)
+    scale = f'scale={whole}:{whole}:force_original_aspect_ratio=increase:flags=area+accurate_rnd+full_chroma_int'
     picture = ['-vf', f'fps={FPS}:start_time=0,{scale},crop={size}:{size}', '-pix_fmt', 'rgb24', '-f', 'rawvideo']
     with tempfile.TemporaryDirectory() as folder:
         video, sound = Path(folder, 'video'), Path(folder, 'sound')
@@ -131,9 +133,9 @@ def load_speech(path):
     return audio
 
 
-def load_image(path, size):
-    """Picture uint8 [3, size, size], cut to its central square, and whether much of it was cut off; ValueError if the file
-    is no picture."""
+def load_image(path, size, crop=1.0):
+    """Picture uint8 [3, size, size], the middle `crop` of its central square, and whether the picture was far from square;
+    ValueError if the file is no picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith('I'):                           # 16 bits a pixel, which convert() would clip to white
@@ -143,7 +145,7 @@ def load_image(path, size):
         reason = 'no such image' if isinstance(error, FileNotFoundError) else 'not an image that can be read'
         raise ValueError(f'{reason}: {path}') from None
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'grey'), image).convert('RGB')
-    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, bleed=(1 - crop) / 2)
     return np.asarray(square).transpose(2, 0, 1).copy(), max(image.size) > 1.1 * min(image.size)
 
 
@@ -183,10 +185,12 @@ def sound_lag(path, audio):
 # ---- datasets
 
 class TalkingHeads:
-    """All usable clips below `root` at `size` pixels, by person; ValueError when there is no dataset or nothing usable."""
+    """All usable clips below `root`, the middle `crop` of each side at `size` pixels, by person; ValueError when there is
+    no dataset or nothing usable."""
 
-    def __init__(self, root, size=64, min_frames=10, max_frames=None, cache=None, progress=False):
+    def __init__(self, root, size=64, min_frames=10, max_frames=None, cache=None, progress=False, crop=1.0):
         self.root, self.size, self.min_frames, self.max_frames = Path(root), size, min_frames, max_frames
+        self.crop = crop
         if not self.root.is_dir():
             siblings = [p.name for p in self.root.parent.glob('*') if p.is_dir()]
             near = difflib.get_close_matches(self.root.name, siblings, 1, 0)
@@ -227,11 +231,11 @@ class TalkingHeads:
 
     def _arrays(self, path):
         """Log-mel, audio and frames out of the cache, where one file a clip holds them in this order."""
-        status, owner = path.stat(), f'{_digest(path.resolve())}-{self.size}'
+        status, owner = path.stat(), f'{_digest(path.resolve())}-{self.size}-{self.crop:g}'
         state = _digest((status.st_mtime_ns, status.st_size, MEL_FLOOR, MEL_MEAN, MEL_STD))
         cached = self.cache / f'{owner}-{state}.clip'
         if not cached.exists():
-            frames, audio = _decode(path, self.size)
+            frames, audio = _decode(path, self.size, self.crop)
             for stale in self.cache.glob(f'{owner}-*.clip'):
                 stale.unlink(missing_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.cache, delete=False) as file:

@@ -29,8 +29,10 @@ from einops import rearrange
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from scipy import stats
+from scipy.ndimage import gaussian_filter1d
 from torch import nn
 from torchvision.models import inception
+from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- pictures and clips
@@ -492,8 +494,8 @@ class Judges(nn.Module):
                                     nn.Conv1d(96, 128, 4, 2, 1), nn.BatchNorm1d(128), nn.ReLU(), nn.Flatten(),
                                     nn.Dropout(0.2), nn.Linear(128 * 5, dim))
         self.trace_head = nn.Linear(dim, 5)                           # training only: the opening over a window
-        self.register_buffer("mouth_axes", torch.zeros(64, 4))        # of `_canonical_axes`
-        self.register_buffer("speech_axes", torch.zeros(144, 4))
+        self.register_buffer("mouth_axes", torch.zeros(80, 16))        # of `_fit_sync`
+        self.register_buffer("speech_axes", torch.zeros(244, 16))
         self.scores, self.has_opening = {}, False
 
     def get_extra_state(self):
@@ -551,10 +553,10 @@ class Judges(nn.Module):
         return F.normalize(x, dim=-1).unflatten(0, windows.shape[:2])
 
     def watch(self, frames):
-        """How a clip's mouth moves, along the axes that sync is judged by: [f, 3, h, w] -> [f - 4, 4]."""
+        """How a clip's mouth moves, along the axes that sync is judged by: [f, 3, h, w] -> [f - 4, 16]."""
         if len(frames) < 6:
             raise ValueError("lip sync needs at least 6 frames with their sound")
-        return _mouth_energy(mouth_region(_resize(frames, 64))) @ self.mouth_axes
+        return _mouth_features(frames) @ self.mouth_axes
 
     def lip_sync(self, frames, mel):
         """`sync_scores` of a clip, frames [f, 3, h, w] or what `watch` made of them, with its log-mel [4 f, 40];
@@ -563,43 +565,64 @@ class Judges(nn.Module):
         t = min(len(video), len(mel) // 4 - 4)
         if t < 2:
             raise ValueError("lip sync needs at least 6 frames with their sound")
-        return sync_scores(video[:t], _speech_energy(_windows(mel)[:t].to(video)) @ self.speech_axes)
+        return sync_scores(video[:t], _speech_features(_windows(mel)[:t].to(video)) @ self.speech_axes)
 
 
-def _mouth_energy(frames):
-    """Log of how much each of 4 x 4 places changes within windows of 5 frames: [f, 3, 28, 28] -> [f - 4, 64]."""
-    energy = torch.log(0.01 + F.avg_pool2d(frames.mean(1).diff(dim=0).abs(), 7)).flatten(1)
-    return energy.unfold(0, 4, 1).flatten(1)
+def _mouth_features(frames):
+    """What each of 4 x 4 places does: how bright it is, and log of how much it changes within windows of 5 frames, in a
+    picture so smooth that little but the jaw's and the lips' movement is left: [f, 3, h, w] -> [f - 4, 80]."""
+    grey = gaussian_blur(_resize(frames, 64).mean(1), 17, 4.0)
+    places = lambda x: F.avg_pool2d(mouth_region(x), 7).flatten(1)
+    energy = torch.log(0.005 + places(grey.diff(dim=0).abs())).unfold(0, 4, 1).flatten(1)
+    return torch.cat([30 * swift(places(grey)[2:-2]), 0.3 * energy], 1)                   # of about the same spread
 
 
-def _speech_energy(windows):
-    """Levels of 8 bands and how much they change in 40 ms, every 20 ms: log-mel [t, 20, 40] -> [t, 144]."""
+def _speech_features(windows):
+    """Levels of 10 bands every 20 ms, then of 8 bands with how much they change in 40 ms: [t, 20, 40] -> [t, 244]."""
     bands = F.avg_pool1d(windows, 5)                                                       # [t, 20, 8]
     changes = (bands[:, 4:] - bands[:, :-4]).abs()
-    return torch.cat([F.avg_pool1d(x.mT, 2).flatten(1) for x in (bands, changes)], 1)
+    return torch.cat([swift(F.avg_pool2d(windows, (2, 4)).flatten(1)),
+                      *(F.avg_pool1d(x.mT, 2).flatten(1) for x in (bands, changes))], 1)
 
 
-def _canonical_axes(video, audio, num_axes=4):
-    """Axes [d, 4] and [e, 4] along which centred features [n, d] and [n, e] correlate most (Hotelling 1936), scaled by
-    the root of their correlation and found within the 20 and 12 leading principal axes."""
-    def whiten(x, rank):
-        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-        return vectors[:, -rank:] / (values[-rank:] + 0.1 * values[-rank:].mean() + 1e-9).sqrt()
-    whites = whiten(video, 20), whiten(audio, 12)
-    u, correlation, vt = torch.linalg.svd(whites[0].T @ (video.T @ audio) @ whites[1] / len(video))
-    return [white @ axes[:, :num_axes] * correlation[:num_axes].sqrt() for white, axes in zip(whites, (u, vt.T))]
+def swift(x):
+    """What is left of [t, d] without its slow changes: heads turn and lights shift, but mouths are faster."""
+    return x - torch.from_numpy(gaussian_filter1d(x.detach().cpu().numpy(), 8, axis=0)).to(x)
+
+
+def shrunk_ridge(x, y):
+    """Matrix [d, k] that best tells y from x, ridge regression over clips, x a list of [t, d], y of [t, k], centred.
+
+    Each column is as strong as what x explains there beyond chance asks for (empirical Bayes by moments): with X^T X =
+    V s V^T and z = V^T X^T y, E z^2 = s^2 real + chance. Of chance only that clips are independent is assumed: it is the
+    sum of the clips' own squares (the clustered covariance of Liang & Zeger 1986), however slowly x and y change.
+    """
+    whole = torch.cat(x)
+    strength, axes = torch.linalg.eigh(whole.T @ whole)
+    strength, z, chance = strength.clamp(min=0)[:, None], 0.0, 0.0
+    for a, b in zip(x, y):
+        own = axes.T @ (a.T @ b)
+        z, chance = z + own, chance + own.square()
+    real = ((z.square() - chance).sum(0) / strength.square().sum()).clamp(min=0)
+    noise = chance.sum(0) / strength.sum()
+    return axes @ (z * real / (strength * real + noise).clamp(min=1e-12))
 
 
 @torch.no_grad()
-def _fit_energies(judges, clips):
-    """Fit the judges' axes to the training clips, each clip's features less their mean."""
-    pairs = []
+def _fit_sync(judges, clips):
+    """Fit the axes that sync is judged by: what the speech of clips tells of their mouths, whitened, along the directions
+    of which it tells most (reduced-rank regression, Izenman 1975)."""
+    mouths, speeches, num_axes = [], [], judges.mouth_axes.shape[1]
     for clip in clips:
-        mouths = mouth_region(_resize(torch.from_numpy(np.array(clip.frames)) / 255, 64))
-        sides = _mouth_energy(mouths), _speech_energy(_windows(clip.mel))
-        pairs.append([side.double() - side.double().mean(0) for side in sides])
-    axes = _canonical_axes(*(torch.cat(side) for side in zip(*pairs)))
-    judges.mouth_axes, judges.speech_axes = (side.float() for side in axes)
+        frames = torch.from_numpy(np.array(clip.frames)) / 255
+        for side, features in ((mouths, _mouth_features(frames)), (speeches, _speech_features(_windows(clip.mel)))):
+            side.append(features.double() - features.double().mean(0))
+    values, vectors = torch.linalg.eigh(torch.cat(mouths).T.cov(correction=0))
+    white = vectors / (values + values.mean()).sqrt() @ vectors.T
+    told = shrunk_ridge(speeches, [mouth @ white for mouth in mouths])                     # [244, 80]
+    u, size, vt = torch.linalg.svd(told, full_matrices=False)
+    judges.mouth_axes.copy_(white @ vt[:num_axes].T * size[:num_axes].sqrt())
+    judges.speech_axes.copy_(u[:, :num_axes] * size[:num_axes].sqrt())
 
 
 def sync_scores(video, audio):
@@ -721,7 +744,7 @@ def train_judges(people, steps=320, seed=0, num_frames=40, batch_size=8, progres
             optimiser.step()
             if progress:
                 progress(share, {name: loss.item() for name, loss in losses.items()})
-    _fit_energies(judges, [clip for _, clip in clips])
+    _fit_sync(judges, [clip for _, clip in clips])
     judges.eval().requires_grad_(False)
     judges.has_opening = any(clip.opening is not None for _, clip in clips)
     judges.scores = score_judges(judges, {name: own for name, own in people.items() if name not in trained})

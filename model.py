@@ -15,6 +15,8 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from metrics import shrunk_ridge, swift
+
 CONDITIONS = ("speech", "identity", "text")
 KNOWN_FRAMES = 4  # that a window of a long clip takes over from the window before
 
@@ -332,10 +334,10 @@ class CrossAttention(nn.Module):
         self.to_out = zero_linear(dim)
 
     def forward(self, x, conditions, num_frames):
-        """x [(b f) n c]; conditions {name: (tokens, scale [b])}, tokens b m d for the whole clip or b f m d by frame."""
+        """x [(b f) n c]; conditions {name: (tokens, scale [b], ...)}, tokens b m d for the clip or b f m d by frame."""
         q, found = self.to_q(self.norm(x)), 0.0
         for name in self.to_k:
-            tokens, scale = conditions[name]
+            tokens, scale, _ = conditions[name]
             shared = num_frames if tokens.dim() == 3 else 1  # frames that look at the same tokens
             tokens = tokens.flatten(0, -3)
             h = attend(rearrange(q, "(b f) n c -> b (f n) c", f=shared), self.to_k[name](tokens), self.to_v[name](tokens),
@@ -417,7 +419,7 @@ class TalkingUNet(nn.Module):
         """What scales and shifts each frame [(b f) d]: its time t [b f] in [0, 1], and the summaries of speech and text."""
         temb = self.time_mlp(sinusoid(1000 * t.flatten(), self.frequencies)).unflatten(0, t.shape)  # b f d
         for name, layer in self.modulation.items():
-            tokens, scale = conditions[name]
+            tokens, scale, _ = conditions[name]
             summary = layer(tokens[..., -1, :]) * scale.view(-1, *[1] * (tokens.dim() - 2))
             temb = temb + (summary if summary.dim() == 3 else summary[:, None])
         return F.silu(temb.flatten(0, 1))
@@ -576,15 +578,21 @@ def neighbourly(x):
     return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 
+def sounds_of(mel):
+    """What a linear model hears: levels of a quarter as many bands, every 20 ms, mel [... f n m] -> [... f d]."""
+    return F.avg_pool2d(mel, (2, 4)).flatten(-2)
+
+
 class GaussianPrior(nn.Module):
-    """Clips x0 [b f c h w] as a Gaussian: how x0 varies together over places and times, what words add to its mean, which
-    is zero without, and the best linear denoiser that follows from it.
+    """Clips x0 [b f c h w] as a Gaussian: how x0 varies together over places and times, what speech and words add to its
+    mean, which is zero without, and the best linear denoiser that follows from it.
 
     Cov = K (x) (modes diag(variance) modes^T + rest (I - modes modes^T)), K the autocorrelation over frames.
     """
 
-    def __init__(self, num_values, num_modes, num_words, num_lags=25):
+    def __init__(self, num_values, num_modes, num_words, num_sounds, num_lags=25):
         super().__init__()
+        self.register_buffer("heard", torch.zeros(num_sounds + 1, num_values))  # the last row is a constant
         self.register_buffer("said", torch.zeros(num_words, num_modes))  # row 0 is no word
         self.register_buffer("modes", torch.eye(num_values, num_modes))
         self.register_buffer("variance", torch.ones(num_modes))
@@ -605,27 +613,29 @@ class GaussianPrior(nn.Module):
         self.correlation.copy_(torch.stack(lags[: len(self.correlation)]))
 
     @torch.no_grad()
+    def fit_speech(self, clips, mels):
+        """Measure what speech adds: to each value of clips x0 [f c h w], from what each frame hears, mels [f n m].
+
+        Slow changes say nothing of speech; what speech explains is no longer left to chance.
+        """
+        sounds, values = [sounds_of(mel) for mel in mels], [swift(x0.flatten(1)) for x0 in clips]
+        average, sounds = torch.cat(sounds).mean(0), [swift(sound) for sound in sounds]
+        told = shrunk_ridge([x.double() for x in sounds], [y.double() for y in values]).to(average)
+        self.heard.copy_(torch.cat([told, -average[None] @ told]))
+        true, said = torch.cat(values) @ self.modes, torch.cat(sounds) @ told @ self.modes
+        self.variance.sub_((true.square() - (true - said).square()).mean(0).clamp(min=0)).clamp_(min=1e-6)
+
+    @torch.no_grad()
     def fit_words(self, means, words, reference_words):
         """Measure what words add: means [n c h w] over time of clips whose prompts are `words` [n k], as seen from pictures
-        out of clips whose prompts are `reference_words` [n k].
-
-        Ridge regression on the difference in words, in each mode as strong as what words explain there beyond chance asks
-        for (empirical Bayes by moments: with A^T A = V s V^T and z = V^T A^T y, E z^2 = s^2 real + s chance).
-        """
-        said, shown = (F.one_hot(ids, len(self.said)).sum(1)[:, 1:].float() for ids in (words, reference_words))  # n words
-        asked = said - shown
+        out of clips whose prompts are `reference_words` [n k]."""
+        said, shown = (F.one_hot(ids, len(self.said)).sum(1)[:, 1:].double() for ids in (words, reference_words))
         values = means.flatten(1) @ self.modes  # n modes
-        strength, directions = torch.linalg.eigh(asked.T @ asked)
-        strength = strength.clamp(min=0)[:, None]
-        seen = directions.T @ asked.T @ values  # words modes
-        left = values.square().sum(0) - (seen.square() / strength.clamp(min=1e-3)).sum(0)
-        chance = left.clamp(min=1e-6) / max(1, len(values) - int((strength > 1e-3).sum()))
-        real = ((seen.square() - strength * chance).sum(0) / strength.square().sum().clamp(min=1e-6)).clamp(min=0)
-        self.said[1:] = directions @ (seen * real / (strength * real + chance))
+        self.said[1:] = shrunk_ridge(list((said - shown)[:, None]), list(values.double()[:, None]))
 
-    def expected(self, words, shape):
-        """The mean of x0 [b c h w] for words [b k]."""
-        return (self.said[words].sum(1) @ self.modes.T).view(len(words), *shape)
+    def means(self, mel, words):
+        """What speech mel [b f n m] and words [b n] add to the mean: [b f d] and [b 1 d]."""
+        return (sounds_of(mel) @ self.heard[:-1] + self.heard[-1], self.said[words].sum(1, keepdim=True) @ self.modes.T)
 
     def mean_variance(self):
         """Variance of x0, averaged over places."""
@@ -634,7 +644,7 @@ class GaussianPrior(nn.Module):
 
     def denoise(self, xt, signal, noise, mean):
         """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b f 1 1 1]: frames of less noise inform the others), of
-        clips with mean [b 1 c h w], and the deviation [b f c h w] that it leaves at each place.
+        clips whose mean is `mean` [b f d], and the deviation [b f c h w] that it leaves at each place.
 
         In a mode of variance v, frames less their mean are N(0, v K): the gain is v K S (v S K S + N^2)^-1, with S and N the
         coefficients. With N^-1 S K S N^-1 = U diag(snr) U^T it is K S N^-1 U diag(v / (v snr + 1)) U^T N^-1: one
@@ -650,6 +660,7 @@ class GaussianPrior(nn.Module):
         shrink = variance / (variance * snr.clamp(min=0)[..., None] + 1)  # b g k+1
         left = (between.diagonal()[:, None] * variance - back.square() @ (variance * shrink)).clamp(min=0)  # b f k+1
         signal, apart, back, shrink, left = (x.to(xt) for x in (signal.view(shape), apart, back, shrink, left))
+        mean = mean.view_as(xt)
         flat = apart @ (xt - signal * mean).flatten(2)  # b g d
         guess = (flat @ self.modes * (shrink[..., :-1] - shrink[..., -1:])) @ self.modes.T + flat * shrink[..., -1:]
         deviation = (left[..., -1:] + (left[..., :-1] - left[..., -1:]) @ (self.modes**2).T).clamp(min=0).sqrt()  # b f d
@@ -682,7 +693,9 @@ class TalkingHead(nn.Module):
         self.diffusion = Diffusion(**diffusion)
         self.side = size // self.autoencoder.factor
         num_values = self.motion_channels * self.side**2
-        self.prior = GaussianPrior(num_values, min(prior_modes, num_values), self.text_encoder.table.num_embeddings)
+        num_sounds = 2 * speech["window"] * (speech["num_mels"] // 4)
+        self.prior = GaussianPrior(num_values, min(prior_modes, num_values), self.text_encoder.table.num_embeddings,
+                                   num_sounds)
         self.register_buffer("spread", torch.ones(self.motion_channels, 1, 1))
         self.register_buffer("reference_spread", torch.ones(latent_channels, 1, 1))
 
@@ -699,6 +712,11 @@ class TalkingHead(nn.Module):
             variance = torch.pca_lowrank(flat, q=min(64, *flat.shape), center=False, niter=4)[1] ** 2 / len(flat)
             self.spread[part] = (variance.square().sum() / variance.sum()).sqrt()
         self.prior.fit(motion / self.spread)
+
+    def learn_speech(self, motions, mels):
+        """Measure what the sound of each clip, a list of [f n m], adds to its motion [f m h w], not yet spread."""
+        self.prior.fit_speech([motion.to(self.spread) / self.spread for motion in motions],
+                              [mel.to(self.spread) for mel in mels])
 
     def learn_expressions(self, views):
         """Measure what each word of a prompt adds to the mean motion, on views of clips that do not show it (data.View)."""
@@ -731,31 +749,31 @@ class TalkingHead(nn.Module):
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))
 
     def conditions(self, mel, reference, words, scales=None):
-        """{name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or several [b n 3 H W], and words [b n]; and
-        beside them "expected", the mean [b 1 m h w] that words give the prior at text's scale.
+        """{name: (tokens, scale [b], mean [b 1 d] or [b f d])} of mel [b f n m], reference [b 3 H W] or several
+        [b n 3 H W], and words [b n]: mean is what the condition adds to the prior's.
 
         `scales` {name: number or [b]} are 1 where not given; a clip without words has none of text's.
         """
         said = (words > 0).any(1).float()
         scale = {name: torch.ones_like(said) * (scales or {}).get(name, 1.0) for name in CONDITIONS}
-        expected = self.prior.expected(words, (1, self.motion_channels, self.side, self.side))
-        return {"speech": (self.speech_encoder(mel), scale["speech"]),
-                "identity": (self.identity_encoder(reference), scale["identity"]),
-                "text": (self.text_encoder(words), scale["text"] * said),
-                "expected": scale["text"].view(-1, 1, 1, 1, 1) * expected}
+        spoken, worded = self.prior.means(mel, words)
+        return {"speech": (self.speech_encoder(mel), scale["speech"], spoken),
+                "identity": (self.identity_encoder(reference), scale["identity"], torch.zeros_like(worded)),
+                "text": (self.text_encoder(words), scale["text"] * said, worded)}
 
     def forward(self, xt, t, conditions, reference_latents):
         """What the network states, in the diffusion's parametrisation, for integer t [b] or, by frame, [b f].
 
         For x0 the UNet sees the prior's linear guess and corrects it, by as much as the prior leaves open at each place
-        (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is what words let
-        expect, zero without any, and frames without noise (t = -1) are as given: the others go on from them.
+        (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is what speech and
+        words let expect, zero without any, and frames without noise (t = -1) are as given: the others go on from them.
         """
         t = t if t.dim() == 2 else t[:, None].expand(xt.shape[:2])
         guess, deviation = xt, None
         if self.diffusion.prediction == "x0":
             with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
-                guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt), conditions["expected"])
+                mean = sum(scale[:, None, None] * mean for _, scale, mean in conditions.values()).expand(*xt.shape[:2], -1)
+                guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt), mean)
         shown = conditions["identity"][1].view(-1, 1, 1, 1)  # identity of scale 0 hides the picture, too
         output = self.unet(guess, (t.float() + 1) / self.diffusion.num_steps, conditions,
                            shown * reference_latents / self.reference_spread)
@@ -778,9 +796,8 @@ class TalkingHead(nn.Module):
         among many steps every second one takes that difference from the step before.
         """
         k, speech, lead = known.shape[1], conditions["speech"], 0.0
-        silent = conditions | {"speech": (speech[0], torch.zeros_like(speech[1]))}
+        silent = conditions | {"speech": (speech[0], torch.zeros_like(speech[1]), speech[2])}
         both = {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name])) for name in CONDITIONS}
-        both |= {"expected": torch.cat([conditions["expected"]] * 2)}
         every = 2 if guidance > 1 and num_steps > 3 else 1
         compared = self.diffusion.timesteps(num_steps)[::every].tolist() if guidance != 1.0 else []
 
@@ -795,32 +812,45 @@ class TalkingHead(nn.Module):
             lead = said - unsaid
             return unsaid + guidance * lead
 
-        return torch.cat([known, self.diffusion.sample(network, noise, num_steps, solver)[:, k:]], dim=1)
+        new = self.diffusion.sample(network, noise, num_steps, solver)[:, k:]
+        return torch.cat([known, glide(known[:, -1:], new)], dim=1) if k else new
 
     @torch.inference_mode()
-    def stream(self, reference, mel, words, generator, num_steps, guidance=1.0, solver="dpm", scales=None, window=None):
+    def stream(self, reference, mel, words, generator, num_steps, guidance=1.0, solver="dpm", scales=None, window=None,
+               emphasis=1.0):
         """Frames [b w 3 H W] in [-1, 1], a window at a time, of `reference` [b 3 H W] speaking `mel` [b f n m].
 
         The first of several references [b n 3 H W] is the one that moves; words [b n] are the prompt's; guidance > 1
-        exaggerates the effect of speech (Ho & Salimans 2022) at twice the cost. Every window goes on from the last
+        exaggerates the effect of speech (Ho & Salimans 2022) at twice the cost; emphasis > 1 how far what the prior's mean
+        takes from speech is from its average, after sampling and at no cost. Every window goes on from the last
         KNOWN_FRAMES of the one before and is anchored on the reference again: memory does not grow with the clip, and
         neither does what goes wrong. The first is half as long, so that its frames come sooner.
         """
         first = reference if reference.dim() == 4 else reference[:, 0]
         latents, (num_clips, num_frames) = self.autoencoder.encode(first), mel.shape[:2]
         known, start = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:]), 0
+        spoken, _ = self.prior.means(mel, words)
+        spoken = (emphasis - 1) * (spoken - spoken.mean(1, keepdim=True)).unflatten(-1, known.shape[2:])
         while start < num_frames:
-            said = mel[:, start - known.shape[1]:][:, :window if start or not window else window // 2]
-            noise = torch.randn(num_clips, said.shape[1], *known.shape[2:], generator=generator).to(latents.device)
-            conditions = self.conditions(said, reference, words, scales)
+            heard = mel[:, start - known.shape[1]:][:, :window if start or not window else window // 2]
+            noise = torch.randn(num_clips, heard.shape[1], *known.shape[2:], generator=generator).to(latents.device)
+            conditions = self.conditions(heard, reference, words, scales)
             x0 = self.sample(conditions, latents, noise, known, num_steps, guidance, solver)
             new = x0[:, known.shape[1]:]
-            yield self.decode(new, first).clamp(-1, 1)
+            said = conditions["speech"][1].view(-1, 1, 1, 1, 1) * spoken[:, start:start + new.shape[1]]
+            yield self.decode(new + said, first).clamp(-1, 1)
             known, start = x0[:, -KNOWN_FRAMES:], start + new.shape[1]
 
     def generate(self, *args, **kwargs):
         """The whole of `stream` [b f 3 H W]; without `window`, in one."""
         return torch.cat(list(self.stream(*args, **kwargs)), dim=1)
+
+
+def glide(last, new):
+    """New frames [b n ...] that go on from `last` [b 1 ...]: the first is moved to where the second's step leads, and the
+    others by ever less of that (inertialisation, Bollo 2018)."""
+    gap = last + new[:, :2][:, -1:] - 2 * new[:, :1]
+    return new + gap * (0.6 ** torch.arange(new.shape[1], device=new.device)).view(1, -1, *[1] * (new.dim() - 2))
 
 
 class EMA:

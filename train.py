@@ -45,7 +45,7 @@ NUM_REFERENCES = 3  # frames of each training clip that serve as its reference p
 
 # What a key may hold, where its type does not say it: (least, greatest) or the choices.
 LIMITS = {
-    "data.size": (16, 1024), "data.window": (5, 25), "data.clients": (2, 10**6), "data.unseen": (0, 10**6),
+    "data.size": (16, 1024), "data.crop": (0.1, 1), "data.window": (5, 25), "data.clients": (2, 10**6), "data.unseen": (0, 10**6),
     "data.synthetic.seconds": (0.8, 60), "data.synthetic.unreliable": (0, 1),
     "data.synthetic.clips_per_client": (3, 10**4), "data.synthetic.public_people": (2, 10**6),
     "data.synthetic.clips_per_public": (1, 10**4), "model.diffusion.num_steps": (2, 10**5),
@@ -62,7 +62,7 @@ LIMITS = {
     "privacy.delta": (1e-300, 0.5), "privacy.noise": ("distributed", "server", "local"),
     "privacy.min_honest": (1, 10**6), "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1),
     "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6), "sampling.num_steps": (1, 1000),
-    "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100),
+    "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100), "sampling.emphasis": (0, 1000),
     "evaluate.num_frames": (6, 10**5),
     "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
     "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.reliability": ("generated", "explained"),
@@ -222,7 +222,7 @@ def load_people(config):
         data.make_synthetic(root, s["public_people"], settings["clients"], settings["unseen"], s["clips_per_public"],
                             s["clips_per_client"], s["seconds"], settings["size"], s["unreliable"], config["seed"],
                             progress=True)
-    dataset = data.TalkingHeads(root, settings["size"], progress=True)
+    dataset = data.TalkingHeads(root, settings["size"], progress=True, crop=settings["crop"])
     for path, reason in dataset.skipped:
         tqdm.write(f"skipped {path}: {reason}")
     roles = data.split_people(list(dataset.people), settings["clients"], settings["unseen"], config["seed"])
@@ -376,6 +376,10 @@ def train_unet(model, public, config, device, partial):
     if state is None:
         batches = [draw(32, min(24, min(len(c.frames) for c in clips)), generator) for _ in range(16)]
         model.set_statistics(*(torch.cat([b[k] for b in batches]) for k in ("motion", "reference_latents")))
+        if config["model"]["prior_speech"]:
+            some, window = clips[::max(1, len(clips) // 512)], model.speech_encoder.window
+            model.learn_speech([views[clip.path][0].motion for clip in some],
+                               [torch.from_numpy(data.audio_windows(clip.mel, window)) for clip in some])
         model.learn_expressions([own[-1] for own in views.values() if own[-1].prompt])
         train_speech(model, batches, settings, generator)
         del batches  # of many more clips than a step
@@ -444,7 +448,7 @@ def train_backbone(config, people, device, path):
 def backbone(config, people, device, cache):
     """Judges and pretrained model as a dict of states, from the cache if the same public data and settings made them."""
     recipe = {k: config[k] for k in ("seed", "model", "judges", "backbone")}
-    recipe["data"] = {k: config["data"][k] for k in ("size", "window")}  # what the clients are like is no part of it
+    recipe["data"] = {k: config["data"][k] for k in ("size", "crop", "window")}  # what the clients are like is no part of it
     clips = [(c.path.name, c.path.stat().st_size) for own in people["public"].values() for c in own]
     code = "".join(Path(module.__file__).read_text() for module in (talking, metrics))
     key = hashlib.sha256(json.dumps([recipe, clips, code], sort_keys=True).encode()).hexdigest()[:16]
@@ -562,9 +566,10 @@ def score(judges, networks, frames, case, gallery):
     """
     values, reasons = metrics.score_clip(frames, case["truth"], case["audio"], networks, judges)
     values["id_accuracy*"] = float(int((gallery @ frames.by(judges.identity).mean(0)).argmax()) == case["own"])
-    right, *wrong = (judges.lip_sync(frames.by(judges.watch), mel)["sync"] for mel in case["spoken"])
-    # a still mouth prefers none, and gets a half for guessing
-    values["sync_accuracy*"] = float(np.mean([0.5 + 0.5 * np.sign(round(right - other, 3)) for other in wrong]))
+    own, *others = case["spoken"]
+    leads = [np.subtract(*(judges.lip_sync(frames.by(judges.watch), mel[:len(other)])["sync"] for mel in (own, other)))
+             for other in others]
+    values["sync_accuracy*"] = float(np.mean(0.5 + 0.5 * np.sign(np.round(leads, 3))))  # a still mouth is guessed about
     if judges.has_opening and case["opening"] is not None:
         values["mouth_correlation*"] = float(metrics.mouth_correlation(frames.by(judges.opening), case["opening"]))
     return values, reasons
@@ -591,11 +596,10 @@ def test_cases(model, judges, clients, config, device):
             length = case["mel"].shape[1]
             case["audio"] = clip.audio[:length * data.SAMPLES_PER_FRAME]
             case["opening"] = None if clip.opening is None else torch.from_numpy(clip.opening[:length])
-            others = [c for part in split.values() for c in part if c is not clip and len(c.frames) >= length]
-            mels = [c.mel[:4 * length] for c in (clip, *others)]
-            # where no other clip is as long: its own sound, shifted
-            case["spoken"] = mels if others else [*mels, np.roll(mels[0], 2 * length, 0)]
-            case["rival"] = torch.from_numpy(data.audio_windows(case["spoken"][1], window)).to(device)[None]
+            others = sorted((c for part in split.values() for c in part if c is not clip), key=lambda c: -len(c.frames))
+            case["spoken"] = [c.mel[:4 * length] for c in (clip, *others)]
+            rival = np.resize(others[0].mel, clip.mel[:4 * length].shape)  # again from its start where it is shorter
+            case["rival"] = torch.from_numpy(data.audio_windows(rival, window)).to(device)[None]
             case["truth"] = metrics.Seen(fed.unit_range(case["frames"])[0])
             cases.append(case)
     return cases, F.normalize(torch.stack(faces), dim=1)
@@ -1138,13 +1142,13 @@ def speak(args, config, device):
     for flag in ("reference", "speech"):
         if not getattr(args, flag):
             raise ValueError(f"--action generate needs --{flag}")
-    output, size = args.output or "talk.mp4", config["data"]["size"]
+    output = args.output or "talk.mp4"
     model, judges = speaker(args, config, device)
     unknown = set(talking.split_words(args.prompt)).difference(model.text_encoder.words)
     if unknown:
         print(f"--prompt: not known and ignored: {', '.join(sorted(unknown))}; "
               f"known: {', '.join(model.text_encoder.words) or 'none, the dataset had no prompts'}")
-    case = {"reference": torch.stack([pixels(p, device) for p in see(args.reference, size)])[None],
+    case = {"reference": torch.stack([pixels(p, device) for p in see(args.reference, config["data"])])[None],
             "words": model.text_encoder.ids([args.prompt]).to(device)} | hear(args, config, device)
     sampling = config["sampling"] | {"num_steps": args.steps or config["sampling"]["num_steps"]}
     sampling["scales"] = {name: getattr(args, f"{name}_scale") for name in talking.CONDITIONS}
@@ -1185,10 +1189,10 @@ def speaker(args, config, device):
     return model, judges
 
 
-def see(paths, size):
+def see(paths, settings):
     """The pictures at `paths`, uint8 [3 H W]; says which ones lost their sides."""
     for path in paths:
-        picture, cropped = data.load_image(path, size)
+        picture, cropped = data.load_image(path, settings["size"], settings["crop"])
         if cropped:
             print(f"{path}: not square: its centre is used; crop it around the face if that is elsewhere")
         yield picture
@@ -1230,7 +1234,7 @@ def personalize_own(args, config, device):
     if not args.clips or not args.resume:
         raise ValueError("--action personalize needs --clips FOLDER and --resume runs/NAME")
     run = Path(args.resume)
-    dataset = data.TalkingHeads(args.clips, config["data"]["size"], progress=True)
+    dataset = data.TalkingHeads(args.clips, config["data"]["size"], progress=True, crop=config["data"]["crop"])
     for path, reason in dataset.skipped:
         print(f"skipped {path}: {reason}")
     clips = data.cut([dataclasses.replace(clip, person="me") for clip in dataset.clips], 2.0)

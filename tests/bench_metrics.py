@@ -186,7 +186,7 @@ def validity(root, steps, max_clips):
     start = time.perf_counter()
     if not steps:
         judges = metrics.Judges().eval()
-        metrics._fit_energies(judges, [clip for n in public for clip in talkers.people[n]])
+        metrics._fit_sync(judges, [clip for n in public for clip in talkers.people[n]])
     else:
         with tqdm(total=100, desc="training the judges", disable=None) as bar:
             judges = metrics.train_judges({n: talkers.people[n] for n in public}, steps,
@@ -228,7 +228,7 @@ def sync_on_strangers(root, num_clients=8, num_unseen=5, num_folds=3):
     print("| people | clips | right speech of the person's | offset found, of -10..10 |\n|---|---|---|---|")
     for name, (known, strangers) in (splits | {"clients": (trained, clients), "unseen": (trained, unseen)}).items():
         judges = metrics.Judges().eval()
-        metrics._fit_energies(judges, [clip for n in known for clip in people[n]])
+        metrics._fit_sync(judges, [clip for n in known for clip in people[n]])
         wins, found = [], []
         for own in (people[n] for n in strangers):
             seen = [judges.watch(torch.from_numpy(np.array(clip.frames)) / 255) for clip in own]

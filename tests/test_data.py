@@ -131,6 +131,18 @@ def test_images_of_any_mode(tmp_path, mode):
         assert np.abs(picture.astype(int) - 200).max() <= 3
 
 
+def test_crop_keeps_the_middle_of_clips_and_pictures_alike(tmp_path):
+    """Red in the middle 32 of 64 pixels, blue around: half of each side is all red."""
+    frames, audio = np.zeros((12, 64, 64, 3), np.uint8), np.zeros(12 * SAMPLES_PER_FRAME, np.int16)
+    frames[..., 2], frames[:, 16:48, 16:48] = 255, (255, 0, 0)
+    data.write_video(tmp_path / 'anna' / '1.mp4', frames, audio, crf=1)
+    Image.fromarray(frames[0]).resize((96, 96), Image.Resampling.NEAREST).save(tmp_path / 'a.png')
+    for crop, blue in ((1.0, 192), (0.5, 0)):
+        picture, _ = data.load_image(tmp_path / 'a.png', 16, crop)
+        for shown in (picture, TalkingHeads(tmp_path, size=16, crop=crop).clips[0].frames[5]):
+            assert abs(int((shown[2] > shown[0]).sum()) - blue) <= 4 and shown.shape == (3, 16, 16)
+
+
 def test_no_image_is_named(tmp_path):
     (tmp_path / 'a.png').write_text('no picture')
     with pytest.raises(ValueError, match='a.png'):
@@ -170,7 +182,7 @@ def test_a_missing_dataset_names_its_neighbour(tmp_path):
 
 def test_a_file_is_decoded_once_until_it_changes(tmp_path, monkeypatch):
     decoded, decode = [], data._decode
-    monkeypatch.setattr(data, '_decode', lambda path, size: decoded.append(path.name) or decode(path, size))
+    monkeypatch.setattr(data, '_decode', lambda path, *how: decoded.append(path.name) or decode(path, *how))
     write_clip(tmp_path / 'anna' / '1.mp4', level=50)
     write_clip(tmp_path / 'anna' / '2.mp4', level=50)
     TalkingHeads(tmp_path, size=32)

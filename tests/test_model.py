@@ -97,7 +97,7 @@ def test_samplers_reach_a_known_gaussian_and_dpm_is_of_higher_order():
 @pytest.mark.parametrize("levels", [(0.6, 0.6, 0.6, 0.6), (1.0, 1.0, 0.6, 0.0), (1.0, 0.0, 0.0, 0.0)])
 def test_prior_is_the_conditional_mean_of_a_gaussian(levels):
     torch.manual_seed(0)
-    prior = talking.GaussianPrior(num_values=6, num_modes=3, num_words=2, num_lags=4)
+    prior = talking.GaussianPrior(num_values=6, num_modes=3, num_words=2, num_sounds=2, num_lags=4)
     modes, _ = torch.linalg.qr(torch.randn(6, 3))
     prior.modes.copy_(modes), prior.variance.copy_(torch.tensor([3.0, 1.0, 0.5])), prior.rest.fill_(0.1)
     prior.correlation.copy_(torch.tensor([1.0, 0.8, 0.5, 0.3]))
@@ -108,9 +108,9 @@ def test_prior_is_the_conditional_mean_of_a_gaussian(levels):
     noise = (1 - signal**2).sqrt()
     S, N = (torch.diag(c.repeat_interleave(6)) for c in (signal, noise))
     gain = covariance @ S @ torch.linalg.inv(S @ covariance @ S + N**2)
-    mean = torch.randn(1, 1, 6, 1, 1)
+    mean = torch.randn(1, 4, 6)
     guess, deviation = prior.denoise(xt, signal.view(1, 4, 1, 1, 1), noise.view(1, 4, 1, 1, 1), mean)
-    expected = mean.expand_as(xt).flatten()
+    expected = mean.flatten()
     assert torch.allclose(guess.flatten(), expected + gain @ (xt.flatten() - S @ expected), atol=1e-4)
     left = covariance - gain @ S @ covariance
     assert torch.allclose(deviation.flatten() ** 2, left.diagonal(), atol=1e-5)
@@ -121,7 +121,7 @@ def test_prior_finds_the_covariance_that_made_the_data():
     modes, _ = torch.linalg.qr(torch.randn(8, 2))
     walk = torch.randn(4000, 2, 2).cumsum(1) / torch.tensor([1.0, 2.0**0.5])[:, None]  # two frames, correlation 1 / sqrt 2
     x0 = (walk * torch.tensor([2.0, 1.0])) @ modes.T + 0.1 * torch.randn(4000, 2, 8)
-    prior = talking.GaussianPrior(8, 2, 2, num_lags=2)
+    prior = talking.GaussianPrior(8, 2, 2, 2, num_lags=2)
     prior.fit(x0.view(4000, 2, 8, 1, 1))
     assert torch.allclose(prior.variance, torch.tensor([4.01, 1.01]), rtol=0.06)
     assert float(prior.rest) == pytest.approx(0.01, rel=0.06) and float(prior.correlation[1]) == pytest.approx(0.70, abs=0.03)
@@ -131,16 +131,34 @@ def test_prior_finds_the_covariance_that_made_the_data():
 
 def test_words_are_found_where_they_act_and_nowhere_else():
     torch.manual_seed(0)
-    prior, effects = talking.GaussianPrior(4, 3, 5), torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 0]])
+    prior, effects = talking.GaussianPrior(4, 3, 5, 2), torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 0]])
     words, shown = torch.randint(0, 4, (400, 2)), torch.randint(0, 4, (400, 1))  # word 4 is never said
     means = effects[words].sum(1) - effects[shown].sum(1) + 0.5 * torch.randn(400, 3)
     prior.fit_words(F.pad(means, (0, 1))[:, :, None, None], words, shown)
     assert torch.allclose(prior.said[1:4, :2], effects[1:4, :2], atol=0.12) and not prior.said[[0, 4]].any()
     assert prior.said[:, 2].abs().max() < 0.03  # where words do nothing, chance is not taken for an effect
-    expected = prior.expected(torch.tensor([[1, 2], [0, 0]]), (4, 1, 1)).flatten(1)
-    assert torch.allclose(expected, torch.stack([prior.said[1] + prior.said[2], torch.zeros(3)]) @ prior.modes.T)
+    _, expected = prior.means(torch.zeros(2, 1, 2, 8), torch.tensor([[1, 2], [0, 0]]))
+    assert torch.equal(expected[:, 0], torch.stack([prior.said[1] + prior.said[2], torch.zeros(3)]) @ prior.modes.T)
     prior.fit_words(torch.randn(100, 4, 1, 1), words[:100], torch.zeros(100, 1, dtype=torch.long))  # says nothing of words
     assert prior.said.abs().max() < 0.25
+
+
+def test_what_speech_moves_is_found_in_its_modes_and_no_longer_left_to_chance():
+    torch.manual_seed(0)
+    prior, effect = talking.GaussianPrior(4, 3, 1, 10), torch.zeros(10, 3)
+    effect[4, 0], effect[7, 1] = 0.8, -0.6
+    mel = torch.randn(200, 12, 4, 20) + torch.randn(200, 1, 1, 1)  # windows of clips that differ in level
+    sounds = talking.sounds_of(mel)
+    x0 = sounds @ (effect / sounds.std()) + 3 * torch.randn(200, 1, 3) + 0.5 * torch.randn(200, 12, 3)
+    prior.modes.copy_(torch.eye(4, 3))
+    prior.variance.copy_(x0.square().mean((0, 1)))
+    before = prior.variance.clone()
+    prior.fit_speech(F.pad(x0, (0, 1))[..., None, None], mel)
+    spoken = prior.means(mel, torch.zeros(200, 1, dtype=torch.long))[0][..., :3]
+    true = sounds @ (effect / sounds.std())
+    assert torch.allclose(spoken, true - true.mean((0, 1)), atol=0.35) and spoken[..., 2].abs().max() < 0.05
+    explained = torch.stack([talking.swift(clip) for clip in true]).square().mean((0, 1))
+    assert torch.allclose(before - prior.variance, explained, rtol=0.1, atol=0.01)
 
 
 def test_sampling_starts_at_the_noisiest_step():
@@ -260,8 +278,6 @@ def test_a_clip_without_words_has_no_text():
 def test_what_words_let_expect_has_their_scale():
     model, (xt, mel, reference, words) = small_model("x0"), inputs()
     model.prior.said[1:].normal_()
-    whole, half = (model.conditions(mel, reference, words, s)["expected"] for s in (None, {"text": 0.5}))
-    assert whole.shape == (2, 1, *xt.shape[2:]) and whole.abs().amax() > 0.1 and torch.equal(half, 0.5 * whole)
     without = output(model, xt, mel, reference, words, text=0.0)
     assert torch.equal(without, output(model, xt, mel, reference, torch.zeros_like(words)))
     assert not torch.allclose(without, output(model, xt, mel, reference, words), atol=1e-2)
@@ -438,3 +454,33 @@ def test_a_flow_that_diverged_does_not_crash(value):
     picture = talking.warp(torch.rand(2, 3, 16, 16), flow)
     picture.sum().backward()
     assert picture.isfinite().all()
+
+
+def test_new_frames_glide_on_from_the_last_and_soon_keep_to_themselves():
+    walk = torch.randn(2, 30, 3, 1, 1, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    last = torch.full((2, 1, 3, 1, 1), 7.0)
+    new = talking.glide(last, walk)
+    assert torch.allclose(new[:, 0] - last[:, 0], walk[:, 1] - walk[:, 0], atol=1e-5)
+    away = (new - walk).abs().amax((2, 3, 4))
+    assert (away.diff(dim=1) <= 0).all() and away[:, -1].max() < 1e-4
+    assert torch.allclose(talking.glide(last, walk[:, :1]), last)  # one frame alone stays
+
+
+def test_emphasis_exaggerates_what_the_mean_takes_from_speech_and_nothing_else():
+    model, (_, mel, reference, words) = small_model("x0"), inputs(f=12)
+    how = dict(num_steps=2, window=8)
+
+    def frames(**change):
+        return model.generate(reference, mel, words, torch.Generator().manual_seed(0), **how, **change)
+
+    assert torch.equal(frames(), frames(emphasis=5.0))  # no speech in the mean, nothing to exaggerate
+    model.prior.heard.normal_(std=0.02)
+    plain, much = frames(), frames(emphasis=3.0)
+    spoken = model.prior.means(mel, words)[0]
+    assert not torch.allclose(plain, much, atol=1e-3)
+    assert torch.equal(frames(scales={"speech": 0.0}), frames(scales={"speech": 0.0}, emphasis=3.0))
+    seen, decode = [], model.decode
+    model.decode = lambda x0, picture: seen.append(x0) or decode(x0, picture)
+    frames(), frames(emphasis=3.0)
+    change = torch.cat(seen[len(seen) // 2:], 1) - torch.cat(seen[:len(seen) // 2], 1)
+    assert torch.allclose(change.flatten(2), 2 * (spoken - spoken.mean(1, keepdim=True)), atol=1e-4)

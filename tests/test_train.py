@@ -285,7 +285,8 @@ def test_a_clip_with_a_prompt_is_also_seen_from_another_clip():
 
 def test_a_backbone_that_is_cut_off_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     folder, _ = finished
-    config = train.load_config(train.DEFAULTS, overrides=TINY + [f"data.root={folder / 'people'}", "backbone.steps=4"])
+    settings = [*TINY, f"data.root={folder / 'people'}", "backbone.steps=4", "model.prior_speech=true"]
+    config = train.load_config(train.DEFAULTS, overrides=settings)
     people, cpu = train.load_people(config), torch.device("cpu")
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
     train.train_backbone(config, people, cpu, tmp_path / "whole.pt")
@@ -306,6 +307,7 @@ def test_a_backbone_that_is_cut_off_goes_on_where_it_was(finished, tmp_path, mon
     words = "text_encoder._extra_state"
     assert whole["model"].pop(words) == cut["model"].pop(words)
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
+    assert whole["model"]["prior.heard"].any()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pt", "whole.pt"]
 
 

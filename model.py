@@ -829,16 +829,16 @@ class TalkingHead(nn.Module):
         first = reference if reference.dim() == 4 else reference[:, 0]
         latents, (num_clips, num_frames) = self.autoencoder.encode(first), mel.shape[:2]
         known, start = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:]), 0
-        spoken, _ = self.prior.means(mel, words)
-        spoken = (emphasis - 1) * (spoken - spoken.mean(1, keepdim=True)).unflatten(-1, known.shape[2:])
+        average, _ = self.prior.means(mel.mean(1, keepdim=True), words)
         while start < num_frames:
             heard = mel[:, start - known.shape[1]:][:, :window if start or not window else window // 2]
             noise = torch.randn(num_clips, heard.shape[1], *known.shape[2:], generator=generator).to(latents.device)
             conditions = self.conditions(heard, reference, words, scales)
             x0 = self.sample(conditions, latents, noise, known, num_steps, guidance, solver)
             new = x0[:, known.shape[1]:]
-            said = conditions["speech"][1].view(-1, 1, 1, 1, 1) * spoken[:, start:start + new.shape[1]]
-            yield self.decode(new + said, first).clamp(-1, 1)
+            _, scale, spoken = conditions["speech"]
+            more = (emphasis - 1) * scale[:, None, None] * (spoken[:, known.shape[1]:] - average)
+            yield self.decode(new + more.view_as(new), first).clamp(-1, 1)
             known, start = x0[:, -KNOWN_FRAMES:], start + new.shape[1]
 
     def generate(self, *args, **kwargs):

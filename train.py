@@ -45,8 +45,8 @@ NUM_REFERENCES = 3  # frames of each training clip that serve as its reference p
 
 # What a key may hold, where its type does not say it: (least, greatest) or the choices.
 LIMITS = {
-    "data.size": (16, 1024), "data.crop": (0.1, 1), "data.window": (5, 25), "data.clients": (2, 10**6), "data.unseen": (0, 10**6),
-    "data.synthetic.seconds": (0.8, 60), "data.synthetic.unreliable": (0, 1),
+    "data.size": (16, 1024), "data.crop": (0.1, 1), "data.window": (5, 25), "data.clients": (2, 10**6),
+    "data.unseen": (0, 10**6), "data.synthetic.seconds": (0.8, 60), "data.synthetic.unreliable": (0, 1),
     "data.synthetic.clips_per_client": (3, 10**4), "data.synthetic.public_people": (2, 10**6),
     "data.synthetic.clips_per_public": (1, 10**4), "model.diffusion.num_steps": (2, 10**5),
     "model.diffusion.schedule": ("cosine", "linear"), "model.diffusion.prediction": ("x0", "v", "eps"),
@@ -62,7 +62,8 @@ LIMITS = {
     "privacy.delta": (1e-300, 0.5), "privacy.noise": ("distributed", "server", "local"),
     "privacy.min_honest": (1, 10**6), "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1),
     "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6), "sampling.num_steps": (1, 1000),
-    "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100), "sampling.emphasis": (0, 1000),
+    "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100),
+    "sampling.emphasis": (0, 1000),
     "evaluate.num_frames": (6, 10**5),
     "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
     "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.reliability": ("generated", "explained"),

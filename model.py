@@ -15,8 +15,6 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from metrics import shrunk_ridge, swift
-
 CONDITIONS = ("speech", "identity", "text")
 KNOWN_FRAMES = 4  # that a window of a long clip takes over from the window before
 
@@ -613,25 +611,26 @@ class GaussianPrior(nn.Module):
         self.correlation.copy_(torch.stack(lags[: len(self.correlation)]))
 
     @torch.no_grad()
-    def fit_speech(self, clips, mels):
+    def fit_speech(self, clips, mels, swift, regress):
         """Measure what speech adds: to each value of clips x0 [f c h w], from what each frame hears, mels [f n m].
 
-        Slow changes say nothing of speech; what speech explains is no longer left to chance.
+        `swift` takes away slow changes, which say nothing of speech, and `regress` tells values from sounds, lists of [f d]
+        (`metrics.swift`, `metrics.shrunk_ridge`). What speech explains is no longer left to chance.
         """
         sounds, values = [sounds_of(mel) for mel in mels], [swift(x0.flatten(1)) for x0 in clips]
         average, sounds = torch.cat(sounds).mean(0), [swift(sound) for sound in sounds]
-        told = shrunk_ridge([x.double() for x in sounds], [y.double() for y in values]).to(average)
+        told = regress([x.double() for x in sounds], [y.double() for y in values]).to(average)
         self.heard.copy_(torch.cat([told, -average[None] @ told]))
         true, said = torch.cat(values) @ self.modes, torch.cat(sounds) @ told @ self.modes
         self.variance.sub_((true.square() - (true - said).square()).mean(0).clamp(min=0)).clamp_(min=1e-6)
 
     @torch.no_grad()
-    def fit_words(self, means, words, reference_words):
+    def fit_words(self, means, words, reference_words, regress):
         """Measure what words add: means [n c h w] over time of clips whose prompts are `words` [n k], as seen from pictures
-        out of clips whose prompts are `reference_words` [n k]."""
+        out of clips whose prompts are `reference_words` [n k]; `regress` as in `fit_speech`."""
         said, shown = (F.one_hot(ids, len(self.said)).sum(1)[:, 1:].double() for ids in (words, reference_words))
         values = means.flatten(1) @ self.modes  # n modes
-        self.said[1:] = shrunk_ridge(list((said - shown)[:, None]), list(values.double()[:, None]))
+        self.said[1:] = regress(list((said - shown)[:, None]), list(values.double()[:, None]))
 
     def means(self, mel, words):
         """What speech mel [b f n m] and words [b n] add to the mean: [b f d] and [b 1 d]."""
@@ -713,17 +712,20 @@ class TalkingHead(nn.Module):
             self.spread[part] = (variance.square().sum() / variance.sum()).sqrt()
         self.prior.fit(motion / self.spread)
 
-    def learn_speech(self, motions, mels):
-        """Measure what the sound of each clip, a list of [f n m], adds to its motion [f m h w], not yet spread."""
+    def learn_speech(self, motions, mels, swift, regress):
+        """Measure what the sound of each clip, a list of [f n m], adds to its motion [f m h w], not yet spread
+        (`GaussianPrior.fit_speech`)."""
         self.prior.fit_speech([motion.to(self.spread) / self.spread for motion in motions],
-                              [mel.to(self.spread) for mel in mels])
+                              [mel.to(self.spread) for mel in mels], swift, regress)
 
-    def learn_expressions(self, views):
-        """Measure what each word of a prompt adds to the mean motion, on views of clips that do not show it (data.View)."""
+    def learn_expressions(self, views, regress):
+        """Measure what each word of a prompt adds to the mean motion, on views of clips that do not show it (data.View;
+        `GaussianPrior.fit_words`)."""
         if views:
             device, (prompts, shown) = self.spread.device, zip(*((v.prompt, v.shown) for v in views))
             means = torch.stack([v.motion.mean(0) for v in views]).to(device) / self.spread
-            self.prior.fit_words(means, *(self.text_encoder.ids(said).to(device) for said in (prompts, shown)))
+            words, shown = (self.text_encoder.ids(said).to(device) for said in (prompts, shown))
+            self.prior.fit_words(means, words, shown, regress)
 
     @torch.no_grad()
     def motion(self, frames, latents, reference):

@@ -380,8 +380,9 @@ def train_unet(model, public, config, device, partial):
         if config["model"]["prior_speech"]:
             some, window = clips[::max(1, len(clips) // 512)], model.speech_encoder.window
             model.learn_speech([views[clip.path][0].motion for clip in some],
-                               [torch.from_numpy(data.audio_windows(clip.mel, window)) for clip in some])
-        model.learn_expressions([own[-1] for own in views.values() if own[-1].prompt])
+                               [torch.from_numpy(data.audio_windows(clip.mel, window)) for clip in some],
+                               metrics.swift, metrics.shrunk_ridge)
+        model.learn_expressions([own[-1] for own in views.values() if own[-1].prompt], metrics.shrunk_ridge)
         train_speech(model, batches, settings, generator)
         del batches  # of many more clips than a step
     model.autoencoder.requires_grad_(False)

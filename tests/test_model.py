@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import metrics
 import model as talking
 
 SMALL_AE = dict(latent_channels=4, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4,
@@ -134,12 +135,13 @@ def test_words_are_found_where_they_act_and_nowhere_else():
     prior, effects = talking.GaussianPrior(4, 3, 5, 2), torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 0]])
     words, shown = torch.randint(0, 4, (400, 2)), torch.randint(0, 4, (400, 1))  # word 4 is never said
     means = effects[words].sum(1) - effects[shown].sum(1) + 0.5 * torch.randn(400, 3)
-    prior.fit_words(F.pad(means, (0, 1))[:, :, None, None], words, shown)
+    prior.fit_words(F.pad(means, (0, 1))[:, :, None, None], words, shown, metrics.shrunk_ridge)
     assert torch.allclose(prior.said[1:4, :2], effects[1:4, :2], atol=0.12) and not prior.said[[0, 4]].any()
     assert prior.said[:, 2].abs().max() < 0.03  # where words do nothing, chance is not taken for an effect
     _, expected = prior.means(torch.zeros(2, 1, 2, 8), torch.tensor([[1, 2], [0, 0]]))
     assert torch.equal(expected[:, 0], torch.stack([prior.said[1] + prior.said[2], torch.zeros(3)]) @ prior.modes.T)
-    prior.fit_words(torch.randn(100, 4, 1, 1), words[:100], torch.zeros(100, 1, dtype=torch.long))  # says nothing of words
+    nothing = torch.zeros(100, 1, dtype=torch.long)
+    prior.fit_words(torch.randn(100, 4, 1, 1), words[:100], nothing, metrics.shrunk_ridge)  # says nothing of words
     assert prior.said.abs().max() < 0.25
 
 
@@ -153,11 +155,11 @@ def test_what_speech_moves_is_found_in_its_modes_and_no_longer_left_to_chance():
     prior.modes.copy_(torch.eye(4, 3))
     prior.variance.copy_(x0.square().mean((0, 1)))
     before = prior.variance.clone()
-    prior.fit_speech(F.pad(x0, (0, 1))[..., None, None], mel)
+    prior.fit_speech(F.pad(x0, (0, 1))[..., None, None], mel, metrics.swift, metrics.shrunk_ridge)
     spoken = prior.means(mel, torch.zeros(200, 1, dtype=torch.long))[0][..., :3]
     true = sounds @ (effect / sounds.std())
     assert torch.allclose(spoken, true - true.mean((0, 1)), atol=0.35) and spoken[..., 2].abs().max() < 0.05
-    explained = torch.stack([talking.swift(clip) for clip in true]).square().mean((0, 1))
+    explained = torch.stack([metrics.swift(clip) for clip in true]).square().mean((0, 1))
     assert torch.allclose(before - prior.variance, explained, rtol=0.1, atol=0.01)
 
 

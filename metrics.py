@@ -494,7 +494,7 @@ class Judges(nn.Module):
                                     nn.Conv1d(96, 128, 4, 2, 1), nn.BatchNorm1d(128), nn.ReLU(), nn.Flatten(),
                                     nn.Dropout(0.2), nn.Linear(128 * 5, dim))
         self.trace_head = nn.Linear(dim, 5)                           # training only: the opening over a window
-        self.register_buffer("mouth_axes", torch.zeros(80, 16))        # of `_fit_sync`
+        self.register_buffer("mouth_axes", torch.zeros(80, 16))       # of `_fit_sync`
         self.register_buffer("speech_axes", torch.zeros(244, 16))
         self.scores, self.has_opening = {}, False
 

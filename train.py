@@ -63,8 +63,7 @@ LIMITS = {
     "privacy.min_honest": (1, 10**6), "privacy.mechanism": ("gaussian", "skellam"), "privacy.clip_quantile": (0, 1),
     "privacy.clip_rate": (0, 10), "personal.steps": (0, 10**6), "sampling.num_steps": (1, 1000),
     "sampling.solver": ("dpm", "ddim"), "sampling.window": (8, 10**5), "sampling.guidance": (0, 100),
-    "sampling.emphasis": (0, 1000),
-    "evaluate.num_frames": (6, 10**5),
+    "sampling.emphasis": (0, 1000), "evaluate.num_frames": (6, 10**5),
     "evaluate.clips_per_client": (1, 10**4), "runtime.threads": (0, 1024),
     "fed.algorithm": ("isfa", "scaffold", "centralized"), "fed.reliability": ("generated", "explained"),
     "fed.optimizer": ("adamw", "sgd"),
@@ -450,7 +449,7 @@ def train_backbone(config, people, device, path):
 def backbone(config, people, device, cache):
     """Judges and pretrained model as a dict of states, from the cache if the same public data and settings made them."""
     recipe = {k: config[k] for k in ("seed", "model", "judges", "backbone")}
-    recipe["data"] = {k: config["data"][k] for k in ("size", "crop", "window")}  # what the clients are like is no part of it
+    recipe["data"] = {k: config["data"][k] for k in ("size", "crop", "window")}  # not what the clients are like
     clips = [(c.path.name, c.path.stat().st_size) for own in people["public"].values() for c in own]
     code = "".join(Path(module.__file__).read_text() for module in (talking, metrics))
     key = hashlib.sha256(json.dumps([recipe, clips, code], sort_keys=True).encode()).hexdigest()[:16]

@@ -280,6 +280,9 @@ def test_a_clip_without_words_has_no_text():
 def test_what_words_let_expect_has_their_scale():
     model, (xt, mel, reference, words) = small_model("x0"), inputs()
     model.prior.said[1:].normal_()
+    (whole, mean), (half, same) = (model.conditions(mel, reference, words, s)["text"][1:] for s in (None, {"text": 0.5}))
+    assert mean.shape == (2, 1, xt[0, 0].numel()) and (whole[:, None, None] * mean).abs().amax() > 0.1
+    assert torch.equal(half[:, None, None] * same, 0.5 * whole[:, None, None] * mean)
     without = output(model, xt, mel, reference, words, text=0.0)
     assert torch.equal(without, output(model, xt, mel, reference, torch.zeros_like(words)))
     assert not torch.allclose(without, output(model, xt, mel, reference, words), atol=1e-2)

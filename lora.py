@@ -1,99 +1,183 @@
-"""Low-rank adapters (Hu et al. 2022) on Linear and Conv2d layers, and their one flat vector."""
+"""Low-rank adapters (Hu et al. 2022) on Linear and Conv2d layers, and their one flat vector.
 
-import difflib
+    train = "R":   W' = W + (alpha / rank) B R A    A, B frozen, R [rank, rank] trained (LoRA-XS, Balazy et al. 2024)
+    train = "B":   W' = W + (alpha / rank) B A      A frozen, B trained (FFA-LoRA, Sun et al. 2024)
+    train = "AB":  W' = W + (alpha / rank) B A      both trained (Eq. 7, the paper's)
+
+With A frozen the mean of the clients' adapted layers is exactly the layer of the mean adapter; with A and B trained it is
+not, as mean(B_k) mean(A_k) differs from mean(B_k A_k). R has rank^2 numbers a layer, whatever the layer's width: noise for
+differential privacy grows with the root of how many numbers are sent.
+"""
+
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+TRAIN_CHOICES = ("R", "B", "AB")
+
 
 class LoRALayer(nn.Module):
-    """A frozen Linear or Conv2d W and its adapter: W' = W + (alpha / rank) B A (Eq. 7).
+    """A frozen Linear or Conv2d layer W and its adapter (Eq. 7), which starts as zero.
 
-    A is [rank, in] (for a convolution [rank, in, k, k]: it moves over the picture as W does), B is [out, rank] and
-    zero at the start, so that the adapted layer begins as the layer itself. Dropout acts on the adapter's input.
+    A is [rank, in] ([rank, in, k, k] for a convolution: it slides over the picture as W does), R is [rank, rank] and
+    B is [out, rank]. Dropout acts on the adapter's input.
     """
 
-    def __init__(self, base, rank, alpha, dropout):
+    def __init__(self, base, A, B, alpha, dropout, train):
         super().__init__()
-        self.base, self.scaling, self.dropout = base, alpha / rank, dropout
-        weight = base.weight
-        self.A = nn.Parameter(weight.new_empty(rank, *weight.shape[1:]))
-        self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
-        nn.init.kaiming_uniform_(self.A.flatten(1), a=math.sqrt(5))
+        rank = len(A)
+        self.base = base
+        self.scaling = alpha / rank
+        self.dropout = dropout
+        self.A = nn.Parameter(A, requires_grad=train == "AB")
+        self.R = nn.Parameter(A.new_zeros(rank, rank)) if train == "R" else None
+        # B starts at zero unless R does: the product has to be zero, and one factor has to have a gradient.
+        self.B = nn.Parameter(
+            B if train == "R" else torch.zeros_like(B), requires_grad=train != "R"
+        )
+
+    def output_factor(self):
+        """Return B R, or B where R is not there: [out, rank]."""
+        return self.B if self.R is None else self.B @ self.R
 
     def forward(self, x):
-        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        h = F.dropout(x, self.dropout, self.training)
         if isinstance(self.base, nn.Conv2d):
-            h = F.conv2d(h, self.A, None, self.base.stride, self.base.padding)
-            return self.base(x) + self.scaling * F.conv2d(h, self.B[:, :, None, None])
-        return self.base(x) + self.scaling * F.linear(F.linear(h, self.A), self.B)
+            h = F.conv2d(h, self.A, None, self.base.stride, self.base.padding)  # n rank h w
+            h = F.conv2d(h, self.output_factor()[:, :, None, None])  # n out h w
+        else:
+            h = F.linear(F.linear(h, self.A), self.output_factor())  # ... in -> ... rank -> ... out
+        return self.base(x) + self.scaling * h
 
     @torch.no_grad()
     def merged(self):
-        """The base layer with the adapter added to its weight (in place)."""
-        update = self.scaling * self.B @ self.A.flatten(1)
+        """Return the base layer with the adapter added to its weight, in place."""
+        update = self.scaling * self.output_factor() @ self.A.flatten(1)  # out (in k k)
         self.base.weight += update.view_as(self.base.weight)
         return self.base
 
 
-def inject_lora(module, rank, alpha, dropout, targets, freeze_a=False):
-    """Freeze `module` and put adapters on its Linear and Conv2d layers that a target names; returns how many.
+def adaptable_layers(module):
+    """Return {name: layer} of all Linear and Conv2d layers of `module`, sorted by name."""
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return dict(sorted(layers.items()))
 
-    A target is a dotted piece of a layer's name: `unet`, `unet.up`, `to_q`. With `freeze_a` only B is trained and sent:
-    the mean of B_k A is (mean B_k) A, while mean B_k mean A_k is not the mean of B_k A_k (Sun et al. 2024, FFA-LoRA).
-    Raises ValueError for a target that names no layer and for a rank below 1.
+
+def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, seed=0):
+    """Freeze `module`, put an adapter on each of its Linear and Conv2d layers, and return how many.
+
+    `directions` {layer name: (A [r, in...], B [out, r])} with r >= rank gives the frozen factors (`leading_directions`);
+    without it, and for "AB", they are random, drawn on the CPU so that every device starts from the same numbers.
+    Raises ValueError for a rank, alpha or dropout out of range, or an unknown `train`.
     """
+    if train not in TRAIN_CHOICES:
+        raise ValueError(f"lora.train must be one of {', '.join(TRAIN_CHOICES)}, not {train!r}")
     if rank < 1:
         raise ValueError(f"lora.rank must be at least 1, not {rank}")
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    chosen = {n for target in targets for n in named_by(target, layers)}
+    if not alpha > 0:
+        raise ValueError(f"lora.alpha must be above 0, not {alpha}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora.dropout must be at least 0 and below 1, not {dropout}")
+    use_directions = directions is not None and train != "AB"  # the paper's A is random
+    if use_directions and min(len(A) for A, _ in directions.values()) < rank:
+        kept = min(len(A) for A, _ in directions.values())
+        raise ValueError(f"lora.rank must be at most {kept}, the directions kept, not {rank}")
+    generator = torch.Generator().manual_seed(seed)
+    layers = adaptable_layers(module)
     module.requires_grad_(False)
-    for name in sorted(chosen):
+    for name, layer in layers.items():
+        if use_directions:
+            A, B = (factor.to(layer.weight) for factor in directions[name])
+            A, B = A[:rank].clone(), B[:, :rank].clone()
+        else:
+            A, B = random_directions(layer, rank, generator)
         parent, _, child = name.rpartition(".")
-        layer = LoRALayer(layers[name], rank, alpha, dropout)
-        layer.A.requires_grad_(not freeze_a)
-        setattr(module.get_submodule(parent), child, layer)
-    return len(chosen)
+        adapted = LoRALayer(layer, A, B, alpha, dropout, train)
+        setattr(module.get_submodule(parent), child, adapted.train(module.training))
+    return len(layers)
 
 
-def named_by(target, names):
-    """The names that hold `target` as whole dotted pieces."""
-    found = [n for n in names if f".{target}." in f".{n}."]
-    if not found:
-        pieces = {piece for n in names for piece in n.split(".")}
-        near = difflib.get_close_matches(target, pieces, 1)
-        raise ValueError(f"lora.targets: no layer is called {target!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return found
+def random_directions(layer, rank, generator):
+    """Return random A [rank, in...] (Kaiming uniform, as in Hu et al. 2022) and B [out, rank] for a layer."""
+    weight = layer.weight
+    A = torch.empty(rank, *weight.shape[1:])
+    nn.init.kaiming_uniform_(A.flatten(1), a=math.sqrt(5), generator=generator)
+    B = torch.randn(weight.shape[0], rank, generator=generator) * weight.shape[0] ** -0.5
+    return A.to(weight), B.to(weight)
+
+
+# ---------------------------------------------------------------- directions from public gradients
+
+
+@torch.no_grad()
+def add_gradient_moments(module, moments):
+    """Add G G^T / |G|^2 and G^T G / |G|^2 of each layer's gradient G [out, in k k] to `moments` {name: [left, right]}.
+
+    Called once for each public person, it makes every person count the same.
+    """
+    for name, layer in adaptable_layers(module).items():
+        gradient = layer.weight.grad.flatten(1)  # out (in k k)
+        gradient = gradient / gradient.norm().clamp(min=1e-12)
+        if name not in moments:
+            moments[name] = [0.0, 0.0]
+        moments[name][0] = moments[name][0] + gradient @ gradient.T  # out out
+        moments[name][1] = moments[name][1] + gradient.T @ gradient  # (in k k) (in k k)
+
+
+@torch.no_grad()
+def leading_directions(module, moments, rank):
+    """Return {layer name: (A [rank, in...], B [out, rank])}: the directions that people's gradients share.
+
+    A's rows and B's columns are the leading eigenvectors of the summed moments: the singular directions in which a
+    person's gradient is largest. B is scaled to the root mean square singular value of W, so that R with entries of
+    order one changes W by about one typical singular value. Layers narrower than `rank` get zero rows and columns.
+    """
+    directions = {}
+    for name, layer in adaptable_layers(module).items():
+        left, right = moments[name]
+        B = torch.linalg.eigh(left)[1].flip(1)[:, :rank]  # out rank, largest eigenvalue first
+        A = torch.linalg.eigh(right)[1].flip(1)[:, :rank].T  # rank (in k k)
+        weight = layer.weight
+        scale = weight.norm() / min(weight.flatten(1).shape) ** 0.5
+        A = F.pad(A, (0, 0, 0, rank - len(A)))
+        B = F.pad(B * scale, (0, rank - B.shape[1]))
+        directions[name] = A.reshape(rank, *weight.shape[1:]).cpu(), B.cpu()
+    return directions
+
+
+# ---------------------------------------------------------------- adapter <-> vector
 
 
 def adapter_parameters(module):
-    """All that is not frozen, by name: A and B of each adapted layer, or, without adapters, what is fine-tuned instead."""
+    """Return the parameters that are trained, in the order of their names: R, B, or A and B of each adapted layer."""
     return [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
 
 
 def adapter_vector(module):
-    """All adapters of `module` as one float32 vector [d] on the CPU, a copy."""
-    return join_vector(adapter_parameters(module))
-
-
-def join_vector(parameters):
-    """The parameters as one float32 vector [d] on the CPU, a copy."""
-    return torch.cat([p.detach().float().flatten().cpu() for p in parameters])
+    """Return all trained adapter numbers of `module` as one float32 vector [d] on the CPU, a copy."""
+    return torch.cat([p.detach().float().flatten().cpu() for p in adapter_parameters(module)])
 
 
 def split_vector(parameters, vector):
-    """A vector [d] as one tensor a parameter, in their shapes and on their device. ValueError where the length differs."""
+    """Return the vector [d] as one tensor per parameter, in its shape and on its device.
+
+    Raises ValueError where the length differs.
+    """
     sizes = [p.numel() for p in parameters]
     if len(vector) != sum(sizes):
-        raise ValueError(f"the adapter has {sum(sizes)} numbers and the vector {len(vector)}: rank or targets differ")
-    return [piece.view_as(p).to(p) for p, piece in zip(parameters, torch.as_tensor(vector).split(sizes))]
+        raise ValueError(
+            f"the adapter has {sum(sizes)} numbers and the vector {len(vector)}: "
+            "rank or trained factors differ"
+        )
+    pieces = torch.as_tensor(vector).split(sizes)
+    return [piece.view_as(p).to(p) for p, piece in zip(parameters, pieces)]
 
 
 @torch.no_grad()
 def load_adapter_vector(module, vector):
-    """Write a vector [d] back into the adapters; returns their parameters. ValueError where the length does not fit."""
+    """Write the vector [d] into the adapters of `module` and return their parameters."""
     parameters = adapter_parameters(module)
     for parameter, piece in zip(parameters, split_vector(parameters, vector)):
         parameter.copy_(piece)
@@ -102,7 +186,8 @@ def load_adapter_vector(module, vector):
 
 def merge_lora(module):
     """Fold every adapter into its layer, in place, and return `module` without adapters: same output, less work."""
-    for name, layer in [(n, m) for n, m in module.named_modules() if isinstance(m, LoRALayer)]:
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, layer.merged())
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, LoRALayer):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.merged())
     return module

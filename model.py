@@ -1,10 +1,21 @@
-"""The talking-head generator: autoencoder, condition encoders, spatio-temporal UNet, diffusion and samplers.
+"""The talking-head generator: autoencoder, condition encoders, spatio-temporal UNet, diffusion, sampler.
 
-Axes: b clips, f frames, n images or tokens, c channels, h w pixels or latent grid, d features. Pixels are in [-1, 1].
+A frame is the reference picture, warped by a coarse flow, plus what its latent then lacks. Both together are the clip's
+*motion*: two channels of flow and c of latent residual on the latent grid, divided by their standard deviation. The
+diffusion runs on this x0, so that the network never has to draw the face that the reference shows already.
+
+Before any network, x0 is modelled as a Gaussian N(0, S) whose covariance S = K (x) (U diag(v) U^T + r (I - U U^T)) is
+measured on public clips (K: over frames, U: the leading modes of a frame). The best linear denoiser of a Gaussian is
+    D(xt) = E[x0 | xt] = a S (a^2 S + s^2 I)^-1 xt,        a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar),
+and it leaves at each place a standard deviation d_t. The network corrects it: x0_hat = D(xt) + d_t * UNet(D(xt), t, c).
+With S = sigma_data^2 I this is the preconditioning of Karras et al. 2022 (EDM), Eq. 7 and Table 1: c_skip xt is D(xt)
+and c_out is d_t. The linear part costs no training and leaves to the network what speech and identity decide.
+
+Axes: b clips, f frames, n pictures, tokens or mel steps, c channels, h w pixels or latent grid, m motion channels (or the
+bands of a mel spectrogram), d features. Pixels are in [-1, 1].
 """
 
 import copy
-import functools
 import math
 import re
 from collections import Counter
@@ -13,244 +24,172 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 CONDITIONS = ("speech", "identity", "text")
-KNOWN_FRAMES = 4  # that a window of a long clip takes over from the window before
+KNOWN_FRAMES = 4  # frames that a window of a long clip takes over from the window before
+GROUPS = 8  # of every GroupNorm
 
 
-# ---------------------------------------------------------------------------------------------- autoencoder
+# ---------------------------------------------------------------- autoencoder
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice with a shortcut; `temb` [n, temb_channels] scales and shifts the second norm."""
+    """Twice GroupNorm, SiLU, convolution, with a shortcut; `temb` scales and shifts after the second norm."""
 
-    def __init__(self, in_channels, out_channels, groups, temb_channels=0):
+    def __init__(self, in_channels, out_channels, temb_channels=0):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.norm1 = nn.GroupNorm(GROUPS, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.time_emb_proj = nn.Linear(temb_channels, 2 * out_channels) if temb_channels else None
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        if temb_channels:
+            self.time_projection = nn.Linear(temb_channels, 2 * out_channels)
 
     def forward(self, x, temb=None):
-        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        h = self.conv1(F.silu(self.norm1(x)))  # n i h w -> n o h w
+        h = self.norm2(h)
         if temb is not None:
-            scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
+            scale, shift = self.time_projection(temb)[:, :, None, None].chunk(2, dim=1)  # n o 1 1
             h = h * (1 + scale) + shift
-        h = self.conv2(F.silu(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class AttentionBlock(nn.Module):
-    """Single-head self-attention over the pixels of a feature map (the SD autoencoder's middle)."""
-
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x):
-        tokens = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")
-        h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + rearrange(self.to_out[0](h), "n 1 (h w) c -> n c h w", h=x.shape[2])
-
-
-class MidBlock(nn.Module):
-    def __init__(self, channels, groups, attention):
-        super().__init__()
-        self.attentions = nn.ModuleList([AttentionBlock(channels, groups)] if attention else [])
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2 if attention else 1))
-
-    def forward(self, x):
-        x = self.resnets[0](x)
-        for attention, resnet in zip(self.attentions, self.resnets[1:]):
-            x = resnet(attention(x))
-        return x
-
-
-class Resample(nn.Module):
-    """Halve a feature map (strided conv, padded right and below only, as in SD) or double it (nearest, then conv)."""
-
-    def __init__(self, channels, up):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
-
-
-class Stage(nn.Module):
-    """One resolution of the encoder or decoder: resnets, then a resampler named `resampler` unless it is None."""
-
-    def __init__(self, in_channels, out_channels, layers, groups, resampler):
-        super().__init__()
-        channels = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(ResnetBlock(i, o, groups) for i, o in zip(channels, channels[1:]))
-        self.resampler = resampler
-        if resampler:
-            self.add_module(resampler, nn.ModuleList([Resample(out_channels, up=resampler == "upsamplers")]))
-
-    def forward(self, x):
-        for resnet in self.resnets:
-            x = resnet(x)
-        return getattr(self, self.resampler)[0](x) if self.resampler else x
-
-
-class Encoder(nn.Module):
-    def __init__(self, in_channels, out_channels, widths, layers, groups, attention):
-        super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        last = len(widths) - 1
-        self.down_blocks = nn.ModuleList(
-            Stage(widths[max(i - 1, 0)], w, layers, groups, "downsamplers" if i < last else None)
-            for i, w in enumerate(widths)
-        )
-        self.mid_block = MidBlock(widths[-1], groups, attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
-
-
-class Decoder(nn.Module):
-    def __init__(self, in_channels, out_channels, widths, layers, groups, attention):
-        super().__init__()
-        widths = list(reversed(widths))
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, attention)
-        last = len(widths) - 1
-        self.up_blocks = nn.ModuleList(
-            Stage(widths[max(i - 1, 0)], w, layers + 1, groups, "upsamplers" if i < last else None)
-            for i, w in enumerate(widths)
-        )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-
-    def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.shortcut(x) + self.conv2(F.silu(h))
 
 
 class AutoencoderKL(nn.Module):
-    """KL-regularised autoencoder (Rombach et al. 2022); diffusers' state-dict names.
+    """KL-regularised convolutional autoencoder (Rombach et al. 2022) around a linear one.
 
-    With patch=1, linear_path=False and SD's widths this is the Stable Diffusion autoencoder. The small one works on
-    `patch` x `patch` pixel blocks and adds a linear path that starts at the principal components of the data.
+    The linear path starts at the principal components of the data's blocks of pixels; the convolutions start as a zero
+    residual and learn what it misses. Each side of a picture shrinks by `factor`, 4 (pixel unshuffle) times 2 for each
+    width after the first.
     """
 
-    def __init__(self, latent_channels, block_out_channels, layers_per_block, norm_num_groups, scaling_factor,
-                 patch, mid_attention, linear_path):
+    def __init__(self, latent_channels=16, channels=(48, 64)):
         super().__init__()
-        self.patch, self.scaling_factor = patch, scaling_factor
-        self.factor = patch * 2 ** (len(block_out_channels) - 1)
-        shape = (block_out_channels, layers_per_block, norm_num_groups, mid_attention)
-        pixels = 3 * patch**2
-        self.encoder = Encoder(pixels, 2 * latent_channels, *shape)
-        self.decoder = Decoder(latent_channels, pixels, *shape)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.linear_in = self.linear_out = None
-        if linear_path:
-            self.linear_in = nn.Conv2d(3, latent_channels, self.factor, stride=self.factor)
-            self.linear_out = nn.ConvTranspose2d(latent_channels, 3, self.factor, stride=self.factor)
-            for conv in (self.quant_conv, self.decoder.conv_out):  # the convolutions start as a zero residual
-                nn.init.zeros_(conv.weight)
-                nn.init.zeros_(conv.bias)
-            self.quant_conv.bias.data[latent_channels:] = -6.0  # log variance of nearly exact latents
+        if latent_channels < 1 or not channels or any(width % GROUPS for width in channels):
+            raise ValueError(
+                f"the autoencoder needs latent channels and widths that are multiples of {GROUPS}, "
+                f"not {latent_channels} and {list(channels)}"
+            )
+        patch = 4
+        self.factor = patch * 2 ** (len(channels) - 1)
+        encoder = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, channels[0], 3, padding=1)]
+        encoder.append(ResnetBlock(channels[0], channels[0]))
+        for narrow, wide in zip(channels, channels[1:]):
+            encoder.append(nn.Conv2d(narrow, narrow, 3, stride=2, padding=1))
+            encoder.append(ResnetBlock(narrow, wide))
+        encoder += [
+            ResnetBlock(channels[-1], channels[-1]),
+            nn.GroupNorm(GROUPS, channels[-1], eps=1e-6),
+        ]
+        encoder += [nn.SiLU(), nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)]
+        decoder = [nn.Conv2d(latent_channels, channels[-1], 3, padding=1)]
+        decoder += [ResnetBlock(channels[-1], channels[-1]) for _ in range(3)]
+        for wide, narrow in zip(channels[::-1], channels[-2::-1]):
+            decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, wide, 3, padding=1)]
+            decoder += [ResnetBlock(wide, narrow), ResnetBlock(narrow, narrow)]
+        decoder += [nn.GroupNorm(GROUPS, channels[0], eps=1e-6), nn.SiLU()]
+        decoder += [nn.Conv2d(channels[0], 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch)]
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*decoder)
+        self.linear_in = nn.Conv2d(3, latent_channels, self.factor, stride=self.factor)
+        self.linear_out = nn.ConvTranspose2d(latent_channels, 3, self.factor, stride=self.factor)
+        for conv in (self.encoder[-1], self.decoder[-2]):
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        self.encoder[-1].bias.data[latent_channels:] = -6.0  # log variance of nearly exact latents
 
     @torch.no_grad()
     def init_linear_path(self, frames):
-        """Start the linear path at the principal components of the `factor` x `factor` blocks of frames [n 3 H W]."""
-        p, c = self.factor, self.linear_in.out_channels
+        """Set the linear path to the principal components of the blocks of pixels of frames [n 3 H W]."""
+        p = self.factor
+        num_latents = self.linear_in.out_channels
         blocks = rearrange(frames, "n c (h p) (w q) -> (n h w) (c p q)", p=p, q=p).double()
         mean = blocks.mean(0)
         variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
-        basis = axes.flip(1)[:, :c].T  # [c, 3 p p], largest variance first
-        scale = variance.flip(0)[:c].mean().sqrt()  # one scale for all: the spectrum keeps its decay
-        self.linear_in.weight.copy_((basis / scale).view(c, 3, p, p))
+        basis = axes.flip(1)[:, :num_latents].T  # c (3 p p), largest variance first
+        scale = (
+            variance.flip(0)[:num_latents].mean().sqrt()
+        )  # one for all: the spectrum keeps its decay
+        self.linear_in.weight.copy_((basis / scale).view(num_latents, 3, p, p))
         self.linear_in.bias.copy_(-(basis @ mean) / scale)
-        self.linear_out.weight.copy_((basis * scale).view(c, 3, p, p))
+        self.linear_out.weight.copy_((basis * scale).view(num_latents, 3, p, p))
         self.linear_out.bias.copy_(mean.view(3, -1).mean(1))
 
     def moments(self, frames):
-        """Mean and log variance [n c h w] of q(z | frames), before the scaling factor."""
-        blocks = F.pixel_unshuffle(frames, self.patch) if self.patch > 1 else frames
-        mean, log_variance = self.quant_conv(self.encoder(blocks)).chunk(2, dim=1)
-        if self.linear_in is not None:
-            mean = mean + self.linear_in(frames)
-        return mean, log_variance.clamp(-30, 20)
+        """Return mean and log variance [n c h w] of q(z | frames [n 3 H W])."""
+        mean, log_variance = self.encoder(frames).chunk(2, dim=1)
+        return mean + self.linear_in(frames), log_variance.clamp(-30, 20)
 
     def encode(self, frames):
-        """Frames [n 3 H W] in [-1, 1] -> mean latents [n c h w], scaled."""
-        return self.moments(frames)[0] * self.scaling_factor
+        """Return the mean latents [n c h w] of frames [n 3 H W] in [-1, 1]."""
+        return self.moments(frames)[0]
 
     def decode(self, latents):
-        """Latents [n c h w] -> frames [n 3 H W] in about [-1, 1]."""
-        z = latents / self.scaling_factor
-        h = self.decoder(self.post_quant_conv(z))
-        frames = F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
-        return frames if self.linear_out is None else frames + self.linear_out(z)
+        """Return frames [n 3 H W], about in [-1, 1], of latents [n c h w]."""
+        return self.decoder(latents) + self.linear_out(latents)
 
 
-# ---------------------------------------------------------------------------------------------- conditions
+# ---------------------------------------------------------------- condition encoders
 
 
 class SpeechEncoder(nn.Module):
-    """Log-mel windows around each frame -> one token for every frame's worth of sound in the window."""
+    """Tokens of the sound around each frame: one per video frame in the window, and a summary of the window."""
 
-    def __init__(self, num_mels, window, dim, mels_per_frame=4):
+    def __init__(self, dim, window=5, num_mels=40, mels_per_frame=4):
         super().__init__()
-        self.window = window  # video frames
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"the speech window must be an odd number of frames, not {window}")
+        self.window = window
         self.conv = nn.Sequential(
-            nn.Conv1d(num_mels, dim, 3, padding=1), nn.SiLU(),
-            nn.Conv1d(dim, dim, mels_per_frame, stride=mels_per_frame), nn.SiLU(),
+            nn.Conv1d(num_mels, dim, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv1d(dim, dim, mels_per_frame, stride=mels_per_frame),
+            nn.SiLU(),
         )
         self.position = nn.Parameter(torch.randn(window, dim) * 0.02)
+        self.summary = nn.Linear(window * dim, dim)
         self.norm = nn.LayerNorm(dim)
-        self.proj = nn.Linear(window * dim, dim)
 
     def forward(self, mel):
-        """mel [b f n m] -> tokens [b f window+1 d], the last a summary."""
         h = self.conv(rearrange(mel, "b f n m -> (b f) m n"))  # (b f) d window
         tokens = rearrange(h, "n d w -> n w d") + self.position
-        summary = self.proj(rearrange(tokens, "n w d -> n 1 (w d)"))  # a token that sees the whole window
-        return rearrange(self.norm(torch.cat([tokens, summary], dim=1)), "(b f) w d -> b f w d", b=len(mel))
+        summary = self.summary(rearrange(tokens, "n w d -> n 1 (w d)"))
+        tokens = self.norm(torch.cat([tokens, summary], dim=1))  # (b f) window+1 d
+        return rearrange(tokens, "(b f) w d -> b f w d", b=len(mel))
 
 
 class IdentityEncoder(nn.Module):
-    """Reference picture -> identity tokens, a 4 x 4 grid of them at any picture size."""
+    """Tokens of a reference picture: a 4 x 4 grid of them at any picture size."""
 
     def __init__(self, dim, widths=(24, 48, 96)):
         super().__init__()
-        layers, channels = [], 3
+        layers = []
+        channels = 3
         for width in widths:
-            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            layers.append(nn.Conv2d(channels, width, 4, stride=2, padding=1))
+            layers += [nn.GroupNorm(GROUPS, width), nn.SiLU()]
             channels = width
         self.conv = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Conv2d(channels, dim, 1))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, reference):
-        """reference [b 3 H W], or [b n 3 H W] of n pictures of the person -> tokens [b (n 16) d]."""
-        pictures = reference.flatten(0, -4)
-        return self.norm(rearrange(self.conv(pictures), "(b n) d h w -> b (n h w) d", b=len(reference)))
+        """Return tokens [b (n 16) d] of reference [b 3 H W], or [b n 3 H W] for n pictures of the person."""
+        h = self.conv(reference.flatten(0, -4))  # (b n) d 4 4
+        return self.norm(rearrange(h, "(b n) d h w -> b (n h w) d", b=len(reference)))
 
 
 class TextEncoder(nn.Module):
-    """Prompts of a few words -> a token for each word and a summary; the words are those of the public captions."""
+    """Tokens of a prompt of a few words: one for each known word, and a summary.
+
+    The vocabulary is that of the public captions (`learn_words`); it is saved with the weights.
+    """
 
     def __init__(self, dim, num_words=256, max_words=8):
         super().__init__()
-        self.words, self.max_words = [], max_words  # word i of the list is row i + 1; row 0 is no word
+        self.words = []  # word i has row i + 1 of the table; row 0 is padding
+        self.max_words = max_words
         self.table = nn.Embedding(num_words, dim, padding_idx=0)
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.norm = nn.LayerNorm(dim)
@@ -262,53 +201,59 @@ class TextEncoder(nn.Module):
         self.words = list(words)
 
     def learn_words(self, prompts):
-        """Know the words of `prompts`, the most frequent first, as many as the table has rows for."""
+        """Take the most frequent words of `prompts` as the vocabulary."""
         counts = Counter(word for prompt in prompts for word in split_words(prompt))
-        self.words = sorted(counts, key=lambda word: (-counts[word], word))[:self.table.num_embeddings - 1]
+        by_frequency = sorted(counts, key=lambda word: (-counts[word], word))
+        self.words = by_frequency[: self.table.num_embeddings - 1]
 
     def ids(self, prompts):
-        """Words [b max_words] of prompts as rows of the table, 0 where there is none; unknown words are left out."""
+        """Return table rows [b max_words] of the words of each prompt; unknown words are left out, 0 pads."""
         rows = torch.zeros(len(prompts), self.max_words, dtype=torch.long)
         for row, prompt in zip(rows, prompts):
-            known = [self.words.index(word) + 1 for word in split_words(prompt) if word in self.words][:self.max_words]
-            row[:len(known)] = torch.tensor(known)
+            known = [self.words.index(w) + 1 for w in split_words(prompt) if w in self.words]
+            known = known[: self.max_words]
+            row[: len(known)] = torch.tensor(known)
         return rows
 
     def forward(self, ids):
-        """ids [b max_words] -> tokens [b max_words+1 d], the last a summary."""
-        words = self.table(ids)
-        return self.norm(torch.cat([words, self.mlp(words.sum(1, keepdim=True))], dim=1))
+        words = self.table(ids)  # b max_words d
+        summary = self.mlp(words.sum(1, keepdim=True))  # b 1 d
+        return self.norm(torch.cat([words, summary], dim=1))  # b max_words+1 d
 
 
 def split_words(prompt):
+    """Return the words of a prompt in lower case."""
     return re.findall(r"[a-z']+", prompt.lower())
 
 
-# ---------------------------------------------------------------------------------------------- UNet
+# ---------------------------------------------------------------- UNet
 
 
 def attend(q, k, v, heads, bias=None):
-    """Multi-head attention of q [b n c] to k, v [b m c]."""
+    """Return multi-head attention [b n d] of queries q [b n d] to keys and values k, v [b m d]."""
     q, k, v = (rearrange(x, "b n (k d) -> b k n d", k=heads) for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b k n d -> b n (k d)")
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return rearrange(out, "b k n d -> b n (k d)")
 
 
 def zero_linear(dim):
-    """A linear layer that starts at zero: what it closes starts as no more than its residual."""
+    """Return a linear layer that starts at zero, so that the block that it closes starts as its residual."""
     linear = nn.Linear(dim, dim)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
 
 
-class Attention(nn.Module):
-    """Pre-norm multi-head self-attention of b n d with a residual; zero at the start."""
+class SelfAttention(nn.Module):
+    """Pre-norm multi-head self-attention of x [b n d] with a residual, zero at the start."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = zero_linear(dim)
 
     def forward(self, x, bias=None):
@@ -317,552 +262,583 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Decoupled cross-attention (Ye et al. 2023, Eq. 5): one query; every condition has its own keys, values and scale.
+    """Decoupled cross-attention (Ye et al. 2023, Eq. 5): one query; each condition has its own keys, values and scale.
 
-    A condition of scale 0 is one that is not there, also in training. Zero at the start.
+    Scale 0 drops the condition, as condition dropout does in training. Zero at the start.
     """
 
-    def __init__(self, dim, heads, condition_dim, names):
+    def __init__(self, dim, heads, condition_dim):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k, self.to_v = (nn.ModuleDict({name: nn.Linear(condition_dim, dim, bias=False) for name in names})
-                                for _ in range(2))
+        self.to_k = nn.ModuleDict(
+            {n: nn.Linear(condition_dim, dim, bias=False) for n in CONDITIONS}
+        )
+        self.to_v = nn.ModuleDict(
+            {n: nn.Linear(condition_dim, dim, bias=False) for n in CONDITIONS}
+        )
         self.to_out = zero_linear(dim)
 
     def forward(self, x, conditions, num_frames):
-        """x [(b f) n c]; conditions {name: (tokens, scale [b], ...)}, tokens b m d for the clip or b f m d by frame."""
-        q, found = self.to_q(self.norm(x)), 0.0
-        for name in self.to_k:
-            tokens, scale, _ = conditions[name]
-            shared = num_frames if tokens.dim() == 3 else 1  # frames that look at the same tokens
-            tokens = tokens.flatten(0, -3)
-            h = attend(rearrange(q, "(b f) n c -> b (f n) c", f=shared), self.to_k[name](tokens), self.to_v[name](tokens),
-                       self.heads)
-            h = rearrange(h, "b (f n) c -> (b f) n c", f=shared)
-            found = found + scale.repeat_interleave(num_frames)[:, None, None] * h
-        return x + self.to_out(found)
+        """x [(b f) n c]; conditions {name: (tokens [b m d] of a clip or [b f m d] of each frame, scale [b])}."""
+        q = self.to_q(self.norm(x))  # (b f) n c
+        total = 0.0
+        for name in CONDITIONS:
+            tokens, scale = conditions[name]
+            per_frame = tokens.dim() == 4
+            if per_frame:
+                tokens = rearrange(tokens, "b f m d -> (b f) m d")
+                h = attend(q, self.to_k[name](tokens), self.to_v[name](tokens), self.heads)
+            else:  # the frames of a clip attend to the same tokens: as one long sequence of queries
+                queries = rearrange(q, "(b f) n c -> b (f n) c", f=num_frames)
+                h = attend(queries, self.to_k[name](tokens), self.to_v[name](tokens), self.heads)
+                h = rearrange(h, "b (f n) c -> (b f) n c", f=num_frames)
+            total = total + scale.repeat_interleave(num_frames)[:, None, None] * h
+        return x + self.to_out(total)
 
 
 class TemporalAttention(nn.Module):
-    """Attention along time at every position, with a learned bias by distance and a reach of `reach` frames.
+    """Self-attention along time at every position, within `radius` frames, with a learned bias by distance.
 
-    Only distances matter, so a clip longer than those of training is no different to any of its frames.
+    Only distances enter, so that a frame of a long clip is treated as one of a short clip.
     """
 
-    def __init__(self, dim, heads, reach):
+    def __init__(self, dim, heads, radius):
         super().__init__()
-        self.reach = reach
-        self.attention = Attention(dim, heads)
-        self.bias = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
+        self.radius = radius
+        self.attention = SelfAttention(dim, heads)
+        self.bias = nn.Parameter(torch.zeros(heads, 2 * radius + 1))
 
     def forward(self, x, num_frames):
-        """x [(b f) n d] -> the same shape."""
         frame = torch.arange(num_frames, device=x.device)
-        distance = frame[None] - frame[:, None]
-        bias = self.bias[:, distance.clamp(-self.reach, self.reach) + self.reach]
-        bias = bias.masked_fill(distance.abs() > self.reach, -math.inf)[None]  # 1 h f f: fused if nothing is trained
+        distance = frame[None] - frame[:, None]  # f f
+        bias = self.bias[:, distance.clamp(-self.radius, self.radius) + self.radius]  # heads f f
+        bias = bias.masked_fill(distance.abs() > self.radius, -math.inf)[None]
         h = rearrange(x, "(b f) n d -> (b n) f d", f=num_frames)
-        return rearrange(self.attention(h, bias), "(b n) f d -> (b f) n d", n=x.shape[1])
+        h = self.attention(h, bias)
+        return rearrange(h, "(b n) f d -> (b f) n d", n=x.shape[1])
 
 
 class TalkingBlock(nn.Module):
-    """Convolve, then attend to space, to the conditions and to time."""
+    """Convolution, then attention to space (below the finest level), to the conditions and to time."""
 
-    def __init__(self, in_channels, channels, temb_channels, condition_dim, heads, reach, spatial):
+    def __init__(self, in_channels, channels, temb_channels, condition_dim, heads, radius, spatial):
         super().__init__()
-        self.resnet = ResnetBlock(in_channels, channels, 8, temb_channels)
-        self.space = Attention(channels, heads) if spatial else None
-        self.conditions = CrossAttention(channels, heads, condition_dim, CONDITIONS)
-        self.time = TemporalAttention(channels, heads, reach)
+        self.resnet = ResnetBlock(in_channels, channels, temb_channels)
+        self.space = SelfAttention(channels, heads) if spatial else nn.Identity()
+        self.conditions = CrossAttention(channels, heads, condition_dim)
+        self.time = TemporalAttention(channels, heads, radius)
 
     def forward(self, x, temb, conditions, num_frames):
         x = self.resnet(x, temb)  # (b f) c h w
         height = x.shape[2]
         x = rearrange(x, "n c h w -> n (h w) c")
-        if self.space is not None:
-            x = self.space(x)
+        x = self.space(x)
         x = self.conditions(x, conditions, num_frames)
         x = self.time(x, num_frames)
         return rearrange(x, "n (h w) c -> n c h w", h=height)
 
 
 class TalkingUNet(nn.Module):
-    """Denoise motion clips given speech, identity and text tokens and the reference latent."""
+    """Spatio-temporal UNet: motion, time, conditions and the reference latent -> the correction of the linear denoiser."""
 
-    def __init__(self, motion_channels, latent_channels, channels, condition_dim, heads, reach, checkpointing=False):
+    def __init__(
+        self, motion_channels, latent_channels, channels, condition_dim, heads=4, radius=8
+    ):
         super().__init__()
+        if not channels or any(width % GROUPS or width % heads for width in channels):
+            raise ValueError(
+                f"the UNet's channels must be multiples of {GROUPS} and of {heads} heads, "
+                f"not {list(channels)}"
+            )
         temb = 4 * channels[0]
-        self.frequencies, self.checkpointing = channels[0], checkpointing
-        self.time_mlp = nn.Sequential(nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb))
-        self.modulation = nn.ModuleDict({name: nn.Linear(condition_dim, temb, bias=False) for name in ("speech", "text")})
+        shape = {
+            "temb_channels": temb,
+            "condition_dim": condition_dim,
+            "heads": heads,
+            "radius": radius,
+        }
+        self.num_frequencies = channels[0]
+        self.time_mlp = nn.Sequential(
+            nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb)
+        )
+        self.modulation = nn.ModuleDict(
+            {name: nn.Linear(condition_dim, temb, bias=False) for name in ("speech", "text")}
+        )
         self.position = nn.Parameter(torch.randn(1, channels[0], 8, 8) * 0.02)
         self.conv_in = nn.Conv2d(motion_channels + latent_channels, channels[0], 3, padding=1)
-
-        def block(i, o, level):
-            return TalkingBlock(i, o, temb, condition_dim, heads, reach, spatial=level > 0)
-
-        self.down = nn.ModuleList(block(channels[max(i - 1, 0)], c, i) for i, c in enumerate(channels))
-        self.shrink = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in channels[:-1])
-        self.middle = block(channels[-1], channels[-1], len(channels))
-        self.grow = nn.ModuleList(nn.Conv2d(channels[i + 1], c, 1) for i, c in reversed(list(enumerate(channels[:-1]))))
-        self.up = nn.ModuleList(block(c, c, i) for i, c in reversed(list(enumerate(channels[:-1]))))
-        self.norm_out = nn.GroupNorm(8, channels[0], eps=1e-6)
+        self.down = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        self.up = nn.ModuleList()
+        for level, width in enumerate(channels):
+            narrower = channels[max(level - 1, 0)]
+            self.down.append(TalkingBlock(narrower, width, **shape, spatial=level > 0))
+        for level in range(len(channels) - 1):
+            width, wider = channels[level : level + 2]
+            self.downsample.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+            self.upsample.insert(0, nn.Conv2d(wider, width, 1))
+            self.up.insert(0, TalkingBlock(width, width, **shape, spatial=level > 0))
+        self.middle = TalkingBlock(channels[-1], channels[-1], **shape, spatial=True)
+        self.norm_out = nn.GroupNorm(GROUPS, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], motion_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def embed(self, t, conditions):
-        """What scales and shifts each frame [(b f) d]: its time t [b f] in [0, 1], and the summaries of speech and text."""
-        temb = self.time_mlp(sinusoid(1000 * t.flatten(), self.frequencies)).unflatten(0, t.shape)  # b f d
+    def embed_time(self, time, conditions):
+        """Return [(b f) d] of time [b f] in [0, 1] and the summaries of speech and text: it scales and shifts each frame."""
+        temb = self.time_mlp(sinusoid(1000 * time.flatten(), self.num_frequencies))  # (b f) d
+        temb = temb.unflatten(0, time.shape)  # b f d
         for name, layer in self.modulation.items():
-            tokens, scale, _ = conditions[name]
-            summary = layer(tokens[..., -1, :]) * scale.view(-1, *[1] * (tokens.dim() - 2))
-            temb = temb + (summary if summary.dim() == 3 else summary[:, None])
+            tokens, scale = conditions[name]
+            summary = layer(tokens[..., -1, :])  # b d or b f d
+            if summary.dim() == 2:
+                summary = summary[:, None]  # b 1 d
+            temb = temb + scale[:, None, None] * summary
         return F.silu(temb.flatten(0, 1))
 
-    def forward(self, xt, t, conditions, reference_latents):
-        """xt [b f m h w], t [b f] in [0, 1], conditions as in `CrossAttention`, reference [b c h w] -> [b f m h w]."""
-        num_frames = xt.shape[1]
-        temb = self.embed(t, conditions)
+    def forward(self, x, time, conditions, reference_latents):
+        """x [b f m h w], time [b f] in [0, 1], conditions as in `CrossAttention`, reference_latents [b c h w] -> [b f m h w]."""
+        num_frames = x.shape[1]
+        temb = self.embed_time(time, conditions)  # (b f) d
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
-        x = self.conv_in(rearrange(torch.cat([xt, reference], dim=2), "b f c h w -> (b f) c h w"))
-        x = x + F.interpolate(self.position, size=x.shape[-2:], mode="bilinear", align_corners=False)
-
-        def run(block, x):  # checkpointing keeps a block's input only, and works the rest out again on the way back
-            again = self.checkpointing and self.training
-            how = functools.partial(checkpoint, block, use_reentrant=False) if again else block
-            return how(x, temb, conditions, num_frames)
-
+        x = rearrange(torch.cat([x, reference], dim=2), "b f c h w -> (b f) c h w")
+        x = self.conv_in(x)  # (b f) c0 h w
+        x = x + F.interpolate(self.position, x.shape[-2:], mode="bilinear", align_corners=False)
         skips = []
-        for block, shrink in zip(self.down, self.shrink):
-            skips.append(run(block, x))
-            x = shrink(skips[-1])
-        x = run(self.middle, run(self.down[-1], x))
-        for grow, block in zip(self.grow, self.up):
-            x = run(block, skips.pop() + F.interpolate(grow(x), scale_factor=2.0))
-        return rearrange(self.conv_out(F.silu(self.norm_out(x))), "(b f) c h w -> b f c h w", f=num_frames)
+        for block, downsample in zip(self.down, self.downsample):
+            x = block(x, temb, conditions, num_frames)
+            skips.append(x)
+            x = downsample(x)  # (b f) c h/2 w/2
+        x = self.down[-1](x, temb, conditions, num_frames)
+        x = self.middle(x, temb, conditions, num_frames)
+        for upsample, block in zip(self.upsample, self.up):
+            x = skips.pop() + F.interpolate(upsample(x), scale_factor=2.0)  # (b f) c 2h 2w
+            x = block(x, temb, conditions, num_frames)
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (b f) m h w
+        return rearrange(x, "(b f) m h w -> b f m h w", f=num_frames)
 
 
 def sinusoid(t, dim):
-    """Sinusoidal embedding [b, dim] of t [b] (Vaswani et al. 2017)."""
+    """Return the sinusoidal embedding [n dim] of t [n] (Vaswani et al. 2017, Sec. 3.5)."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t[:, None] * frequencies
+    angles = t[:, None] * frequencies  # n dim/2
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------- diffusion
+# ---------------------------------------------------------------- diffusion
 
 
 class Diffusion:
-    """The forward process q (Eq. 2-4), the two parametrisations of its inverse, and two samplers."""
+    """The forward process q(xt | x0) (Eq. 2-4) and a sampler of its inverse. The network states x0."""
 
-    def __init__(self, num_steps, schedule, prediction, zero_terminal_snr):
-        if prediction == "eps" and zero_terminal_snr:
-            raise ValueError("diffusion.prediction: eps says nothing about x0 at zero SNR; use v, "
-                             "or zero_terminal_snr: false")
-        self.num_steps, self.prediction = num_steps, prediction
-        self.alpha_bar = noise_schedule(num_steps, schedule, zero_terminal_snr).float()
+    def __init__(self, num_steps=1000, schedule="cosine"):
+        if num_steps < 2:
+            raise ValueError(f"a diffusion needs at least 2 steps, not {num_steps}")
+        self.num_steps = num_steps
+        self.alpha_bar = noise_schedule(num_steps, schedule).float()  # T
 
     def coefficients(self, t, like):
-        """sqrt(alpha_bar), sqrt(1 - alpha_bar) at integer t [b] or, by frame, [b f], shaped to multiply `like` [b f ...].
+        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at integer t [b] or, by frame, [b f], shaped to multiply `like`.
 
         t = -1 is a frame without noise.
         """
-        alpha_bar = self.alpha_bar.to(like.device)[t].where(t >= 0, 1.0).view(*t.shape, *[1] * (like.dim() - t.dim()))
+        # Index -1 reads the last step, which `where` replaces.
+        alpha_bar = self.alpha_bar.to(like.device)[t].where(t >= 0, 1.0)
+        alpha_bar = alpha_bar.view(*t.shape, *[1] * (like.dim() - t.dim()))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def add_noise(self, x0, t, eps):
-        """q(x_t | x_0): sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (Eq. 4)."""
+        """Return xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (Eq. 4)."""
         signal, noise = self.coefficients(t, x0)
         return signal * x0 + noise * eps
 
-    def target(self, x0, t, eps):
-        """What the network is to say: eps (Eq. 5), x0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans &
-        Ho 2022)."""
-        signal, noise = self.coefficients(t, x0)
-        return {"eps": eps, "x0": x0}.get(self.prediction, signal * eps - noise * x0)
-
-    def split(self, output, xt, t):
-        """Network output -> (x0, eps), the same statement in the two other coordinates."""
+    def implied_eps(self, x0_hat, xt, t):
+        """Return the eps_hat that the statement x0_hat implies (Eq. 5); zero for frames without noise."""
         signal, noise = self.coefficients(t, xt)
-        if self.prediction == "eps":
-            return (xt - noise * output) / signal, output
-        if self.prediction == "x0":
-            return output, (xt - signal * output) / noise.clamp(min=1e-3)  # without noise both are zero
-        return signal * xt - noise * output, noise * xt + signal * output
+        return ((xt - signal * x0_hat) / noise.clamp(min=1e-3)).where(noise > 0, 0.0)
 
     def timesteps(self, num_steps):
-        """Trailing timesteps T-1 ... (Lin et al. 2024, Tab. 2): sampling starts at the noisiest step of training."""
+        """Return the trailing timesteps T-1, ... (Lin et al. 2024, Table 2): sampling starts at pure noise."""
+        if not 1 <= num_steps <= self.num_steps:
+            raise ValueError(
+                f"sampling.num_steps must be from 1 to {self.num_steps}, not {num_steps}"
+            )
         return torch.linspace(self.num_steps, 0, num_steps + 1)[:-1].round().long() - 1
 
-    def sample(self, network, noise, num_steps, solver="dpm"):
-        """Solve the probability-flow ODE from `noise` [b ...]; `network(xt, t)` returns its output for t [b].
+    def sample(self, predict_x0, noise, num_steps):
+        """Return x0: the probability-flow ODE solved from `noise` [b ...] in `num_steps` steps.
 
-        solver "ddim" (Song et al. 2021, eta = 0) or "dpm" (DPM-Solver++(2M), Lu et al. 2022, Algorithm 2).
+        `predict_x0(xt, t [b])` is the network. DPM-Solver++(2M), Lu et al. 2022, Algorithm 2; with one step it is DDIM.
         """
-        xt, previous_x0, previous_h = noise, None, None
+        xt = noise
         times = self.timesteps(num_steps)
         alpha_bar = torch.cat([self.alpha_bar[times], torch.ones(1)]).double()
-        log_snr = (alpha_bar.log() - (1 - alpha_bar).log()) / 2  # lambda = log(signal / noise); -inf ... +inf
-        for i, step in enumerate(times):
-            t = torch.full((len(xt),), int(step), device=xt.device)
-            x0, _ = self.split(network(xt, t), xt, t)
+        log_snr = (alpha_bar.log() - (1 - alpha_bar).log()) / 2  # lambda_t, from -inf to +inf
+        for i, t in enumerate(times.tolist()):
+            x0 = predict_x0(xt, torch.full((len(xt),), t, device=xt.device))
             h = log_snr[i + 1] - log_snr[i]
-            guess = x0
-            if solver == "dpm" and i > 0 and i + 1 < len(times):  # first and last step are of first order
-                guess = x0 + (x0 - previous_x0) * float(h / previous_h / 2)
-            signal, ratio = alpha_bar[i + 1].sqrt(), ((1 - alpha_bar[i + 1]) / (1 - alpha_bar[i])).sqrt()
-            xt = float(ratio) * xt + float(signal * -torch.expm1(-h)) * guess
-            previous_x0, previous_h = x0, h
+            estimate = x0
+            if 0 < i < num_steps - 1:  # the first and the last step are of first order
+                estimate = x0 + (x0 - previous_x0) * float(h / previous_h / 2)
+            ratio = ((1 - alpha_bar[i + 1]) / (1 - alpha_bar[i])).sqrt()
+            gain = alpha_bar[i + 1].sqrt() * -torch.expm1(-h)
+            xt = float(ratio) * xt + float(gain) * estimate
+            previous_x0 = x0
+            previous_h = h
         return xt
 
 
-def noise_schedule(num_steps, schedule, zero_terminal_snr):
-    """alpha_bar [T] in float64: `linear` betas (Ho et al. 2020) or `cosine` (Nichol & Dhariwal 2021)."""
-    if schedule == "linear":
-        betas = torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64) * (1000 / num_steps)
-        alpha_bar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+def noise_schedule(num_steps, schedule):
+    """Return alpha_bar [T] in float64: `cosine` (Nichol & Dhariwal 2021, Eq. 17) or `linear` betas (Ho et al. 2020).
+
+    Rescaled so that the last step is pure noise (Lin et al. 2024, Algorithm 1). Raises ValueError for another name.
+    """
+    if schedule == "cosine":
+        s = 0.008
+        angle = (
+            (torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) + s) / (1 + s) * math.pi / 2
+        )
+        f = torch.cos(angle).square()
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    elif schedule == "linear":
+        scale = 1000 / num_steps
+        betas = scale * torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64)
+        betas = betas.clamp(max=0.999)
     else:
-        root = torch.cos((torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2)
-        alpha_bar = torch.cumprod((root[1:] / root[:-1]).square().clamp(min=1e-3), dim=0)  # betas of at most 0.999
-    if zero_terminal_snr:  # Lin et al. 2024, Algorithm 1: shift the last root to 0, keep the first
-        root = alpha_bar.sqrt()
-        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return alpha_bar
+        raise ValueError(f"the noise schedule must be cosine or linear, not {schedule!r}")
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # the last becomes 0, the first stays
+    return root.square()
 
 
-# ---------------------------------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- warp and flow
 
 
 def warp(pictures, flow):
-    """Pictures [n c H W] with pixel p taken from p + flow(p); flow [n 2 h w] is (x, y) in half sides, on any grid."""
-    flow = flow.nan_to_num()  # of a network that diverged: grid_sample's backward pass would crash the process
+    """Return pictures [n c H W] with pixel p taken from p + flow(p); flow [n 2 h w] is (x, y) in half picture sides."""
+    flow = (
+        flow.nan_to_num()
+    )  # a diverged network: grid_sample's backward pass would crash the process
     flow = F.interpolate(flow, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
     identity = torch.eye(2, 3, device=flow.device).expand(len(flow), 2, 3)
-    grid = F.affine_grid(identity, pictures.shape, align_corners=False) + rearrange(flow, "n k h w -> n h w k")
+    grid = F.affine_grid(identity, pictures.shape, align_corners=False)  # n H W 2
+    grid = grid + rearrange(flow, "n k h w -> n h w k")
     return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
 @torch.no_grad()
-def estimate_flow(source, target, side, damping=0.05):
-    """Flow [n 2 side side] for which warp(source [1 3 H W], flow) is like target [n 3 H W]: Lucas & Kanade (1981), coarse
-    to fine.
+def estimate_flow(source, target, size, damping=0.05):
+    """Return flow [n 2 size size] for which warp(source [1 3 H W], flow) resembles target [n 3 H W].
 
-    Every cell solves its 2 x 2 normal equations over itself and its neighbours; between steps the flow is smoothed.
+    Lucas & Kanade (1981), coarse to fine: each cell solves its 2 x 2 normal equations over itself and its neighbours;
+    between steps the flow is smoothed.
     """
-    flow = target.new_zeros(len(target), 2, side, side)
-    for shrink, iterations in ((4, 3), (2, 4), (1, 1)):
-        size = max(source.shape[-1] // shrink, side)
-        small, aim = (F.avg_pool2d(x, source.shape[-1] // size) for x in (source, target))
-        small = small.expand_as(aim)
+    flow = target.new_zeros(len(target), 2, size, size)
+    for reduction, iterations in ((4, 3), (2, 4), (1, 1)):
+        pixels = max(source.shape[-1] // reduction, size)
+        coarse_source = F.avg_pool2d(source, source.shape[-1] // pixels).expand(
+            len(target), -1, -1, -1
+        )
+        coarse_target = F.avg_pool2d(target, source.shape[-1] // pixels)  # n 3 pixels pixels
         for _ in range(iterations):
-            warped = warp(small, flow)
-            error = aim - warped
-            across = F.pad(warped[..., 2:] - warped[..., :-2], (1, 1, 0, 0)) * size / 4  # per half side
-            down = F.pad(warped[..., 2:, :] - warped[..., :-2, :], (0, 0, 1, 1)) * size / 4
-            pairs = ((across, across), (across, down), (down, down), (across, error), (down, error))
-            products = [(x * y).sum(1) for x, y in pairs]
-            a, b, c, p, q = neighbourly(F.avg_pool2d(torch.stack(products, 1), size // side)).unbind(1)
-            a, c = a + damping, c + damping
-            step = torch.stack([c * p - b * q, a * q - b * p], 1) / (a * c - b * b)[:, None]
-            flow = (flow + step + neighbourly(flow + step)) / 2
+            warped = warp(coarse_source, flow)
+            error = coarse_target - warped
+            # central differences per half side, zero at the border
+            dx = F.pad(warped[..., 2:] - warped[..., :-2], (1, 1, 0, 0)) * pixels / 4
+            dy = F.pad(warped[..., 2:, :] - warped[..., :-2, :], (0, 0, 1, 1)) * pixels / 4
+            products = torch.stack([dx * dx, dx * dy, dy * dy, dx * error, dy * error], 1).sum(2)
+            cells = box_blur(F.avg_pool2d(products, pixels // size))  # n 5 size size
+            xx, xy, yy, xe, ye = cells.unbind(1)
+            xx = xx + damping
+            yy = yy + damping
+            determinant = (xx * yy - xy * xy)[:, None]
+            step = torch.stack([yy * xe - xy * ye, xx * ye - xy * xe], 1) / determinant
+            flow = (flow + step + box_blur(flow + step)) / 2
     return flow
 
 
-def neighbourly(x):
-    """Mean of each cell of x [n c h w] and its eight neighbours."""
+def box_blur(x):
+    """Return the mean of each cell of x [n c h w] and its eight neighbours."""
     return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 
-def sounds_of(mel):
-    """What a linear model hears: levels of a quarter as many bands, every 20 ms, mel [... f n m] -> [... f d]."""
-    return F.avg_pool2d(mel, (2, 4)).flatten(-2)
+# ---------------------------------------------------------------- the Gaussian prior
 
 
 class GaussianPrior(nn.Module):
-    """Clips x0 [b f c h w] as a Gaussian: how x0 varies together over places and times, what speech and words add to its
-    mean, which is zero without, and the best linear denoiser that follows from it.
+    """The Gaussian model of clips x0 [b f m h w] and its linear denoiser (formula at the top of this file)."""
 
-    Cov = K (x) (modes diag(variance) modes^T + rest (I - modes modes^T)), K the autocorrelation over frames.
-    """
-
-    def __init__(self, num_values, num_modes, num_words, num_sounds, num_lags=25):
+    def __init__(self, num_values, num_modes, num_lags=25):
         super().__init__()
-        self.register_buffer("heard", torch.zeros(num_sounds + 1, num_values))  # the last row is a constant
-        self.register_buffer("said", torch.zeros(num_words, num_modes))  # row 0 is no word
-        self.register_buffer("modes", torch.eye(num_values, num_modes))
-        self.register_buffer("variance", torch.ones(num_modes))
-        self.register_buffer("rest", torch.ones(()))
-        self.register_buffer("correlation", torch.ones(num_lags))
+        if num_modes < 1:
+            raise ValueError(f"the prior needs at least 1 mode, not {num_modes}")
+        num_modes = min(num_modes, num_values)
+        self.register_buffer("modes", torch.eye(num_values, num_modes))  # U, orthonormal columns
+        self.register_buffer("variance", torch.ones(num_modes))  # v
+        self.register_buffer("residual_variance", torch.ones(()))  # r
+        self.register_buffer("autocorrelation", torch.ones(num_lags))  # of x0 over frames
 
     @torch.no_grad()
     def fit(self, x0):
-        """Measure the covariance on clips x0 [b f c h w] of at least two frames."""
-        flat = rearrange(x0, "b f c h w -> (b f) (c h w)")
-        _, scale, modes = torch.pca_lowrank(flat, q=self.modes.shape[1], center=False, niter=4)
+        """Measure the covariance on clips x0 [b f m h w] of at least two frames."""
+        flat = rearrange(x0, "b f m h w -> (b f) (m h w)")
+        num_values, num_modes = self.modes.shape
+        if len(flat) < num_modes:
+            raise ValueError(
+                f"model.prior_modes: {num_modes} modes need as many frames, not {len(flat)}"
+            )
+        _, scale, modes = torch.pca_lowrank(flat, q=num_modes, center=False, niter=4)
         self.modes.copy_(modes)
         self.variance.copy_(scale**2 / len(flat))
-        left = flat.square().sum() / len(flat) - self.variance.sum()
-        self.rest.copy_((left / max(1, flat.shape[1] - len(scale))).clamp(min=1e-6))
-        lags = [(x0[:, lag:] * x0[:, :x0.shape[1] - lag]).mean() / x0.square().mean() for lag in range(x0.shape[1])]
-        lags += [lags[-1]] * len(self.correlation)  # slower than a window: as if it stayed
-        self.correlation.copy_(torch.stack(lags[: len(self.correlation)]))
-
-    @torch.no_grad()
-    def fit_speech(self, clips, mels, swift, regress):
-        """Measure what speech adds: to each value of clips x0 [f c h w], from what each frame hears, mels [f n m].
-
-        `swift` takes away slow changes, which say nothing of speech, and `regress` tells values from sounds, lists of [f d]
-        (`metrics.swift`, `metrics.shrunk_ridge`). What speech explains is no longer left to chance.
-        """
-        sounds, values = [sounds_of(mel) for mel in mels], [swift(x0.flatten(1)) for x0 in clips]
-        average, sounds = torch.cat(sounds).mean(0), [swift(sound) for sound in sounds]
-        told = regress([x.double() for x in sounds], [y.double() for y in values]).to(average)
-        self.heard.copy_(torch.cat([told, -average[None] @ told]))
-        true, said = torch.cat(values) @ self.modes, torch.cat(sounds) @ told @ self.modes
-        self.variance.sub_((true.square() - (true - said).square()).mean(0).clamp(min=0)).clamp_(min=1e-6)
-
-    @torch.no_grad()
-    def fit_words(self, means, words, reference_words, regress):
-        """Measure what words add: means [n c h w] over time of clips whose prompts are `words` [n k], as seen from pictures
-        out of clips whose prompts are `reference_words` [n k]; `regress` as in `fit_speech`."""
-        said, shown = (F.one_hot(ids, len(self.said)).sum(1)[:, 1:].double() for ids in (words, reference_words))
-        values = means.flatten(1) @ self.modes  # n modes
-        self.said[1:] = regress(list((said - shown)[:, None]), list(values.double()[:, None]))
-
-    def means(self, mel, words):
-        """What speech mel [b f n m] and words [b n] add to the mean: [b f d] and [b 1 d]."""
-        return (sounds_of(mel) @ self.heard[:-1] + self.heard[-1], self.said[words].sum(1, keepdim=True) @ self.modes.T)
+        remaining = flat.square().sum() / len(flat) - self.variance.sum()
+        remaining = remaining / max(1, num_values - num_modes)
+        self.residual_variance.copy_(remaining.clamp(min=1e-6))
+        num_frames = x0.shape[1]
+        power = x0.square().mean()
+        for lag in range(len(self.autocorrelation)):
+            lag_measured = min(
+                lag, num_frames - 1
+            )  # beyond the clips' length: as at the longest lag
+            product = x0[:, lag_measured:] * x0[:, : num_frames - lag_measured]
+            self.autocorrelation[lag] = product.mean() / power
 
     def mean_variance(self):
-        """Variance of x0, averaged over places."""
+        """Return the variance of x0, averaged over places."""
         num_values, num_modes = self.modes.shape
-        return (self.variance.sum() + (num_values - num_modes) * self.rest) / num_values
+        residual = (num_values - num_modes) * self.residual_variance
+        return (self.variance.sum() + residual) / num_values
 
-    def denoise(self, xt, signal, noise, mean):
-        """E[x0 | xt] for xt = signal x0 + noise eps (coefficients [b f 1 1 1]: frames of less noise inform the others), of
-        clips whose mean is `mean` [b f d], and the deviation [b f c h w] that it leaves at each place.
+    def frame_correlation(self, num_frames):
+        """Return the correlation matrix K [f f] of frames in float64, made positive definite."""
+        frame = torch.arange(num_frames, device=self.autocorrelation.device)
+        lag = (frame[None] - frame[:, None]).abs().clamp(max=len(self.autocorrelation) - 1)
+        values, vectors = torch.linalg.eigh(self.autocorrelation[lag].double())
+        return vectors * values.clamp(min=1e-3) @ vectors.T
 
-        In a mode of variance v, frames less their mean are N(0, v K): the gain is v K S (v S K S + N^2)^-1, with S and N the
-        coefficients. With N^-1 S K S N^-1 = U diag(snr) U^T it is K S N^-1 U diag(v / (v snr + 1)) U^T N^-1: one
-        decomposition serves all modes. In float64, frames without noise may be said to have 1e-5.
+    def denoise(self, xt, signal, noise):
+        """Return E[x0 | xt] and the standard deviation that it leaves, both [b f m h w], for xt = signal x0 + noise eps.
+
+        signal and noise [b f 1 1 1] may differ by frame: frames of less noise inform the others. In a mode of variance v
+        the frames are N(0, v K), and with S, N the diagonal matrices of signal and noise the gain is
+        v K S (v S K S + N^2)^-1. Let N^-1 S K S N^-1 = Q diag(snr) Q^T: then the gain is
+        K S N^-1 Q diag(v / (v snr + 1)) Q^T N^-1, and one decomposition serves all modes.
         """
-        between = self.between_frames(xt.shape[1])
-        shape, signal, noise = signal.shape, signal.flatten(1).double(), noise.flatten(1).double().clamp(min=1e-5)  # b f
-        ratio = signal / noise
-        snr, axes = torch.linalg.eigh(ratio[:, :, None] * between * ratio[:, None])
-        apart = axes.mT / noise[:, None]  # U^T N^-1: into coordinates that no mode mixes
-        back = between * signal[:, None] @ apart.mT  # b f g: and out of them
-        variance = torch.cat([self.variance, self.rest[None]]).double()
-        shrink = variance / (variance * snr.clamp(min=0)[..., None] + 1)  # b g k+1
-        left = (between.diagonal()[:, None] * variance - back.square() @ (variance * shrink)).clamp(min=0)  # b f k+1
-        signal, apart, back, shrink, left = (x.to(xt) for x in (signal.view(shape), apart, back, shrink, left))
-        mean = mean.view_as(xt)
-        flat = apart @ (xt - signal * mean).flatten(2)  # b g d
-        guess = (flat @ self.modes * (shrink[..., :-1] - shrink[..., -1:])) @ self.modes.T + flat * shrink[..., -1:]
-        deviation = (left[..., -1:] + (left[..., :-1] - left[..., -1:]) @ (self.modes**2).T).clamp(min=0).sqrt()  # b f d
-        return mean + (back @ guess).view_as(xt), deviation.view_as(xt)
+        K = self.frame_correlation(xt.shape[1])
+        S = signal.flatten(1).double()  # b f
+        N = noise.flatten(1).double().clamp(min=1e-5)  # frames without noise: nearly none
+        snr, Q = torch.linalg.eigh((S / N)[:, :, None] * K * (S / N)[:, None])  # b f; b f f
+        to_basis = Q.mT / N[:, None]  # Q^T N^-1
+        from_basis = K * S[:, None] @ to_basis.mT  # K S N^-1 Q
+        variance = torch.cat([self.variance, self.residual_variance[None]]).double()  # k+1
+        shrink = variance / (variance * snr.clamp(min=0)[..., None] + 1)  # b f k+1
+        posterior = K.diagonal()[:, None] * variance - from_basis.square() @ (variance * shrink)
+        posterior = posterior.clamp(min=0).to(xt)  # b f k+1, the variance left in each mode
+        shrink = shrink.to(xt)
+        h = to_basis.to(xt) @ xt.flatten(2)  # b f (m h w)
+        in_modes = h @ self.modes * (shrink[..., :-1] - shrink[..., -1:])  # b f k
+        h = in_modes @ self.modes.T + h * shrink[..., -1:]
+        mean = from_basis.to(xt) @ h  # b f (m h w)
+        excess = (posterior[..., :-1] - posterior[..., -1:]) @ self.modes.square().T
+        std = (posterior[..., -1:] + excess).clamp(min=0).sqrt()
+        return mean.view_as(xt), std.view_as(xt)
 
-    def between_frames(self, num_frames):
-        """The correlation matrix K [f f] of frames by their distance, made positive definite, in float64."""
-        frame = torch.arange(num_frames, device=self.correlation.device)
-        lag = (frame[None] - frame[:, None]).abs().clamp(max=len(self.correlation) - 1)
-        slowness, times = torch.linalg.eigh(self.correlation[lag].double())
-        return times * slowness.clamp(min=1e-3) @ times.T
+
+# ---------------------------------------------------------------- the whole
 
 
 class TalkingHead(nn.Module):
-    """Autoencoder, condition encoders, UNet and diffusion in one: what is pretrained, adapted and sampled.
+    """Autoencoder, condition encoders, prior, UNet and diffusion: what is pretrained, adapted and sampled.
 
-    A frame is the reference picture, warped, and what its latent then lacks. x0 [b f m h w] holds both: two channels of
-    flow and the latent's channels of residual, on the latent grid, each divided by its spread.
+    size: pixels a side; latent_channels, autoencoder_channels: `AutoencoderKL`; channels: widths of the UNet; dim: width
+    of the condition tokens; window: video frames of speech that a frame sees; prior_modes: modes of the Gaussian prior.
     """
 
-    def __init__(self, autoencoder, unet, speech, diffusion, size, prior_modes):
+    def __init__(
+        self, size, latent_channels, autoencoder_channels, channels, dim, window, prior_modes
+    ):
         super().__init__()
-        self.autoencoder = AutoencoderKL(**autoencoder)
-        self.speech_encoder = SpeechEncoder(**speech)
-        self.identity_encoder = IdentityEncoder(speech["dim"])
-        self.text_encoder = TextEncoder(speech["dim"])
-        latent_channels = autoencoder["latent_channels"]
+        self.autoencoder = AutoencoderKL(latent_channels, autoencoder_channels)
+        coarsest = self.autoencoder.factor * 2 ** (len(channels) - 1)
+        if size < coarsest or size % coarsest:
+            raise ValueError(f"data.size must be a multiple of {coarsest} pixels, not {size}")
+        if dim < 1:
+            raise ValueError(f"model.dim must be at least 1, not {dim}")
+        self.latent_size = size // self.autoencoder.factor
         self.motion_channels = 2 + latent_channels
-        self.unet = TalkingUNet(self.motion_channels, latent_channels, **unet, condition_dim=speech["dim"])
-        self.diffusion = Diffusion(**diffusion)
-        self.side = size // self.autoencoder.factor
-        num_values = self.motion_channels * self.side**2
-        num_sounds = 2 * speech["window"] * (speech["num_mels"] // 4)
-        self.prior = GaussianPrior(num_values, min(prior_modes, num_values), self.text_encoder.table.num_embeddings,
-                                   num_sounds)
-        self.register_buffer("spread", torch.ones(self.motion_channels, 1, 1))
-        self.register_buffer("reference_spread", torch.ones(latent_channels, 1, 1))
+        self.speech_encoder = SpeechEncoder(dim, window)
+        self.identity_encoder = IdentityEncoder(dim)
+        self.text_encoder = TextEncoder(dim)
+        self.unet = TalkingUNet(self.motion_channels, latent_channels, channels, dim)
+        self.diffusion = Diffusion()
+        self.prior = GaussianPrior(self.motion_channels * self.latent_size**2, prior_modes)
+        self.register_buffer("motion_std", torch.ones(self.motion_channels, 1, 1))
+        self.register_buffer("reference_std", torch.ones(latent_channels, 1, 1))
 
     @torch.no_grad()
-    def set_statistics(self, motion, reference_latents):
-        """Measure spread and prior on motion [b f m h w], not yet spread, and reference latents [b c h w].
+    def fit_statistics(self, motion, reference_latents):
+        """Measure standard deviations and prior on motion [b f m h w] and reference latents [b c h w].
 
-        The spread is that of a typical mode, not of a typical number: numbers that move together outshout the noise
-        together, and half of the noise levels would find nothing left to say (Hoogeboom et al. 2023, Sec. 3.1).
+        The deviation of flow and residual is that of a typical mode, not of a typical value: correlated values have a
+        higher SNR than their per-value variance suggests, and half of the noise levels would teach nothing (Hoogeboom
+        et al. 2023, Sec. 3.1).
         """
-        self.reference_spread.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
-        for part in (slice(0, 2), slice(2, None)):
+        self.reference_std.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
+        for part in (slice(0, 2), slice(2, None)):  # flow, residual
             flat = rearrange(motion[:, :, part], "b f m h w -> (b f) (m h w)")
-            variance = torch.pca_lowrank(flat, q=min(64, *flat.shape), center=False, niter=4)[1] ** 2 / len(flat)
-            self.spread[part] = (variance.square().sum() / variance.sum()).sqrt()
-        self.prior.fit(motion / self.spread)
-
-    def learn_speech(self, motions, mels, swift, regress):
-        """Measure what the sound of each clip, a list of [f n m], adds to its motion [f m h w], not yet spread
-        (`GaussianPrior.fit_speech`)."""
-        self.prior.fit_speech([motion.to(self.spread) / self.spread for motion in motions],
-                              [mel.to(self.spread) for mel in mels], swift, regress)
-
-    def learn_expressions(self, views, regress):
-        """Measure what each word of a prompt adds to the mean motion, on views of clips that do not show it (data.View;
-        `GaussianPrior.fit_words`)."""
-        if views:
-            device, (prompts, shown) = self.spread.device, zip(*((v.prompt, v.shown) for v in views))
-            means = torch.stack([v.motion.mean(0) for v in views]).to(device) / self.spread
-            words, shown = (self.text_encoder.ids(said).to(device) for said in (prompts, shown))
-            self.prior.fit_words(means, words, shown, regress)
+            _, scale, _ = torch.pca_lowrank(flat, q=min(64, *flat.shape), center=False, niter=4)
+            variance = scale**2 / len(flat)
+            typical = variance.square().sum() / variance.sum().clamp(min=1e-12)
+            self.motion_std[part] = typical.sqrt().clamp(min=1e-6)
+        self.prior.fit(motion / self.motion_std)
 
     @torch.no_grad()
-    def motion(self, frames, latents, reference):
-        """Frames [f 3 H W], whose latents are [f c h w], as the motion of reference [3 H W]: flow and latent residual
-        [f m h w], not yet spread."""
-        flow = estimate_flow(reference[None], frames, self.side)
-        residual = latents - self.autoencoder.encode(warp(reference.expand_as(frames), flow))
+    def encode_motion(self, frames, latents, reference):
+        """Return the motion [f m h w], not normalised, of frames [f 3 H W] with latents [f c h w] from reference [3 H W]."""
+        flow = estimate_flow(reference[None], frames, self.latent_size)  # f 2 h w
+        warped = warp(reference.expand_as(frames), flow)  # f 3 H W
+        residual = latents - self.autoencoder.encode(warped)  # f c h w
         return torch.cat([flow, residual], dim=1)
 
     def decode(self, x0, reference):
-        """x0 [b f m h w], reference [b 3 H W] -> frames [b f 3 H W] in about [-1, 1].
+        """Return frames [b f 3 H W], about in [-1, 1], of normalised motion x0 [b f m h w] and reference [b 3 H W].
 
-        The residual enters as the difference that it makes to the decoded picture: what the autoencoder loses of the
-        reference (a pattern, a strand of hair) is not lost where nothing but the flow is needed. Gradients reach the flow
-        through the warped picture only: through the two decodings they cancel, but for terms of the residual's size.
+        The residual enters as the difference that it makes to the decoded picture, so that details of the reference which
+        the autoencoder would lose (a pattern, a strand of hair) stay. Gradients reach the flow through the warped picture
+        only: through the two decodings they cancel, but for terms of the residual's size.
         """
-        flow, residual = rearrange(x0 * self.spread, "b f m h w -> (b f) m h w").split([2, self.motion_channels - 2], 1)
+        motion = rearrange(x0 * self.motion_std, "b f m h w -> (b f) m h w")
+        flow, residual = motion.split([2, self.motion_channels - 2], dim=1)
         warped = warp(repeat(reference, "b c h w -> (b f) c h w", f=x0.shape[1]), flow)
         with torch.no_grad():
-            latents = self.autoencoder.encode(warped)
-            without = self.autoencoder.decode(latents)
-        frames = warped + self.autoencoder.decode(latents + residual) - without
+            latents = self.autoencoder.encode(warped)  # (b f) c h w
+            without_residual = self.autoencoder.decode(latents)  # (b f) 3 H W
+        frames = warped + self.autoencoder.decode(latents + residual) - without_residual
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))
 
-    def conditions(self, mel, reference, words, scales=None):
-        """{name: (tokens, scale [b], mean [b 1 d] or [b f d])} of mel [b f n m], reference [b 3 H W] or several
-        [b n 3 H W], and words [b n]: mean is what the condition adds to the prior's.
+    def encode_conditions(self, mel, reference, words, scales=None):
+        """Return {name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or [b n 3 H W], and word ids [b n].
 
-        `scales` {name: number or [b]} are 1 where not given; a clip without words has none of text's.
+        `scales` {name: number or [b]} weigh the conditions, 1 where not given; a clip without words has no text.
         """
-        said = (words > 0).any(1).float()
-        scale = {name: torch.ones_like(said) * (scales or {}).get(name, 1.0) for name in CONDITIONS}
-        spoken, worded = self.prior.means(mel, words)
-        return {"speech": (self.speech_encoder(mel), scale["speech"], spoken),
-                "identity": (self.identity_encoder(reference), scale["identity"], torch.zeros_like(worded)),
-                "text": (self.text_encoder(words), scale["text"] * said, worded)}
+        has_words = (words > 0).any(1).float()  # b
+        scale = {
+            name: torch.ones_like(has_words) * (scales or {}).get(name, 1.0) for name in CONDITIONS
+        }
+        return {
+            "speech": (self.speech_encoder(mel), scale["speech"]),  # b f window+1 d
+            "identity": (self.identity_encoder(reference), scale["identity"]),  # b (n 16) d
+            "text": (self.text_encoder(words), scale["text"] * has_words),  # b max_words+1 d
+        }
 
     def forward(self, xt, t, conditions, reference_latents):
-        """What the network states, in the diffusion's parametrisation, for integer t [b] or, by frame, [b f].
+        """Return x0_hat [b f m h w] for xt at integer t [b] or, by frame, [b f]: linear denoiser plus correction.
 
-        For x0 the UNet sees the prior's linear guess and corrects it, by as much as the prior leaves open at each place
-        (Karras et al. 2022, Sec. 5, with the data's covariance for sigma_data). At pure noise the guess is what speech and
-        words let expect, zero without any, and frames without noise (t = -1) are as given: the others go on from them.
+        Frames without noise (t = -1) are known; the others continue from them.
         """
-        t = t if t.dim() == 2 else t[:, None].expand(xt.shape[:2])
-        guess, deviation = xt, None
-        if self.diffusion.prediction == "x0":
-            with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for what corrects the guess
-                mean = sum(scale[:, None, None] * mean for _, scale, mean in conditions.values()).expand(*xt.shape[:2], -1)
-                guess, deviation = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt), mean)
-        shown = conditions["identity"][1].view(-1, 1, 1, 1)  # identity of scale 0 hides the picture, too
-        output = self.unet(guess, (t.float() + 1) / self.diffusion.num_steps, conditions,
-                           shown * reference_latents / self.reference_spread)
-        return output if deviation is None else guess + deviation * output
+        if t.dim() == 1:
+            t = t[:, None].expand(xt.shape[:2])  # b f
+        with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for the network only
+            linear, std = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
+        _, identity_scale = conditions["identity"]
+        reference = identity_scale.view(-1, 1, 1, 1) * reference_latents / self.reference_std
+        time = (t.float() + 1) / self.diffusion.num_steps
+        return linear + std * self.unet(linear, time, conditions, reference)
 
-    def loss(self, output, target, t):
-        """Squared error [b] at t [b f]; that of x0 as a share of the clip's own x0, so that calm clips count as much as
-        lively ones, times 1 / (1 - alpha_bar), as if v had been said."""
-        error = (output - target).square().flatten(2).mean(2)  # b f
-        if self.diffusion.prediction == "x0":
-            _, noise = self.diffusion.coefficients(t, target)
-            own = target.square().flatten(1).mean(1, keepdim=True).clamp(min=0.25 * self.prior.mean_variance())
-            error = error / own / noise.flatten(1).square().clamp(min=0.05)
-        return error.mean(1)
+    def training_losses(self, batch, t, eps, scales=None):
+        """Return the diffusion loss [b] (Eq. 6) of a batch, x0_hat and eps_hat [b f m h w], at t [b f] with noise eps.
 
-    def sample(self, conditions, reference_latents, noise, known, num_steps, guidance, solver):
-        """x0 [b f m h w] from `noise`; its first frames are those of `known` [b k m h w].
-
-        With `guidance` the network says more of what tells a clip with its speech from one without (Ho & Salimans 2022);
-        among many steps every second one takes that difference from the step before.
+        The squared error of x0 is divided by the clip's own power (at least a quarter of the prior's variance), so that calm
+        clips count as much as lively ones, and by 1 - alpha_bar (at least .05), which makes it the error of v (Salimans &
+        Ho 2022): Eq. 6 divided by alpha_bar, which keeps the step of pure noise in the loss.
         """
-        k, speech, lead = known.shape[1], conditions["speech"], 0.0
-        silent = conditions | {"speech": (speech[0], torch.zeros_like(speech[1]), speech[2])}
-        both = {name: tuple(torch.cat(pair) for pair in zip(conditions[name], silent[name])) for name in CONDITIONS}
-        every = 2 if guidance > 1 and num_steps > 3 else 1
-        compared = self.diffusion.timesteps(num_steps)[::every].tolist() if guidance != 1.0 else []
+        x0 = batch["motion"] / self.motion_std
+        xt = self.diffusion.add_noise(x0, t, eps)
+        conditions = self.encode_conditions(
+            batch["mel"], batch["reference"], batch["words"], scales
+        )
+        x0_hat = self(xt, t, conditions, batch["reference_latents"])
+        error = (x0_hat - x0).square().flatten(2).mean(2)  # b f
+        smallest_power = 0.25 * self.prior.mean_variance()
+        power = x0.square().flatten(1).mean(1, keepdim=True).clamp(min=smallest_power)  # b 1
+        _, noise = self.diffusion.coefficients(t, x0)
+        noise_variance = noise.flatten(1).square().clamp(min=0.05)  # b f
+        loss = (error / power / noise_variance).mean(1)
+        return loss, x0_hat, self.diffusion.implied_eps(x0_hat, xt, t)
 
-        def network(xt, t):
-            nonlocal lead
-            step, t = int(t[0]), t[:, None].repeat(1, xt.shape[1])
-            t[:, :k] = -1
-            inputs = [torch.cat([known, xt[:, k:]], dim=1), t, conditions, reference_latents]
-            if step not in compared:
-                return self(*inputs) + (guidance - 1) * lead
-            said, unsaid = self(*(both if x is conditions else torch.cat([x, x]) for x in inputs)).chunk(2)
-            lead = said - unsaid
-            return unsaid + guidance * lead
+    def sample(self, conditions, reference_latents, noise, known, num_steps, guidance):
+        """Return x0 [b f m h w] sampled from `noise` [b f m h w], its first frames being `known` [b k m h w].
 
-        new = self.diffusion.sample(network, noise, num_steps, solver)[:, k:]
-        return torch.cat([known, glide(known[:, -1:], new)], dim=1) if k else new
+        Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w):
+        x0 = x0_without + guidance (x0_with - x0_without).
+        """
+        num_known = known.shape[1]
+        tokens, scale = conditions["speech"]
+        without_speech = conditions | {"speech": (tokens, torch.zeros_like(scale))}
+
+        def predict_x0(xt, t):
+            t = t[:, None].repeat(1, xt.shape[1])  # b f
+            t[:, :num_known] = -1
+            xt = torch.cat([known, xt[:, num_known:]], dim=1)
+            x0 = self(xt, t, conditions, reference_latents)
+            if guidance != 1.0:
+                x0_without = self(xt, t, without_speech, reference_latents)
+                x0 = x0_without + guidance * (x0 - x0_without)
+            return x0
+
+        x0 = self.diffusion.sample(predict_x0, noise, num_steps)
+        return torch.cat([known, x0[:, num_known:]], dim=1)
 
     @torch.inference_mode()
-    def stream(self, reference, mel, words, generator, num_steps, guidance=1.0, solver="dpm", scales=None, window=None,
-               emphasis=1.0):
-        """Frames [b w 3 H W] in [-1, 1], a window at a time, of `reference` [b 3 H W] speaking `mel` [b f n m].
+    def stream(
+        self, reference, mel, words, generator, num_steps, guidance=1.0, window=40, scales=None
+    ):
+        """Yield frames [b w 3 H W] in [-1, 1], one window after another, of `reference` speaking `mel` [b f n m].
 
-        The first of several references [b n 3 H W] is the one that moves; words [b n] are the prompt's; guidance > 1
-        exaggerates the effect of speech (Ho & Salimans 2022) at twice the cost; emphasis > 1 how far what the prior's mean
-        takes from speech is from its average, after sampling and at no cost. Every window goes on from the last
-        KNOWN_FRAMES of the one before and is anchored on the reference again: memory does not grow with the clip, and
-        neither does what goes wrong. The first is half as long, so that its frames come sooner.
+        reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves; words [b n]: of the prompt.
+        Each window continues from the last KNOWN_FRAMES frames of the one before and starts from the reference again, so
+        that neither memory nor errors grow with the clip. The first window is half as long, so that its frames come sooner.
         """
-        first = reference if reference.dim() == 4 else reference[:, 0]
-        latents, (num_clips, num_frames) = self.autoencoder.encode(first), mel.shape[:2]
-        known, start = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:]), 0
-        average, _ = self.prior.means(mel.mean(1, keepdim=True), words)
+        if window <= 2 * KNOWN_FRAMES:
+            raise ValueError(f"sampling.window must be above {2 * KNOWN_FRAMES}, not {window}")
+        moving = reference if reference.dim() == 4 else reference[:, 0]  # b 3 H W
+        latents = self.autoencoder.encode(moving)  # b c h w
+        num_clips, num_frames = mel.shape[:2]
+        known = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:])
+        start = 0
         while start < num_frames:
-            heard = mel[:, start - known.shape[1]:][:, :window if start or not window else window // 2]
-            noise = torch.randn(num_clips, heard.shape[1], *known.shape[2:], generator=generator).to(latents.device)
-            conditions = self.conditions(heard, reference, words, scales)
-            x0 = self.sample(conditions, latents, noise, known, num_steps, guidance, solver)
-            new = x0[:, known.shape[1]:]
-            _, scale, spoken = conditions["speech"]
-            more = (emphasis - 1) * scale[:, None, None] * (spoken[:, known.shape[1]:] - average)
-            yield self.decode(new + more.view_as(new), first).clamp(-1, 1)
-            known, start = x0[:, -KNOWN_FRAMES:], start + new.shape[1]
+            length = window if start else window // 2
+            first = start - known.shape[1]
+            mel_window = mel[:, first : first + length]  # b w n m
+            shape = (num_clips, mel_window.shape[1], *known.shape[2:])
+            noise = torch.randn(shape, generator=generator).to(latents.device)
+            conditions = self.encode_conditions(mel_window, reference, words, scales)
+            x0 = self.sample(conditions, latents, noise, known, num_steps, guidance)
+            new = x0[:, known.shape[1] :]
+            yield self.decode(new, moving).clamp(-1, 1)
+            known = x0[:, -KNOWN_FRAMES:]
+            start += new.shape[1]
 
     def generate(self, *args, **kwargs):
-        """The whole of `stream` [b f 3 H W]; without `window`, in one."""
+        """Return all frames [b f 3 H W] of `stream`, whose arguments it takes."""
         return torch.cat(list(self.stream(*args, **kwargs)), dim=1)
 
 
-def glide(last, new):
-    """New frames [b n ...] that go on from `last` [b 1 ...]: the first is moved to where the second's step leads, and the
-    others by ever less of that (inertialisation, Bollo 2018)."""
-    gap = last + new[:, :2][:, -1:] - 2 * new[:, :1]
-    return new + gap * (0.6 ** torch.arange(new.shape[1], device=new.device)).view(1, -1, *[1] * (new.dim() - 2))
-
-
 class EMA:
-    """Exponential moving average of a module's parameters, with the warm-up (1 + step) / (10 + step)."""
+    """Exponential moving average of a module's parameters, with the warm-up (1 + step) / (10 + step).
+
+    Buffers stay as they are in the module at the start.
+    """
 
     def __init__(self, module, decay):
-        self.module, self.decay, self.step = copy.deepcopy(module).requires_grad_(False), decay, 0
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.decay = decay
+        self.step = 0
 
     @torch.no_grad()
     def update(self, module):
+        """Move the average towards the current parameters of `module`."""
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         for average, current in zip(self.module.parameters(), module.parameters()):

@@ -1,419 +1,666 @@
 """Client-level differential privacy, secure aggregation, and an audit of both.
 
-Protects against an honest-but-curious server with some curious clients, and against all who see released models; not
-against a server that deviates (forged rosters, Sybils, unequal survivor lists), poisoned updates, timing side channels,
-sums of overlapping cohorts (only noise covers those), or what leaves a client outside the masked vector. The server and
-the clients of a round know who took part: amplification by sampling holds only against others.
+Threat model: an honest-but-curious server together with up to `num_curious` clients, dropouts at
+every stage, and everybody who sees released models. Not covered: a server that deviates from the
+protocol (invented clients, unequal rosters or survivor lists), poisoned updates, side channels such
+as timing, and whatever leaves a client outside of the masked vector.
 
-    python privacy.py --clients 1000 --rate 0.01 --noise 1.1 --rounds 1000 --delta 1e-6    (or --target-epsilon 8)
-    python privacy.py --clients 1000 --rate 0.01 --noise 1.1 --skellam 100000              (Skellam's epsilon beside it)
+Adjacency is zero-out: one client's vector, or zeros in its place. Who takes part in a round is not
+protected, what a participant sends is. So the size of a cohort, the variance of the noise and an
+abort may be public, as none of them depends on a client's data.
+
+    python privacy.py --clients 100 200 400 --rate 1 --rounds 2 --noise 0.27 --delta 1e-5
+    python privacy.py --clients 1000 --rate 0.01 --rounds 1000 --target-epsilon 8 --delta 1e-6
+    python privacy.py --clients 100 --noise 0.27 --audit
+    python privacy.py --verify runs/NAME
 """
+
 import argparse
+import collections
+import copy
 import functools
 import hashlib
 import hmac
+import itertools
+import json
 import math
 import os
+import random
 import secrets
-from dataclasses import asdict, dataclass, field, replace
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 from scipy import optimize, special, stats
 
-def require(condition, message, error=ValueError):
-    if not condition:
-        raise error(message)
+# ---------------------------------------------------------------- accounting
+# One client's vector moves the sum by at most the sensitivity S; in units of S the noise has the
+# standard deviation z = noise_multiplier. A client joins a round with probability q = sample_rate.
+# Its vector or zeros in its place: the sum is (1 - q) N(0, z^2) + q N(1, z^2) or N(0, z^2). This is
+# the pair of add-or-remove adjacency, and of its two divergences the one of the mixture from the
+# Gaussian is the larger (Mironov, Talwar and Zhang 2019, Thm. 4 and 5, arXiv:1908.10530).
 
-# ---- accounting -----------------------------------------------------------------------------------------
+ORDERS = (
+    *(1.01, 1.02, 1.05),
+    *(1 + i / 10 for i in range(1, 100)),
+    *range(11, 64),
+    *(round(2 ** (i / 8)) for i in range(48, 81)),  # 64 to 1024
+)
+LEAST_NOISE = 1e-6  # a smaller noise_multiplier counts as none: epsilon would exceed 1e11
 
-ORDERS = (1.01, 1.02, 1.05, *(1 + i / 10 for i in range(1, 100)), *range(11, 64),
-          *(round(2 ** (i / 8)) for i in range(48, 81)))  # up to 1024
-ADJACENCY = {"poisson": "add or remove one client", "fixed": "replace one client by another"}
 
-def release_rdp(orders, z, skellam=None):
-    """RDP of one unsampled release at each order; z = noise_multiplier, skellam = (L1, L2) integer sensitivities."""
-    rdp = orders / (2 * z ** 2)  # Gaussian: Mironov 2017, Prop. 7, arXiv:1702.07476
-    if skellam is None:
-        return rdp
-    (l1, l2), variance = skellam, (z * skellam[1]) ** 2  # Agarwal et al. 2021, Cor. 4.1, arXiv:2110.04995
-    return rdp + np.minimum(((2 * orders - 1) * l2 ** 2 + 6 * l1) / (4 * variance ** 2), 1.5 * l1 / variance)
+def check_delta(delta, num_clients=1):
+    """Raise ValueError unless 0 < delta < 1 / num_clients.
 
-def _integer_moment(q, z, orders, skellam):
-    """(order - 1) * RDP, Poisson-sampled, at integer orders, a sum of positive terms: nothing cancels.
-
-    Exact for Gaussian noise (Mironov et al. 2019, Sec. 3.3, arXiv:1908.10530); Skellam pays a factor 3 from the third
-    moment on (Zhu and Wang 2019, Thm. 5, proceedings.mlr.press/v97/zhu19c).
+    At 1 / num_clients a mechanism that publishes one random client's data would pass.
     """
-    unsampled = (orders - 1) * release_rdp(orders, z, skellam)
-    if q == 1 or not len(orders):
-        return unsampled
-    k, log_factorial = np.arange(2, orders.max() + 1), special.gammaln(np.arange(orders.max() + 1) + 1)
-    moment, factor = (k - 1) * release_rdp(k, z, skellam), np.where((k > 2) & (skellam is not None), 3.0, 1.0)
-    log_gain = moment + np.log(factor - np.exp(-moment)) + k * math.log(q) - log_factorial[k]
-    rest = orders[:, None] - k
-    log_terms = log_gain + rest * math.log1p(-q) + log_factorial[orders][:, None] - log_factorial[np.maximum(rest, 0)]
-    log_terms = np.where(rest >= 0, log_terms, -math.inf)
-    return np.minimum(np.logaddexp.reduce(log_terms, axis=-1, initial=0.0), unsampled)  # initial: log(1 + their sum)
+    if not 0 < delta < 1 / num_clients:
+        raise ValueError(f"delta is above 0 and below {1 / num_clients:g}, not {delta}.")
 
-def _fractional_rdp(q, z, orders):
-    """Poisson-sampled Gaussian RDP at any order (Mironov et al. 2019, Thm. 4): log E[(1 + u)^order] / (order - 1).
 
-    u = q (p1(x) / p0(x) - 1) has mean 0, so the sum is over (1 + u)^order - 1 - order u >= 0: nothing cancels. The
-    integrand is analytic within pi z^2 of the real line, where the trapezoid rule converges exponentially.
+def gaussian_epsilon(z, delta):
+    """Epsilon of one unsampled Gaussian release of noise multiplier z, exact.
+
+    Balle and Wang 2018, Thm. 8, arXiv:1805.06530. Raises ValueError unless 0 < delta < 1.
     """
-    width = z * min(1, z) / 2
-    x = np.arange(-10 * z, orders.max() + 10 * z, width)
-    log_ratio, order = (2 * x - 1) / (2 * z ** 2), orders[:, None]
+    check_delta(delta)
+    if z < LEAST_NOISE:
+        return math.inf
+
+    def excess(epsilon):
+        second = math.exp(min(0.0, epsilon + special.log_ndtr(-0.5 / z - epsilon * z)))
+        return special.ndtr(0.5 / z - epsilon * z) - second - delta
+
+    if z == math.inf or excess(0.0) <= 0:
+        return 0.0
+    upper = 0.5 / z**2 - special.ndtri(delta) / z  # where the first term alone is delta
+    return float(optimize.brentq(excess, 0.0, upper))
+
+
+def sampled_rdp(q, z, order):
+    """Renyi DP of one Poisson-sampled Gaussian round at an order > 1, by quadrature.
+
+    log E[(1 + u)^order] / (order - 1) with x ~ N(0, z^2) and u = q (r - 1), where r is the ratio of
+    the densities of N(1, z^2) and N(0, z^2) at x (Mironov et al. 2019, Thm. 4). u has mean 0, so
+    the integrand is (1 + u)^order - 1 - order u >= 0: nothing cancels. Its poles lie z^2 pi beside
+    the real line, where the mixture's two parts are equal. A sinh puts the points densely there and
+    sparsely elsewhere, which keeps the trapezoid rule's exponential convergence.
+    """
+    crossing = 0.5 + z**2 * (math.log1p(-q) - math.log(q))
+    low = -10 * z - crossing
+    high = order + 10 * z - crossing
+    width = math.pi * z**2
+    step = min(0.3, 0.8 * z / math.hypot(width, max(-low, high)))  # at most 0.8 z between points
+    t = np.arange(math.asinh(low / width), math.asinh(high / width) + step, step)  # [points]
+    x = crossing + width * np.sinh(t)
+    spacing = width * np.cosh(t) * step  # dx
+    log_weight = np.log(spacing / (z * math.sqrt(2 * math.pi))) - 0.5 * (x / z) ** 2
+    log_ratio = (2 * x - 1) / (2 * z**2)  # log r, beyond 700 an overflow: there 1 + u = q r
     u = q * np.expm1(np.minimum(log_ratio, 700))
+    # log (1 + u)^order
     power = order * np.where(log_ratio < 700, np.log1p(u), math.log(q) + log_ratio)
-    low, high = np.minimum(power, 1), np.maximum(power, 1)
-    excess = np.where(power > 1, high + np.log1p(-(1 + order * np.maximum(u, 0)) * np.exp(-high)),
-                      np.log(np.maximum(np.expm1(low) - order * u, 1e-300)))
-    log_weight = -0.5 * (x / z) ** 2 + math.log(width / (z * math.sqrt(2 * math.pi)))
-    return np.logaddexp.reduce(excess + log_weight, axis=-1, initial=0.0) / (orders - 1)
+    excess = np.expm1(np.minimum(power, 700)) - order * u
+    # (1 + u)^order alone where that overflows: an upper bound, and close
+    log_integrand = np.where(power < 700, np.log(np.maximum(excess, 1e-300)), power)
+    # initial = 0 is the logarithm of the 1 that the integrand lacks
+    return np.logaddexp.reduce(log_integrand + log_weight, initial=0.0) / (order - 1)
+
 
 @functools.lru_cache(maxsize=64)
-def _round_rdp(q, z, orders, skellam):
-    orders = np.asarray(orders, float)
-    if q == 0 or z == 0:
-        return np.full(len(orders), 0.0 if q == 0 else math.inf)
-    knots = np.unique(np.maximum(np.concatenate((np.floor(orders), np.ceil(orders))), 2)).astype(int)
-    # Two blocks of integer orders, as most of the triangle is empty. Between integers the moment is below its chord
-    # (it is convex in the order): what Skellam's bound, which holds at integers, gives a fractional order.
-    moments = [_integer_moment(q, z, part, skellam) for part in (knots[knots <= 64], knots[knots > 64])]
-    rdp = np.interp(orders, (1, *knots), (0, *np.concatenate(moments))) / (orders - 1)
-    fractional = orders != np.rint(orders)
-    if skellam is None and fractional.any() and (q == 1 or z > 0.1):  # below, with epsilon in the thousands, the chord
-        rdp[fractional] = release_rdp(orders[fractional], z) if q == 1 else _fractional_rdp(q, z, orders[fractional])
+def round_rdp(q, z, orders):
+    """Renyi DP of one Poisson-sampled Gaussian round, [orders]."""
+    if q == 0:
+        return np.zeros(len(orders))
+    if z < LEAST_NOISE:
+        return np.full(len(orders), math.inf)
+    rdp = np.array(orders) / (2 * z**2)  # if all join: Mironov 2017, Prop. 7, arXiv:1702.07476
+    for k, order in enumerate(orders):
+        # Otherwise the order is too high for this noise to give the least epsilon.
+        if q < 1 and order < 2000 * z and z >= 0.01:
+            rdp[k] = min(rdp[k], sampled_rdp(q, z, order))
     return rdp
+
 
 @dataclass
 class Accountant:
-    """Rounds spent so far, plain rows [sample_rate, noise_multiplier, rounds, sampling, skellam] for checkpoints.
+    """The rounds spent so far: plain rows [sample_rate, noise_multiplier, rounds], for checkpoints.
 
-    noise_multiplier = noise / sensitivity under the adjacency of `sampling`. Fixed-size cohorts get no amplification.
+    Raises ValueError for rows out of range. A round without noise makes epsilon infinite for good.
     """
+
     history: list = field(default_factory=list)
 
-    def spend(self, sample_rate, noise_multiplier, rounds=1, sampling="poisson", skellam=None):
-        """Add rounds, whether or not their sum arrived; sample_rate in [0, 1], noise_multiplier >= 0; ValueError."""
-        require(0 <= sample_rate <= 1, f"sample_rate is a probability in [0, 1], not {sample_rate}.")
-        require(0 <= noise_multiplier < math.inf, f"noise_multiplier is finite and >= 0, not {noise_multiplier}.")
-        require(0 <= rounds <= 1e12 and rounds == int(rounds), f"rounds is a whole number up to 1e12, not {rounds}.")
-        require(sampling in ADJACENCY, f"sampling is 'poisson' or 'fixed', not {sampling!r}.")
-        row = [float(sample_rate), float(noise_multiplier), int(rounds), sampling, skellam and list(skellam)]
-        if self.history and self.history[-1][:2] + self.history[-1][3:] == row[:2] + row[3:]:
+    def __post_init__(self):
+        rows = self.history  # of a checkpoint: checked like new ones
+        self.history = []
+        for row in rows:
+            self.spend(*row)
+
+    def spend(self, sample_rate, noise_multiplier, rounds=1):
+        """Add rounds, before they start: they count whether or not their sum arrives."""
+        if not 0 <= sample_rate <= 1:
+            raise ValueError(f"sample_rate is a probability in [0, 1], not {sample_rate}.")
+        if not 0 <= noise_multiplier < 1e100:
+            raise ValueError(f"noise_multiplier is from 0 to 1e100, not {noise_multiplier}.")
+        if not (0 <= rounds <= 1e12 and rounds == int(rounds)):
+            raise ValueError(f"rounds is a whole number up to 1e12, not {rounds}.")
+        row = [float(sample_rate), float(noise_multiplier), int(rounds)]
+        if self.history and self.history[-1][:2] == row[:2]:
             self.history[-1][2] += row[2]
         else:
             self.history.append(row)
 
-    def epsilon(self, delta, orders=ORDERS):
-        """Epsilon of all rounds at delta in (0, 1), the best over orders > 1; ValueError."""
-        require(0 < delta < 1, f"delta is a probability in (0, 1), not {delta}.")
-        require(len(orders) and min(orders) > 1, "orders are one or more numbers above 1.")
-        rdp, a = np.zeros(len(orders)), np.asarray(orders, float)
-        for sample_rate, noise_multiplier, rounds, sampling, skellam in self.history:
-            amplified = sample_rate if sampling == "poisson" else float(sample_rate > 0)
-            one = _round_rdp(amplified, noise_multiplier, tuple(orders), skellam and tuple(skellam)) if rounds else 0
-            rdp += rounds * one
-        epsilon = rdp + np.log1p(-1 / a) - np.log(delta * a) / (a - 1)  # Canonne et al. 2020, Prop. 12, 2004.00010
-        # Total variation is at most sqrt(1 - exp(-KL)) (Bretagnolle-Huber), and KL no larger than any RDP.
-        return float(max(0.0, np.where(-np.expm1(-rdp) < delta ** 2, 0.0, epsilon).min()))
+    def epsilon(self, delta, orders=None):
+        """Epsilon against an adversary who knows neither who nor how many joined a round.
 
-    def would_exceed(self, target_epsilon, delta, **spending):
-        """Whether spending (arguments of `spend`) would pass target_epsilon at delta."""
-        ahead = Accountant([list(row) for row in self.history])
-        ahead.spend(**spending)
-        return ahead.epsilon(delta) > target_epsilon
+        (Who knows that p of n clients joined knows that each did with probability p / n, not q.)
+        orders > 1: the Renyi bound at these orders alone; None: the best of ORDERS and of the exact
+        bound without sampling. Raises ValueError unless 0 < delta < 1.
+        """
+        unsampled = self.epsilon_known_cohorts(delta) if orders is None else math.inf
+        orders = ORDERS if orders is None else tuple(orders)
+        if not orders or min(orders) <= 1:
+            raise ValueError("orders are one or more numbers above 1.")
+        check_delta(delta)
+        rdp = np.zeros(len(orders))
+        for sample_rate, noise_multiplier, rounds in self.history:
+            if rounds:
+                rdp = rdp + rounds * round_rdp(sample_rate, noise_multiplier, orders)
+        order = np.asarray(orders, float)
+        # Canonne, Kamath and Steinke 2020, Prop. 12, arXiv:2004.00010
+        epsilon = rdp + np.log1p(-1 / order) - np.log(delta * order) / (order - 1)
+        # Total variation is at most sqrt(1 - exp(-KL)) (Bretagnolle-Huber), and KL <= any RDP.
+        epsilon = np.where(-np.expm1(-rdp) < delta**2, 0.0, epsilon)
+        return float(max(0.0, min(epsilon.min(), unsampled)))
 
-def compute_epsilon(sample_rate, noise_multiplier, rounds, delta, orders=ORDERS, sampling="poisson", skellam=None):
-    """Epsilon at delta of equal rounds; arguments, ranges and errors as in `Accountant`."""
-    accountant = Accountant()
-    accountant.spend(sample_rate, noise_multiplier, rounds, sampling, skellam)
+    def epsilon_known_cohorts(self, delta, participations=None):
+        """Epsilon against an adversary who knows every cohort, as the server and the clients do.
+
+        Only the rounds that a client was in tell something of it: participations = the most rounds
+        of any client (None: all), taken to be those with the least noise. Gaussian releases compose
+        to one Gaussian, so this is exact (Dong, Roth and Su 2019, Cor. 3.3, arXiv:1905.02383).
+        """
+        left = math.inf if participations is None else participations
+        precision = 0.0  # sum of 1 / z^2
+        for sample_rate, z, rounds in sorted(self.history, key=lambda row: row[1]):
+            taken = min(rounds, left) if sample_rate > 0 else 0  # at rate 0 nobody takes part
+            left -= taken
+            if taken:
+                precision += taken / z**2 if z >= LEAST_NOISE else math.inf
+        return gaussian_epsilon(precision**-0.5 if precision else math.inf, delta)
+
+
+def compute_epsilon(sample_rate, noise_multiplier, rounds, delta, orders=None):
+    """Epsilon of equal rounds; arguments, ranges and errors as in `Accountant`."""
+    accountant = Accountant([[sample_rate, noise_multiplier, rounds]])
     return accountant.epsilon(delta, orders)
 
-def find_noise_multiplier(target_epsilon, delta, sample_rate, rounds, sampling="poisson", skellam=None):
-    """The least noise_multiplier (to 1e-5 relative) that keeps target_epsilon > 0; ValueError if 1e5 does not."""
-    def keeps(z):
-        return compute_epsilon(sample_rate, z, rounds, delta, sampling=sampling, skellam=skellam) <= target_epsilon
-    low, high = 1e-2, 1e5
-    require(0 < target_epsilon < math.inf and keeps(high), f"No noise keeps epsilon {target_epsilon} at delta {delta}.")
-    while high / low > 1 + 1e-5:
+
+def find_noise_multiplier(target_epsilon, delta, sample_rate, rounds):
+    """The least noise_multiplier (to 1e-5 relative, >= 0.01) that keeps target_epsilon > 0.
+
+    With sample_rate 1 the target also holds against who knows the cohorts. Raises ValueError if
+    1e5 does not keep it.
+    """
+    low = 1e-2
+    high = 1e5
+    least = compute_epsilon(sample_rate, high, rounds, delta)
+    if not (0 < target_epsilon < math.inf and least <= target_epsilon):
+        raise ValueError(f"No noise keeps epsilon {target_epsilon} at delta {delta}.")
+    while high / low > 1 + 1e-5:  # bisection on a log scale: epsilon falls with the noise
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if keeps(middle) else (middle, high)
+        if compute_epsilon(sample_rate, middle, rounds, delta) <= target_epsilon:
+            high = middle
+        else:
+            low = middle
     return high
 
-# ---- clip, weight, noise ---------------------------------------------------------------------------------
 
-NOISE_TAIL = 12  # standard deviations of room on the ring; beyond (once in 1e33) a sum wraps and stays private
-TRUSTED = {"distributed": "nobody alone: min_honest survivors of each round add their noise and keep it to themselves, "
-                          "and fewer of a client's share holders than the threshold help a curious server",
-           "server": "the server, which sees the exact sum and adds the noise",
-           "local": "nobody: every client adds all of the noise"}
+def new_sampling_key():
+    """32 bytes of the operating system's randomness. Amplification by sampling needs it secret."""
+    return secrets.token_bytes(32)
+
+
+def poisson_cohort(num_clients, sample_rate, key, round):
+    """Indices of the clients in a round: each joins with probability sample_rate, independently."""
+    if not (isinstance(key, bytes) and len(key) == 32):
+        raise ValueError("key is 32 bytes from new_sampling_key().")
+    stream = hashlib.shake_256(b"cohort|%d|" % round + key).digest(8 * num_clients)
+    uniform = (np.frombuffer(stream, "<u8") >> np.uint64(11)) * 2.0**-53  # [clients] in [0, 1)
+    return np.flatnonzero(uniform < sample_rate).tolist()
+
+
+# ---------------------------------------------------------------- clip, weight, noise
+
+NOISE_TAIL = 12  # standard deviations of room for the noise; beyond (once in 1e33) a sum wraps
+
 
 def clip_update(update, clip_norm):
     """(update scaled to L2 norm <= clip_norm, its norm before); ValueError if it is not finite."""
     update = np.asarray(update, np.float64)
     norm = float(np.linalg.norm(update))
-    require(math.isfinite(norm), "The update holds NaN or infinity: this client drops out of the round.")
+    if not math.isfinite(norm):
+        raise ValueError("The update holds NaN or infinity.")
     return update * min(1.0, clip_norm / max(norm, 1e-300)), norm
 
-def _random_words(count, key):
-    """uint64 words of the operating system's randomness, or of SHAKE-128 for an insecure seeded run."""
-    data = os.urandom(8 * count) if key is None else hashlib.shake_128(key).digest(8 * count)
-    return np.frombuffer(data, np.uint64)
 
 def gaussian_noise(std, count, key=None):
-    """N(0, std^2) in grid steps, rounded; tails reach 9 standard deviations."""
-    words = _random_words(count, key)
-    magnitude = special.ndtri(((words >> np.uint64(1)) + 0.5) * 2.0 ** -64)  # the lower half; the last bit is the sign
-    return np.rint(std * np.where(words & np.uint64(1), magnitude, -magnitude))
+    """`count` values of N(0, std^2), rounded to whole numbers; std up to 2^31.
 
-def _poisson(mean, count, key):
-    """Poisson variates of mean >= 500 by transformed rejection (Hormann 1993, PTRS, without its shortcuts)."""
-    b = 0.931 + 2.53 * math.sqrt(mean)
-    a, scale = -0.059 + 0.02483 * b, 1.1239 + 1.1328 / (b - 3.4)
-    out, todo = np.empty(count), np.arange(count)
-    while todo.size:
-        u, v = (_random_words(2 * todo.size, key).reshape(2, -1) >> np.uint64(11)) * 2.0 ** -53 + 2.0 ** -54
-        room = 0.5 - np.abs(u - 0.5)
-        k = np.maximum(np.floor((2 * a / room + b) * (u - 0.5) + mean + 0.43), 1)
-        # log of the probability by Stirling around the mean: k log(mean) - log k! would lose nine digits at 1e9.
-        log_pmf = (k - mean - k * np.log1p((k - mean) / mean)
-                   - np.log(2 * np.pi * k) / 2 - 1 / (12 * k) + 1 / (360 * k ** 3))
-        accept = np.log(v * scale / (a / room ** 2 + b)) <= log_pmf
-        out[todo[accept]] = k[accept]
-        todo, key = todo[~accept], key and key + b"+"
-    return out
+    From the operating system's randomness, or from a key (bytes) in a run without privacy. Of 64
+    bits 63 choose the magnitude: tails reach 9 standard deviations, and a float64 (exact below
+    2^53) still resolves the lowest bit of the result.
+    """
+    data = os.urandom(8 * count) if key is None else hashlib.shake_128(key).digest(8 * count)
+    words = np.frombuffer(data, np.uint64)
+    tail = ((words >> np.uint64(1)) + 0.5) * 2.0**-64  # uniform on (0, 1/2)
+    sign = np.where(words & np.uint64(1), 1.0, -1.0)
+    return np.rint(std * sign * special.ndtri(tail))
 
-def skellam_noise(std, count, key=None):
-    """The difference of two Poisson variates of mean std^2 / 2; std >= 32 grid steps."""
-    return _poisson(std ** 2 / 2, count, key and key + b"1") - _poisson(std ** 2 / 2, count, key and key + b"2")
 
 @dataclass
 class Mechanism:
-    """From a client's update to a vector on the ring, and from the ring's sum to the mean; ValueError if unsafe.
+    """From one client's update to a vector of 32-bit integers, and from their sum to the mean.
 
-    clip_norm = C (L2); noise_multiplier = z; length of an update; num_clients = most clients in a sum; min_honest =
-    fewest honest survivors; weight_scale = s / C; min_weight = floor of the sum of weights; noise in TRUSTED; sampling
-    in ADJACENCY; ring of 32 or 64 bits. mechanism = "skellam" is exact on the ring and needs nothing else:
-    `spending` carries its sensitivities. bit_scale > 0 (say 0.5) adds adaptive clipping's bit to the noised vector and
-    to the sensitivity: after a round, `decode` gives the fraction of unclipped updates, and the next round's mechanism
-    is replace(mechanism, clip_norm=next_clip_norm(clip_norm, fraction, quantile, rate)).
+    A client's vector is [w clip(u), s w] with weight w in [0, 1] and s = weight_scale * clip_norm,
+    so its norm is at most S = sqrt(clip_norm^2 + s^2), which is the sensitivity. Rounding to the
+    integer grid may lengthen it by sqrt(length + 1) / 2 steps, which S counts, too.
+
+    Noise, with tau = survivor_share: each of the p clients of a roster adds N(0, z^2 S^2 / tau p),
+    and for s survivors the server adds N(0, z^2 S^2 (p - s) / tau p). So the sum always has the
+    noise variance z^2 S^2 / tau and does not tell who stayed. The server knows its own part, which
+    leaves z^2 S^2 s / tau p, less the parts of num_curious clients that may help it. With at least
+    tau p + num_curious survivors it is z^2 S^2 or more. Raises ValueError for settings that are out
+    of range or do not fit 32 bits.
     """
-    clip_norm: float
-    noise_multiplier: float
-    length: int
-    num_clients: int
-    min_honest: int
-    weight_scale: float = 0.5
-    min_weight: float = 1.0
-    bit_scale: float = 0.0
-    noise: str = "distributed"
-    mechanism: str = "gaussian"
-    sampling: str = "poisson"
-    ring: int = 32
-    insecure_seed: int | None = None
+
+    clip_norm: float  # largest L2 norm of an update in the sum
+    noise_multiplier: float  # z = noise that the server does not know / S
+    length: int  # values of an update
+    num_clients: int  # most clients in one sum
+    weight_scale: float  # s / clip_norm
+    min_weight: float  # lower limit of the sum of weights that the mean divides by
+    survivor_share: float  # tau, in (1/2, 1]
+    num_curious: int = 0  # clients that may help the server
+    seed: int | None = None  # reproducible noise; the run then has no privacy
 
     def __post_init__(self):
-        require(self.noise in TRUSTED, f"noise is one of {', '.join(TRUSTED)}, not {self.noise!r}.")
-        require(self.mechanism in ("gaussian", "skellam"), f"mechanism is gaussian or skellam, not {self.mechanism!r}.")
-        require(self.sampling in ADJACENCY and self.ring in (32, 64), "sampling is poisson or fixed, ring 32 or 64.")
-        require(1 <= self.min_honest <= self.num_clients, f"min_honest is from 1 to {self.num_clients} clients.")
-        require(self.length >= 1, f"An update has 1 value or more, not {self.length}.")
-        require(min(self.clip_norm, self.weight_scale, self.min_weight) > 0
-                and min(self.noise_multiplier, self.bit_scale) >= 0,
-                "clip_norm, weight_scale and min_weight are above 0, noise_multiplier and bit_scale not below.")
-        self.coordinates = self.length + 1 + (self.bit_scale > 0)
-        self.num_bytes = self.coordinates * self.ring // 8  # of an upload
-        # [w clip(u), s w, bit_scale C (b - 1/2)]: one vector is added, or one replaced (Andrew et al. 2021, Sec. 2).
-        swapped = self.sampling == "fixed"
-        added = 1 + self.weight_scale ** 2  # replacing, the worst weights are (1, 1) or (1, 0)
-        self.sensitivity = self.clip_norm * (math.sqrt(max(4, added) + self.bit_scale ** 2) if swapped
-                                             else math.sqrt(added + self.bit_scale ** 2 / 4))
-        rounding = math.sqrt(self.coordinates) * (1 if swapped else 0.5)  # in steps: half of one, each coordinate
-        client, server = {"distributed": (self.min_honest ** -0.5, 0), "local": (1, 0), "server": (0, 1)}[self.noise]
-        # The finest step for which num_clients times the largest value, noise tails included, stays on the ring.
-        tails = NOISE_TAIL * self.noise_multiplier * (client * self.num_clients + server)
-        room = 2.0 ** (self.ring - 1) - self.num_clients - tails * rounding
-        require(room > 0, f"{self.num_clients} clients with this noise overflow a ring of {self.ring} bits.")
-        largest = self.clip_norm * max(1.0, self.weight_scale, self.bit_scale / 2)
-        self.step = max((self.num_clients * largest + tails * self.sensitivity) / room, largest * 2.0 ** -50)  # float64
-        self.grid_sensitivity = self.sensitivity / self.step + rounding  # what the noise is calibrated to, in steps
-        std = self.noise_multiplier * self.grid_sensitivity
-        self.client_std, self.server_std = client * std, server * std
-        # Rounded Gaussian noise of std >= 4 steps is, to exp(-2 pi^2 4^2) < 1e-137, the Gaussian plus independent
-        # rounding noise (Poisson summation), which is post-processing. The Poisson sampler needs 32.
-        require(std == 0 or self.client_std + self.server_std >= 32, "The grid is too coarse for the noise: ring 64.")
-        self.largest = (2 ** (self.ring - 1) - 1) // self.num_clients  # of a client's values, for `Terms`
+        for name in ("clip_norm", "weight_scale", "min_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is finite and above 0, not {getattr(self, name)}.")
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"noise_multiplier is finite and >= 0, not {self.noise_multiplier}.")
+        if not 0.5 < self.survivor_share <= 1:
+            raise ValueError(f"survivor_share is in (0.5, 1], not {self.survivor_share}.")
+        if not (self.length >= 1 and self.num_clients >= 1 and self.num_curious >= 0):
+            raise ValueError("length and num_clients are at least 1, num_curious at least 0.")
+        self.num_bytes = 4 * (self.length + 1)  # of one upload
+        self.sensitivity = self.clip_norm * math.hypot(1, self.weight_scale)
+        # The finest step, in units of an update, at which the sum of num_clients vectors and all
+        # noise fit in 32 bits: num_clients (largest / step + 1) + tail (S / step + rounding)
+        # is below 2^31.
+        rounding = math.sqrt(self.length + 1) / 2  # in steps
+        largest = self.clip_norm * max(1.0, self.weight_scale)  # coordinate of an upload
+        spread = self.noise_multiplier / math.sqrt(self.survivor_share)  # of the sum's noise / S
+        tail = NOISE_TAIL * spread
+        room = 2.0**31 - 1 - self.num_clients - tail * rounding
+        if not room > 0:
+            raise ValueError(f"{self.num_clients} clients with this noise overflow 32 bits.")
+        self.step = (self.num_clients * largest + tail * self.sensitivity) / room
+        self.total_std = spread * (self.sensitivity / self.step + rounding)  # in steps
+        # Rounded Gaussian noise of std >= 4 steps is, to exp(-2 pi^2 4^2) < 1e-137, a Gaussian plus
+        # independent rounding noise (Poisson summation), which is post-processing.
+        if 0 < self.total_std < 4 * math.sqrt(self.num_clients):
+            raise ValueError(
+                f"With {self.num_clients} clients 32 bits are too coarse for the noise."
+            )
 
-    def spending(self, sample_rate):
-        """What `Accountant.spend` needs for one round of this mechanism."""
-        l2 = self.grid_sensitivity
-        l1 = min(math.sqrt(self.coordinates), l2) * l2  # integer vectors: |x| <= x^2
-        return {"sample_rate": sample_rate, "noise_multiplier": self.noise_multiplier, "sampling": self.sampling,
-                "skellam": [l1, l2] if self.mechanism == "skellam" else None}
+    def min_survivors(self, roster_size):
+        """The fewest clients of a roster whose sum may be opened."""
+        # 1e-9: 0.8 * 15 is a little more than 12 in floating point
+        return math.ceil(self.survivor_share * roster_size - 1e-9) + self.num_curious
 
-    def contribution(self, update, weight):
-        """([weight * clip(update), s * weight, (bit)], norm of update); ValueError if weight is not in [0, 1]."""
-        require(0 <= weight <= 1, f"A weight is in [0, 1], or the sensitivity would not hold, not {weight}.")
-        clipped, norm = clip_update(update, self.clip_norm)
-        bit = [self.bit_scale * self.clip_norm * ((norm <= self.clip_norm) - 0.5)] if self.bit_scale else []
-        return np.concatenate((weight * clipped, [self.weight_scale * self.clip_norm * weight], bit)), norm
+    def noise_std(self, roster_size):
+        """Standard deviation of the noise of one client of a roster, in units of an update."""
+        return self.total_std * self.step / math.sqrt(roster_size)
+
+    def encode(self, update, weight, roster_size, context=None):
+        """One client's upload, uint32 [length + 1]: clipped, weighted, rounded, with its noise.
+
+        A client whose training failed sends zeros with weight 0. context (round, client) separates
+        the noise of a seeded run. Raises ValueError for an update that is not finite or a weight
+        outside of [0, 1], for which the sensitivity would not hold.
+        """
+        if not 0 <= weight <= 1:
+            raise ValueError(f"A weight is in [0, 1], not {weight}.")
+        if np.shape(update) != (self.length,):
+            raise ValueError(f"An update has {self.length} values, not {np.shape(update)}.")
+        if not 1 <= roster_size <= self.num_clients:
+            raise ValueError(f"A roster has 1 to {self.num_clients} clients, not {roster_size}.")
+        clipped, _ = clip_update(update, self.clip_norm)
+        scaled_weight = self.weight_scale * self.clip_norm * weight
+        vector = np.append(weight * clipped, scaled_weight)  # [length + 1]
+        noise = self._noise(self.total_std / math.sqrt(roster_size), context)
+        steps = np.rint(vector / self.step) + noise  # whole numbers, exact in float64
+        return steps.astype(np.int64).astype("<u4")  # negative numbers as 2^32 - |number|
+
+    def decode(self, total, roster_size, num_survivors, context=None):
+        """(mean update float64 [length], sum of weights) from the survivors' uint32 [length + 1].
+
+        Adds the server's share of the noise; all else is post-processing of the noisy sum. Raises
+        ValueError for fewer survivors than `min_survivors`.
+        """
+        if not self.min_survivors(roster_size) <= num_survivors <= roster_size:
+            raise ValueError(f"{num_survivors} survivors of {roster_size} add too little noise.")
+        top_up = self.total_std * math.sqrt((roster_size - num_survivors) / roster_size)
+        values = (total.view("<i4") + self._noise(top_up, context)) * self.step  # [length + 1]
+        weight = float(values[-1]) / (self.weight_scale * self.clip_norm)
+        # the noisy sum of weights may be close to 0 or below
+        return values[:-1] / max(weight, self.min_weight), weight
 
     def _noise(self, std, context):
-        key = None if self.insecure_seed is None else repr((self.insecure_seed, context)).encode()
-        draw = gaussian_noise if self.mechanism == "gaussian" else skellam_noise
-        return draw(std, self.coordinates, key) if std else 0.0
+        if std == 0:
+            return np.zeros(self.length + 1)
+        if self.seed is None:
+            return gaussian_noise(std, self.length + 1)
+        if context is None:
+            raise ValueError("A seeded mechanism needs a context, or it repeats its noise.")
+        return gaussian_noise(std, self.length + 1, repr((self.seed, context)).encode())
 
-    def encode(self, vector, *context):
-        """A contribution rounded to the ring, plus the client's noise; context (round, client) keys seeded noise."""
-        values = np.rint(vector / self.step) + self._noise(self.client_std, context)
-        return values.astype(np.int64).astype(f"<u{self.ring // 8}")
 
-    def decode(self, total, num_survivors, *context):
-        """(mean update, sum of weights, unclipped fraction or None) from the ring's sum: post-processing of it."""
-        values = (total.view(f"<i{self.ring // 8}") + self._noise(self.server_std, context)) * self.step
-        weight, fraction = float(values[self.length] / (self.weight_scale * self.clip_norm)), None
-        if self.bit_scale:
-            bits = values[-1] / (self.bit_scale * self.clip_norm)
-            fraction = float(np.clip(bits / max(num_survivors, 1) + 0.5, 0, 1))
-        return values[:self.length] / max(weight, self.min_weight), weight, fraction
-
-def next_clip_norm(clip_norm, fraction, quantile, rate):
-    """Adaptive clipping towards a quantile of the norms (Andrew et al. 2021, Alg. 1, arXiv:1905.03871)."""
-    return clip_norm * math.exp(-rate * (fraction - quantile))
-
-# ---- secure aggregation ----------------------------------------------------------------------------------
-# Bonawitz et al. 2017 (doi:10.1145/3133956.3133982, Fig. 4: double masking) on the k-regular graph of Bell et al. 2020
-# (doi:10.1145/3372297.3417885). One change: what the others share in case a client drops out is not its second
-# private key but the key of a sealed list of its pair seeds, left with the server. Opening it shows the server the
-# same seeds and nothing else, for half of the key agreements.
+# ---------------------------------------------------------------- secure aggregation: tools
+# Bonawitz et al. 2017 (doi:10.1145/3133956.3133982, Fig. 4: double masking) on the k-regular graph
+# of Bell et al. 2020 (doi:10.1145/3372297.3417885). Two changes. What the others share in case a
+# client drops out is not its second private key but the key of a sealed list of its pair seeds,
+# left with the server: opening it gives the server the same seeds and nothing else, for half of the
+# key agreements. And each client commits to its two secrets, so that the server notices a wrong
+# share. Keys, seeds and tags have 128-bit strength, as has Curve25519.
 
 STAGES = ("advertise", "share", "mask", "unmask")
-_P = 2 ** 255 - 19
-_FIELD = 2 ** 256 + 297  # the smallest prime above every 256-bit secret
-_SHARE = 33  # bytes of a field element
+PRIME = 2**255 - 19  # of Curve25519
+LOW_BITS = 2**255 - 1
+FIELD = 2**128 - 159  # the largest prime of 128 bits, for Shamir's shares
+SECRET = 16  # bytes of a secret, a share of it, a seed or a tag
+SMALL_ORDER = (  # points of order 1, 2, 4 and 8, of the curve and of its twist
+    *(0, 1, PRIME - 1),
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+)
+BASE_POINT = (9).to_bytes(32, "little")
+
 
 class AggregationAborted(RuntimeError):
     """Too few clients are left to finish a round safely."""
 
+
 def x25519(scalar, point):
-    """Curve25519 key agreement on 32-byte strings (RFC 7748, Sec. 5); ValueError for a point of small order."""
-    k, low = int.from_bytes(scalar, "little") & (2 ** 254 - 8) | 2 ** 254, 2 ** 255 - 1
-    u = int.from_bytes(point, "little") & low
-    x2, z2, x3, z3, last = 1, 0, u, 1, "0"
-    for bit in bin(k)[2:]:  # ends in 0, as does the ladder's last swap: k is a multiple of 8
+    """Curve25519 key agreement on 32-byte strings (RFC 7748, Sec. 5).
+
+    Raises ValueError for a point of small order. Python's integers do not take constant time.
+    """
+    k = int.from_bytes(scalar, "little") & (2**254 - 8) | 2**254
+    u = int.from_bytes(point, "little") & LOW_BITS
+    low = LOW_BITS
+    x2, z2 = 1, 0  # 0 times the point: coordinates are x / z
+    x3, z3 = u, 1  # once the point; the two always differ by it
+    last = "0"
+    for bit in bin(k)[2:]:  # the last bit is 0, as k is a multiple of 8: no swap is left over
         if bit != last:
-            x2, x3, z2, z3, last = x3, x2, z3, z2, bit
-        a, b = x2 + z2, x2 - z2
-        da, cb, aa, bb = (x3 - z3) * a, (x3 + z3) * b, a * a, b * b
-        s, d = da + cb, da - cb
-        # 2^255 = 19: folding is three times cheaper than %, and leaves % little to do.
-        s, d = (s & low) + 19 * (s >> 255), (d & low) + 19 * (d >> 255)
-        aa, bb = (aa & low) + 19 * (aa >> 255), (bb & low) + 19 * (bb >> 255)
-        x3, z3, x2, e = s * s, d * d, aa * bb, aa - bb
-        z3, z2 = u * ((z3 & low) + 19 * (z3 >> 255)), e * (aa + 121665 * e)
-        x2, z2 = ((x2 & low) + 19 * (x2 >> 255)) % _P, ((z2 & low) + 19 * (z2 >> 255)) % _P
-        x3, z3 = ((x3 & low) + 19 * (x3 >> 255)) % _P, ((z3 & low) + 19 * (z3 >> 255)) % _P
-    require(z2, "A public key of small order was refused.")
-    return (x2 * pow(z2, -1, _P) % _P).to_bytes(32, "little")
+            x2, x3 = x3, x2
+            z2, z3 = z3, z2
+            last = bit
+        a = x2 + z2
+        b = x2 - z2
+        da = (x3 - z3) * a  # names as in RFC 7748
+        cb = (x3 + z3) * b
+        # 2^255 = 19: folding the high bits costs less than %, and leaves few enough of them.
+        aa = a * a
+        aa = (aa & low) + 19 * (aa >> 255)
+        bb = b * b
+        bb = (bb & low) + 19 * (bb >> 255)
+        s = abs(da + cb)  # squared below: the sign does not matter, and & is slow on negatives
+        s = (s & low) + 19 * (s >> 255)
+        d = abs(da - cb)
+        d = (d & low) + 19 * (d >> 255)
+        dd = d * d
+        dd = (dd & low) + 19 * (dd >> 255)
+        x3 = s * s % PRIME
+        z3 = u * dd % PRIME
+        e = aa - bb
+        x2 = aa * bb % PRIME
+        z2 = e * (aa + 121665 * e) % PRIME
+    if z2 == 0:
+        raise ValueError("A public key of small order was refused.")
+    return (x2 * pow(z2, -1, PRIME) % PRIME).to_bytes(32, "little")
 
-def derive_key(secret, terms, purpose, *clients):
-    """64 bytes for one protocol, round, purpose and ordered clients: one block of HKDF-SHA512 (RFC 5869)."""
-    info = b"PrivFedTalk secure aggregation 1|" + purpose + b"".join(b"|%d" % i for i in clients)
-    return hmac.digest(hmac.digest(terms.session, secret, "sha512"), info + b"\x01", "sha512")
 
-def expand(seed, terms):
-    """A mask uniform on the ring from a 256-bit seed, by SHAKE-128: as strong as X25519, faster than SHAKE-256."""
-    assert len(seed) == 32
-    return np.frombuffer(hashlib.shake_128(seed).digest(terms.length * terms.dtype.itemsize), terms.dtype)
+def check_public_key(key):
+    """Raise ValueError unless key is 32 bytes, canonical and not of small order."""
+    if not (isinstance(key, bytes) and len(key) == 32):
+        raise ValueError("A public key is 32 bytes.")
+    point = int.from_bytes(key, "little")
+    if point >= PRIME or point in SMALL_ORDER:
+        raise ValueError("A public key is out of range or of small order.")
+
+
+def derive_key(secret, params, purpose, *clients):
+    """64 bytes for one round, purpose and ordered clients: one block of HKDF-SHA512 (RFC 5869)."""
+    info = b"PrivFedTalk secure aggregation 2|" + purpose + b"".join(b"|%d" % i for i in clients)
+    pseudorandom_key = hmac.digest(params.session, secret, "sha512")
+    return hmac.digest(pseudorandom_key, info + b"\x01", "sha512")
+
+
+def expand(seed, params):
+    """A mask, uniform on uint32 [length], from a 16-byte seed by SHAKE-128."""
+    assert len(seed) == SECRET
+    return np.frombuffer(hashlib.shake_128(seed).digest(4 * params.length), "<u4")
+
 
 def _xor(key, message):
     stream = hashlib.shake_256(key).digest(len(message))
-    return (int.from_bytes(message, "big") ^ int.from_bytes(stream, "big")).to_bytes(len(message), "big")
+    mixed = int.from_bytes(message, "big") ^ int.from_bytes(stream, "big")
+    return mixed.to_bytes(len(message), "big")
+
 
 def seal(key, message):
     """Encrypt, then authenticate, under a 64-byte key made for this one message."""
     sealed = _xor(key[:32], message)
-    return sealed + hmac.digest(key[32:], sealed, "sha256")
+    return sealed + hmac.digest(key[32:], sealed, "sha256")[:SECRET]
+
 
 def unseal(key, sealed):
     """The message of `seal`; ValueError if it was not sealed, whole, under this key."""
-    require(hmac.compare_digest(hmac.digest(key[32:], sealed[:-32], "sha256"), sealed[-32:]),
-            "A sealed message was forged, reflected, misdirected or damaged.")
-    return _xor(key[:32], sealed[:-32])
+    tag = hmac.digest(key[32:], sealed[:-SECRET], "sha256")[:SECRET]
+    if not hmac.compare_digest(tag, sealed[-SECRET:]):
+        raise ValueError("A sealed message was forged, reflected, misdirected or damaged.")
+    return _xor(key[:32], sealed[:-SECRET])
+
+
+def new_secret():
+    """16 random bytes, as a number below FIELD."""
+    return secrets.randbelow(FIELD).to_bytes(SECRET, "big")
+
 
 def split_secret(secret, threshold, clients):
-    """Shamir's shares (1979) of 32 bytes, {client: value at client + 1 of a random polynomial}."""
-    coefficients = [secrets.randbelow(_FIELD) for _ in range(threshold - 1)] + [int.from_bytes(secret, "big")]
-    return {i: functools.reduce(lambda value, c: (value * (i + 1) + c) % _FIELD, coefficients).to_bytes(_SHARE, "big")
-            for i in clients}
+    """Shamir's shares (1979) of a secret: {client: value at client + 1 of a random polynomial}."""
+    coefficients = [secrets.randbelow(FIELD) for _ in range(threshold - 1)]  # of degree >= 1
+    shares = {}
+    for i in clients:
+        value = 0  # at i + 1, by Horner's rule, modulo FIELD
+        for coefficient in (*coefficients, int.from_bytes(secret, "big")):
+            value = (value * (i + 1) + coefficient) % FIELD
+        shares[i] = value.to_bytes(SECRET, "big")
+    return shares
 
-@functools.lru_cache(maxsize=8)
+
+@functools.lru_cache(maxsize=256)
 def _lagrange(clients):
-    """Weights that interpolate at 0 from the points client + 1."""
-    return [math.prod(j + 1 for j in clients if j != i)
-            * pow(math.prod(j - i for j in clients if j != i), -1, _FIELD) % _FIELD for i in clients]
+    """Weights that interpolate a polynomial at 0 from its values at client + 1."""
+    weights = []
+    for i in clients:
+        numerator = math.prod(j + 1 for j in clients if j != i)
+        denominator = math.prod(j - i for j in clients if j != i)
+        weights.append(numerator * pow(denominator, -1, FIELD) % FIELD)
+    return weights
+
 
 def join_secret(shares, threshold):
-    """The 32 bytes behind threshold or more shares {client: share}; AggregationAborted if they are fewer."""
-    require(len(shares) >= threshold, f"{len(shares)} shares arrived, {threshold} are needed.", AggregationAborted)
-    clients = tuple(sorted(shares)[:threshold])
-    value = sum(w * int.from_bytes(shares[i], "big") for w, i in zip(_lagrange(clients), clients)) % _FIELD
-    require(value < 2 ** 256, "The shares of a secret do not fit together.", AggregationAborted)
-    return value.to_bytes(32, "big")
+    """Yield the secrets behind subsets of the shares {client: share}, for the caller to choose.
 
-class Terms:
-    """What all parties of a round agree on: a new session, a random graph, sizes; ValueError if that is unsafe.
+    One subset is enough unless somebody sent a wrong share. Then 1000 random subsets find the
+    secret with probability 0.999 if, for example, 6 of 35 shares are wrong at a threshold of 18.
+    Raises AggregationAborted for too few shares.
+    """
+    if len(shares) < threshold:
+        raise AggregationAborted(f"{len(shares)} shares arrived, {threshold} are needed.")
+    clients = sorted(shares)
+    draw = random.Random(0)  # every process must try the same subsets
+    for attempt in range(1000 if len(clients) > threshold else 1):
+        subset = tuple(sorted(draw.sample(clients, threshold)) if attempt else clients[:threshold])
+        value = 0
+        for weight, i in zip(_lagrange(subset), subset):
+            value += weight * int.from_bytes(shares[i], "big")
+        yield (value % FIELD).to_bytes(SECRET, "big")
 
-    length and ring (bits) of the vectors; threshold = shares that open a secret; neighbors = even degree of the graph
-    (None: complete); min_survivors = fewest clients in a sum; largest = magnitude of one client's values.
+
+def check_parts(message, sizes, complete=True):
+    """Raise ValueError unless message is {client: bytes} with these sizes {client: bytes}.
+
+    complete: with a part for every client of sizes.
+    """
+    fits = isinstance(message, dict)
+    fits = fits and all(isinstance(part, bytes) for part in message.values())
+    fits = fits and all(len(part) == sizes.get(i) for i, part in message.items())
+    if not fits or (complete and len(message) != len(sizes)):
+        raise ValueError("A message has the wrong form.")
+
+
+def check_vector(vector, params):
+    """Raise ValueError unless vector is uint32 [length]."""
+    fits = isinstance(vector, np.ndarray) and vector.shape == (params.length,)
+    if not fits or vector.dtype != np.dtype("<u4"):
+        raise ValueError("A vector has the wrong form.")
+
+
+# ---------------------------------------------------------------- secure aggregation: protocol
+
+
+def choose_neighbors(num_clients):
+    """Even degree of the graph on which clients share masks; None for the complete graph.
+
+    The least degree for which, with a fifth of the clients dropped out and another fifth curious,
+    the chance in a round that (a) some client has too few share holders left, so that the round
+    aborts, (b) enough of a client's holders are curious to open both of its secrets, or (c) a gap
+    on the circle is as wide as half a neighbourhood, which may cut the graph in two, is below 1e-4
+    (union bound; Bell et al. 2020, Sec. 3.3). At 100 clients this is 34, where (b) and (c) make up
+    3e-6. Complete where that would save less than half of the pairs, below about 50 clients.
+    """
+    fifth = math.ceil(num_clients / 5)
+    for degree in range(4, num_clients // 2, 2):
+        threshold = degree // 2 + 1
+        others = num_clients - 1
+        starved = stats.hypergeom.sf(degree - threshold, others, fifth, degree)
+        opened = stats.hypergeom.sf(threshold - 1, others, fifth, degree)
+        cut = stats.hypergeom.pmf(degree // 2, num_clients, 2 * fifth, degree // 2)
+        if num_clients * (starved + opened + cut) < 1e-4:
+            return degree
+    return None
+
+
+class RoundParams:
+    """What all parties of a round agree on: a new session, a random graph, sizes.
+
+    The clients are 0 to num_clients - 1. length = values of a vector; threshold = shares that open
+    a secret (None: the least majority); neighbors = even degree of the graph (None: complete);
+    min_survivors = fewest clients in a sum. Raises ValueError if that is unsafe, and
+    AggregationAborted for fewer than two clients.
     """
 
-    def __init__(self, num_clients, length, threshold, neighbors=None, min_survivors=0, largest=1, ring=32):
-        self.degree = degree = num_clients - 1 if neighbors is None else neighbors
-        require(num_clients >= 2 and length >= 1 and ring in (32, 64), "A sum takes 2 clients, 1 value, ring 32 or 64.")
-        require(neighbors is None or 2 <= degree < num_clients and degree % 2 == 0,
-                f"neighbors is even, from 2 to {num_clients - 1}, not {neighbors}.")
-        require(degree + 1 < 2 * threshold <= 2 * (degree + 1),
-                f"threshold is more than half of {degree + 1} share holders, not {threshold}.")
-        require(num_clients * largest < 2 ** (ring - 1),
-                f"{num_clients} clients with values up to {largest} overflow a ring of {ring} bits.")
-        self.num_clients, self.length, self.threshold = num_clients, length, threshold
-        self.min_survivors = max(min_survivors, threshold, num_clients // 2 + 1)
-        self.dtype, self.session = np.dtype(f"<u{ring // 8}"), secrets.token_bytes(32)
-        self.ring = sorted(range(num_clients), key=lambda i: derive_key(b"", self, b"place", i))
-        self.place = {client: place for place, client in enumerate(self.ring)}
+    def __init__(self, num_clients, length, threshold=None, neighbors=None, min_survivors=0):
+        if num_clients < 2:
+            raise AggregationAborted("A sum hides nothing with fewer than 2 clients.")
+        self.degree = num_clients - 1 if neighbors is None else neighbors
+        majority = (self.degree + 1) // 2 + 1  # of a client's share holders, itself included
+        if length < 1:
+            raise ValueError("A vector has 1 value or more.")
+        if neighbors is not None and not (2 <= neighbors < num_clients and neighbors % 2 == 0):
+            raise ValueError(f"neighbors is even, from 2 to {num_clients - 1}, not {neighbors}.")
+        if threshold is not None and not majority <= threshold <= self.degree + 1:
+            raise ValueError(f"threshold is {majority} to {self.degree + 1}, not {threshold}.")
+        self.num_clients = num_clients
+        self.length = length
+        self.threshold = majority if threshold is None else threshold
+        self.min_survivors = max(min_survivors, self.threshold, num_clients // 2 + 1)
+        self.session = secrets.token_bytes(32)
+        # A random circle: who dropped out or is curious says nothing of who is whose neighbour.
+        order = {i: derive_key(b"", self, b"place", i) for i in range(num_clients)}
+        self.circle = sorted(order, key=order.get)
+        self.place = {client: place for place, client in enumerate(self.circle)}
 
-    def neighbours(self, client):
-        """The clients that share masks and secrets with this one: the nearest on a random ring (Bell et al.)."""
-        reach = [*range(-(self.degree // 2), 0), *range(1, self.degree - self.degree // 2 + 1)]
-        return sorted(self.ring[(self.place[client] + offset) % self.num_clients] for offset in reach)
+    def neighbors_of(self, client):
+        """The clients that share masks and secrets with this one: the nearest on the circle."""
+        left = self.degree // 2
+        offsets = [*range(-left, 0), *range(1, self.degree - left + 1)]
+        places = [(self.place[client] + offset) % self.num_clients for offset in offsets]
+        return sorted(self.circle[place] for place in places)
+
+    def num_bytes(self):
+        """Bytes that one client sends in a round without dropouts."""
+        shares = self.degree * 3 * SECRET  # of its two secrets, sealed, for each neighbour
+        sealed_seeds = self.degree * SECRET + SECRET
+        commitments = 2 * SECRET
+        opened_shares = (self.degree + 1) * SECRET
+        return 32 + shares + sealed_seeds + commitments + 4 * self.length + opened_shares
 
     def check_present(self, present, client=None):
-        """AggregationAborted for too few clients or share holders, or a gap that may cut the graph in two."""
-        require(len(present) >= self.min_survivors,
-                f"{len(present)} clients are left, {self.min_survivors} are needed.", AggregationAborted)
-        holders = [i for i in ([] if client is None else self.neighbours(client)) if i in present]
-        require(client is None or len(holders) + 1 >= self.threshold,
-                f"{len(holders) + 1} share holders are left, {self.threshold} are needed.", AggregationAborted)
+        """Raise AggregationAborted for too few clients or holders, or a gap that cuts the graph."""
+        if len(present) < self.min_survivors:
+            raise AggregationAborted(
+                f"{len(present)} clients are left, {self.min_survivors} are needed."
+            )
+        if client is not None:
+            holders = 1 + sum(i in present for i in self.neighbors_of(client))
+            if holders < self.threshold:
+                raise AggregationAborted(
+                    f"{holders} share holders are left, {self.threshold} are needed."
+                )
         places = sorted(self.place[i] for i in present)
-        require(max(np.diff(places + [places[0] + self.num_clients])) <= max(1, self.degree // 2)
-                or self.degree == self.num_clients - 1, "A gap may cut the graph in two.", AggregationAborted)
+        gaps = np.diff([*places, places[0] + self.num_clients])
+        if self.degree < self.num_clients - 1 and max(gaps) > max(1, self.degree // 2):
+            raise AggregationAborted("A gap may cut the graph in two.")
+
 
 class SecureAggregationClient:
-    """One client in one round: advertise, share, mask, unmask, once each; a refused message ends its round."""
+    """One client in one round: advertise, share, mask, unmask, once each, in this order.
 
-    def __init__(self, terms, index):
-        self.terms, self.index, self._stages = terms, index, list(STAGES)
-        self._private, self._self_seed, self._escrow = (secrets.token_bytes(32) for _ in range(3))
-        self._public = x25519(self._private, (9).to_bytes(32, "little"))
+    A refused message ends its round. Raises ValueError for messages that a correct server would not
+    send, AggregationAborted where too few others are left. `agreed` {pair of public keys: secret}
+    only saves time where one process simulates both ends of a pair, which compute the same secret:
+    the second end looks it up. A real client has no such table.
+    """
+
+    def __init__(self, params, index, agreed=None):
+        self.params = params
+        self.index = index
+        self._stages = list(STAGES)
+        self._agreed = {} if agreed is None else agreed
+        self._self_seed = new_secret()
+        self._escrow = new_secret()  # key of the sealed list of our pair seeds
+        self._private = secrets.token_bytes(32)
+        self._public = x25519(self._private, BASE_POINT)
 
     def _enter(self, stage):
-        in_order, self._stages = self._stages[:1] == [stage], self._stages[1:]
-        self._stages = self._stages if in_order else []
-        require(in_order, f"{stage!r} came twice or out of order: client {self.index} leaves the round.")
+        in_order = self._stages[:1] == [stage]
+        self._stages = self._stages[1:] if in_order else []
+        if not in_order:
+            raise ValueError(f"{stage!r} came twice or out of order: client {self.index} leaves.")
+
+    def _agree(self, public):
+        pair = frozenset((self._public, public))
+        if pair not in self._agreed:
+            self._agreed[pair] = x25519(self._private, public)
+        return self._agreed[pair]
 
     def advertise(self):
         """{self: public key of this round}."""
@@ -421,275 +668,613 @@ class SecureAggregationClient:
         return {self.index: self._public}
 
     def share(self, roster):
-        """{self: sealed pair seeds, neighbour: sealed shares} from the roster {client: public key}."""
-        self._enter("share")
-        me, terms = self.index, self.terms
-        terms.check_present(roster, me)
-        self._peers = [i for i in terms.neighbours(me) if i in roster]
-        keys = {roster[i] for i in self._peers} | {self._public}
-        require(roster.get(me) == self._public and len(keys) == len(self._peers) + 1,
-                "A public key was changed, repeated or reflected.")
-        in_range = all(len(key) == 32 and int.from_bytes(key, "little") < _P for key in keys)
-        require(in_range, "A public key is out of range.")
-        secret = {i: x25519(self._private, roster[i]) for i in self._peers}
-        self._pair = {i: derive_key(secret[i], terms, b"pair", min(i, me), max(i, me))[:32] for i in self._peers}
-        self._inbound = {i: derive_key(secret[i], terms, b"shares", i, me) for i in self._peers}
-        mine, escrow = (split_secret(s, terms.threshold, [me, *self._peers]) for s in (self._self_seed, self._escrow))
-        self._held = {me: (mine[me], escrow[me])}
-        return {me: seal(derive_key(self._escrow, terms, b"escrow", me), b"".join(self._pair.values()))} | {
-            i: seal(derive_key(secret[i], terms, b"shares", me, i), mine[i] + escrow[i]) for i in self._peers}
+        """{self: sealed pair seeds and two commitments, neighbour: sealed shares of our secrets}.
 
-    def mask(self, values, inbox):
-        """The ring vector plus our self mask and a pair mask for each neighbour in inbox {sender: sealed shares}."""
+        From the roster {client: public key}.
+        """
+        self._enter("share")
+        me = self.index
+        params = self.params
+        check_parts(roster, dict.fromkeys(params.circle, 32), complete=False)
+        params.check_present(roster, me)
+        self._peers = [i for i in params.neighbors_of(me) if i in roster]
+        keys = {self._public, *(roster[i] for i in self._peers)}
+        if roster.get(me) != self._public or len(keys) != len(self._peers) + 1:
+            raise ValueError("A public key was changed, repeated or reflected.")
+        self_shares = split_secret(self._self_seed, params.threshold, [me, *self._peers])
+        escrow_shares = split_secret(self._escrow, params.threshold, [me, *self._peers])
+        self._held = {me: (self_shares[me], escrow_shares[me])}  # shares that we hold for others
+        self._pair_seeds = {}  # {neighbour: seed of the mask that we share}
+        self._inbound = {}  # keys of the shares that will come in
+        outbox = {}
+        for i in self._peers:
+            check_public_key(roster[i])
+            secret = self._agree(roster[i])
+            ends = min(i, me), max(i, me)  # a pair has one seed, but a key for each direction
+            self._pair_seeds[i] = derive_key(secret, params, b"pair", *ends)[:SECRET]
+            self._inbound[i] = derive_key(secret, params, b"shares", i, me)
+            outbound = derive_key(secret, params, b"shares", me, i)
+            outbox[i] = seal(outbound, self_shares[i] + escrow_shares[i])
+        escrow_key = derive_key(self._escrow, params, b"escrow", me)
+        sealed_seeds = seal(escrow_key, b"".join(self._pair_seeds.values()))
+        outbox[me] = sealed_seeds + self._commit(self._self_seed) + self._commit(self._escrow)
+        return outbox
+
+    def _commit(self, secret):
+        return derive_key(secret, self.params, b"commitment", self.index)[:SECRET]
+
+    def mask(self, vector, inbox):
+        """The vector plus our self mask and a pair mask for each neighbour in the inbox.
+
+        inbox {sender: sealed shares}; of a pair one adds the mask and the other subtracts it.
+        """
         self._enter("mask")
-        me, terms = self.index, self.terms
-        require(values.shape == (terms.length,) and values.dtype == terms.dtype, "The vector has the wrong form.")
-        require(set(inbox) <= set(self._peers), "Shares came from somebody who is no neighbour.")
+        me = self.index
+        params = self.params
+        check_vector(vector, params)
+        # two shares and a tag; neighbours that dropped out sent none
+        check_parts(inbox, dict.fromkeys(self._peers, 3 * SECRET), complete=False)
         for i, sealed in inbox.items():
             shares = unseal(self._inbound[i], sealed)
-            self._held[i] = (shares[:_SHARE], shares[_SHARE:])
-        require(len(self._held) >= terms.threshold, "Too few neighbours hold our shares.", AggregationAborted)
-        masked = values + expand(derive_key(self._self_seed, terms, b"self", me)[:32], terms)
+            self._held[i] = (shares[:SECRET], shares[SECRET:])
+        if len(self._held) < params.threshold:
+            raise AggregationAborted("Too few neighbours hold our shares.")
+        masked = vector + expand(derive_key(self._self_seed, params, b"self", me)[:SECRET], params)
         for i in inbox:
-            (np.add if me < i else np.subtract)(masked, expand(self._pair[i], terms), out=masked)
+            pair_mask = expand(self._pair_seeds[i], params)
+            masked = masked + pair_mask if me < i else masked - pair_mask
         return masked
 
     def unmask(self, survivors):
-        """{owner: share} of a survivor's self seed or a dropout's escrow key: of one client never both."""
+        """{owner: share} of a survivor's self seed or a dropout's escrow key, never of both."""
         self._enter("unmask")
+        fits = isinstance(survivors, list) and all(isinstance(i, int) for i in survivors)
+        if not fits or len(set(survivors)) != len(survivors) or self.index not in survivors:
+            raise ValueError("The survivors repeat somebody or miss us.")
         present = set(survivors)
-        require(len(present) == len(survivors) and self.index in present, "The survivors repeat somebody or miss us.")
-        require(present <= set(self.terms.place) and present & set(self._peers) <= set(self._held),
-                "The survivors include a stranger, or somebody who sent no shares.")
-        self.terms.check_present(present, self.index)
-        return {i: shares[0 if i in present else 1] for i, shares in self._held.items()}
+        # Who opens both secrets of a client shows its vector: the answers are final, so all that
+        # the server may ask is checked now.
+        strangers = present - set(self.params.place)
+        silent = present & set(self._peers) - set(self._held)
+        if strangers or silent:
+            raise ValueError("The survivors include a stranger, or somebody who sent no shares.")
+        self.params.check_present(present, self.index)
+        return {i: pair[0 if i in present else 1] for i, pair in self._held.items()}
+
 
 class SecureAggregationServer:
-    """The server in one round: `receive` each message, `close` each stage. It only ever adds masked vectors."""
+    """The server in one round: `receive` each message, `close` each stage.
 
-    def __init__(self, terms):
-        self.terms, self._stages, self._arrived = terms, list(STAGES), {}
-        self._expected, self._total = set(terms.place), np.zeros(terms.length, terms.dtype)
+    It only ever adds masked vectors, and draws no random numbers: every process that hands it the
+    same messages computes the same answers.
+    """
 
-    def _fits(self, stage, client, message):
-        """Whether a message is one vector, or {client: its own part, neighbour: a part} of the right sizes."""
+    def __init__(self, params):
+        self.params = params
+        self._stages = list(STAGES)
+        self._arrived = {}
+        self._expected = set(params.place)  # clients that may answer in this stage
+        self._total = np.zeros(params.length, "<u4")
+
+    def _check(self, stage, client, message):
+        """Raise ValueError for a message of the wrong form or an unsafe or repeated public key."""
         if stage == "mask":
-            return (message.shape, message.dtype) == ((self.terms.length,), self.terms.dtype)
-        known = {"advertise": (), "share": self._expected, "unmask": self._shared if stage == "unmask" else ()}[stage]
-        peers = [i for i in self.terms.neighbours(client) if i in known]
-        own, other = {"advertise": (32, 0), "share": (32 * len(peers) + 32, 2 * _SHARE + 32),
-                      "unmask": (_SHARE, _SHARE)}[stage]
-        return {i: len(part) for i, part in message.items()} == {client: own} | dict.fromkeys(peers, other)
+            return check_vector(message, self.params)
+        peers = self.params.neighbors_of(client)
+        if stage == "advertise":
+            check_parts(message, {client: 32})
+            check_public_key(message[client])
+            if any(message[client] == other[i] for i, other in self._arrived.items()):
+                raise ValueError("A public key was repeated.")
+        elif stage == "share":
+            peers = [i for i in peers if i in self._expected]
+            own = {client: SECRET * (len(peers) + 3)}  # seeds, a tag, two commitments
+            check_parts(message, dict.fromkeys(peers, 3 * SECRET) | own)
+        else:
+            peers = [i for i in peers if i in self._shared]
+            check_parts(message, dict.fromkeys([client, *peers], SECRET))
 
     def receive(self, stage, client, message):
-        """Take one message; ValueError if it is late, early, unknown, a duplicate or mis-sized."""
-        require(self._stages[:1] == [stage], f"{stage!r} of client {client} came late or early.")
-        require(client in self._expected, f"Client {client} is unknown at {stage!r}.")
-        require(client not in self._arrived, f"{stage!r} of client {client} came twice.")
-        require(self._fits(stage, client, message), f"{stage!r} of client {client} has the wrong form.")
+        """Take one message; ValueError if it is late, early, unknown, a duplicate or malformed."""
+        if self._stages[:1] != [stage]:
+            raise ValueError(f"{stage!r} of client {client} came late or early.")
+        if not isinstance(client, int) or client not in self._expected:
+            raise ValueError(f"Client {client} is unknown at {stage!r}.")
+        if client in self._arrived:
+            raise ValueError(f"{stage!r} of client {client} came twice.")
+        self._check(stage, client, message)
         if stage == "mask":
-            self._total += message
-        self._arrived[client] = None if stage == "mask" else message
+            self._total = self._total + message
+            message = None  # it is in the sum, and is not kept
+        self._arrived[client] = message
 
     def close(self, stage):
-        """End a stage: roster, inboxes, survivors or, at last, the sum; AggregationAborted when too few answered."""
-        require(self._stages[:1] == [stage], f"{stage!r} is not open.")
-        following, self._stages = self._stages[1:], []  # an abort leaves no stage open
-        arrived, self._arrived, self._expected = self._arrived, {}, set(self._arrived)
+        """End a stage: the roster, the inboxes, the survivors or, at last, the sum.
+
+        Raises AggregationAborted when too few answered; no stage is then open.
+        """
+        if self._stages[:1] != [stage]:
+            raise ValueError(f"{stage!r} is not open.")
+        following = self._stages[1:]
+        self._stages = []  # stays so if an abort is raised below
+        arrived = self._arrived
+        self._arrived = {}
+        self._expected = set(arrived)
         if stage == "unmask":
             return self._unmask(arrived)
-        self.terms.check_present(arrived)
+        self.params.check_present(arrived)
         self._stages = following
         if stage == "advertise":
             self._keys = {i: message[i] for i, message in arrived.items()}
             return self._keys
         if stage == "share":
             self._shared = arrived
-            return {i: {j: arrived[j][i] for j in message if j != i and j in arrived} for i, message in arrived.items()}
+            inboxes = {i: {} for i in arrived}
+            for sender, message in arrived.items():
+                for i in message.keys() & inboxes.keys() - {sender}:
+                    inboxes[i][sender] = message[i]
+            return inboxes
         self._survivors = sorted(arrived)
         return self._survivors
 
+    def _recover(self, owner, revealed, commitment):
+        """The owner's secret, from shares of which some may be wrong."""
+        holders = {owner, *self.params.neighbors_of(owner)} & set(revealed)
+        shares = {i: revealed[i][owner] for i in holders}
+        for secret in join_secret(shares, self.params.threshold):
+            if derive_key(secret, self.params, b"commitment", owner)[:SECRET] == commitment:
+                return secret
+        raise AggregationAborted(f"The shares of client {owner}'s secret do not fit together.")
+
     def _unmask(self, revealed):
-        """Take off every survivor's self mask, and every mask that a survivor shares with a dropout."""
-        terms, total = self.terms, self._total
+        """Take off the survivors' self masks and the masks that they share with dropouts."""
+        params = self.params
+        total = self._total
         for owner, message in self._shared.items():
-            holders = {owner, *terms.neighbours(owner)} & set(revealed)
-            secret = join_secret({i: revealed[i][owner] for i in holders}, terms.threshold)
+            sealed_seeds = message[owner][: -2 * SECRET]
             if owner in self._survivors:
-                total -= expand(derive_key(secret, terms, b"self", owner)[:32], terms)
+                secret = self._recover(owner, revealed, message[owner][-2 * SECRET : -SECRET])
+                self_seed = derive_key(secret, params, b"self", owner)[:SECRET]
+                total = total - expand(self_seed, params)
                 continue
-            seeds = unseal(derive_key(secret, terms, b"escrow", owner), message[owner])
-            for k, i in enumerate(i for i in terms.neighbours(owner) if i in self._keys):
+            secret = self._recover(owner, revealed, message[owner][-SECRET:])
+            try:
+                seeds = unseal(derive_key(secret, params, b"escrow", owner), sealed_seeds)
+            except ValueError as error:
+                raise AggregationAborted(
+                    f"Client {owner} left pair seeds that do not open."
+                ) from error
+            peers = [i for i in params.neighbors_of(owner) if i in self._keys]
+            for k, i in enumerate(peers):
                 if i in self._survivors:  # i added this mask if i < owner, else it subtracted it
-                    (np.subtract if i < owner else np.add)(total, expand(seeds[32 * k:32 * k + 32], terms), out=total)
+                    pair_mask = expand(seeds[SECRET * k : SECRET * (k + 1)], params)
+                    total = total - pair_mask if i < owner else total + pair_mask
         return total
 
-def run_protocol(terms, values, drop=None, mine=None, ask=lambda messages, answer: answer([messages])):
-    """(ring sum, survivors) of a round; values(client) gives its ring vector.
 
-    drop = {stage: clients that vanish before it}; mine = the clients of this process (None: all), and ask(messages,
-    answer) gives every process what `answer` makes of all their messages at the server's. Raises AggregationAborted
-    when too few are left.
+def run_protocol(params, vectors, drop=None, workers=None):
+    """(sum uint32 [length], survivors) of a round with this process's vectors {client: uint32}.
+
+    drop = {stage: clients that vanish before it}. workers (`fed.Workers` or None) joins the
+    processes: each simulates its own clients, and the same server on everybody's messages. Raises
+    AggregationAborted, in every process, when too few are left.
     """
     drop = drop or {}
-    require(set(drop) <= set(STAGES), f"Clients drop at one of {', '.join(STAGES)}.")
-    server = SecureAggregationServer(terms)  # takes messages in one process only: where `ask` calls `answer`
-    clients = {i: SecureAggregationClient(terms, i) for i in (terms.place if mine is None else mine)}
+    if not set(drop) <= set(STAGES):
+        raise ValueError(f"Clients drop out before one of {', '.join(STAGES)}.")
+    if workers is not None:
+        params = workers.broadcast(params)  # one session for all
+    if not set(vectors) <= set(params.place):
+        raise ValueError(f"The clients of a round are 0 to {params.num_clients - 1}.")
+    for vector in vectors.values():
+        check_vector(vector, params)
+    server = SecureAggregationServer(params)
+    agreed = {}
+    clients = {int(i): SecureAggregationClient(params, int(i), agreed) for i in vectors}
+    answer = None
+    for stage in STAGES:
+        messages = {}
+        for i, client in clients.items():
+            if i in drop.get(stage, ()) or (answer is not None and i not in answer):
+                continue  # it vanished, or the server refused its last message
+            try:
+                if stage == "advertise":
+                    messages[i] = client.advertise()
+                elif stage == "share":
+                    messages[i] = client.share(answer)
+                elif stage == "mask":
+                    messages[i] = client.mask(vectors[i], answer[i])
+                else:
+                    messages[i] = client.unmask(answer)
+            except (ValueError, AggregationAborted):
+                pass  # it leaves alone; the server counts who is left
+        clients = {i: clients[i] for i in messages}
+        if workers is not None:
+            messages = workers.merge(messages)
+        for i, message in messages.items():
+            try:
+                server.receive(stage, i, message)
+            except ValueError:
+                pass  # a bad message costs its sender its place, and nobody else
+        answer = server.close(stage)
+        if stage == "mask":
+            survivors = answer
+    return answer, survivors
 
-    def run(stage, reply):
-        def answer(parts):
-            for messages in parts:
-                for i, message in messages.items():
-                    server.receive(stage, i, message)
-            return server.close(stage)
 
-        for i in drop.get(stage, ()):
-            clients.pop(i, None)
-        return ask({i: reply(client, i) for i, client in clients.items()}, answer)
-    roster = run("advertise", lambda client, i: client.advertise())
-    inboxes = run("share", lambda client, i: client.share(roster))
-    survivors = run("mask", lambda client, i: client.mask(values(i), inboxes[i]))
-    return run("unmask", lambda client, i: client.unmask(survivors)), survivors
+def secure_sum(vectors, threshold, neighbors=None, drop=None, bound=None):
+    """Sum float64 [d] of the surviving rows of vectors [n, d], by the whole protocol.
 
-def secure_sum(vectors, threshold, neighbors=None, drop=None, bound=None, bits=None, ring=32):
-    """Sum of the surviving rows of vectors [n, d], each value clamped to +-bound and rounded, by the whole protocol.
-
-    bound = largest magnitude, public (None: measured, for tests); bits = signed width of a client's values (None: all
-    that fit); drop as in `run_protocol`. ValueError if the sum may overflow the ring or a value is not finite.
+    Each value is clamped to +-bound and rounded to a multiple of bound n / 2^31. bound is public
+    (None: the largest magnitude, for tests); drop as in `run_protocol`. Raises ValueError for
+    vectors or a bound that are not finite real numbers.
     """
     vectors = np.asarray(vectors)
-    require(vectors.ndim == 2 and np.isfinite(vectors).all(), "vectors is a finite array [clients, values].")
-    bound = np.abs(vectors).max() if bound is None else bound
-    largest = 2 ** (bits - 1) if bits else min((2 ** (ring - 1) - 1) // len(vectors), 2 ** 50)
-    terms = Terms(*vectors.shape, threshold, neighbors, largest=largest, ring=ring)
-    step = float(bound) / largest or 1.0
+    if vectors.ndim != 2 or vectors.dtype.kind not in "biuf" or not np.isfinite(vectors).all():
+        raise ValueError("vectors is an array [clients, values] of finite real numbers.")
+    vectors = vectors.astype(np.float64)  # a float32 cannot hold 2^31 - 1
+    params = RoundParams(*vectors.shape, threshold, neighbors)
+    if bound is None:
+        bound = np.abs(vectors).max() or 1.0
+    if not 1e-290 < bound < 1e290:
+        raise ValueError(f"bound is finite and above 0, not {bound}.")
+    largest = (2**31 - 1) // len(vectors)
+    step = float(bound) / largest
+    steps = np.rint(np.clip(vectors / step, -largest, largest))  # [n, d]
+    steps = steps.astype(np.int64).astype("<u4")  # negative numbers as 2^32 - |number|
+    total, _ = run_protocol(params, dict(enumerate(steps)), drop)
+    return total.view("<i4") * step
 
-    def quantized(i):
-        return np.rint(np.clip(vectors[i] / step, -largest, largest)).astype(np.int64).astype(terms.dtype)
-    return run_protocol(terms, quantized, drop)[0].view(f"<i{ring // 8}") * step
 
-# ---- audit and report ------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- audit
 
-DEFECTS = (None, "noise off", "half the noise", "clipping bypassed", "weights uncapped")
+DEFECTS = {  # factors of the noise, the clip norm and the largest weight of a broken client
+    None: (1, 1, 1),
+    "noise off": (0, 1, 1),
+    "half the noise": (0.5, 1, 1),
+    "clipping bypassed": (1, 10, 1),
+    "weights uncapped": (1, 5, 5),
+}
+SERVER_VECTORS = ("adapter", "control")  # keys of a checkpoint that hold one vector of the server
 
-def gaussian_epsilon(z, delta):
-    """Exact epsilon of one unsampled Gaussian release (Balle and Wang 2018, Thm. 8, arXiv:1805.06530)."""
-    def excess(e):
-        return special.ndtr(0.5 / z - e * z) - math.exp(min(e + special.log_ndtr(-0.5 / z - e * z), 0)) - delta
-    if z < 1e-3:
-        return math.inf
-    return 0.0 if excess(0) <= 0 else float(optimize.brentq(excess, 0, 0.5 / z ** 2 + 40 / z))
 
-def measured_noise(observed, unobserved, confidence):
-    """(lower bound, estimate, upper bound) of noise / sensitivity, from canaries' scores in and out of the data.
+def measured_noise(inside, outside, confidence):
+    """(lower bound, estimate, upper bound) of noise / distance, from scores of canaries.
 
-    Andrew et al. 2024 (arXiv:2302.03098), Sec. 4: both are Gaussian, so their spread over their distance is a noise
-    multiplier; its bounds join Student's interval for the distance and a chi-square one for the spread.
+    Andrew et al. 2024, Sec. 4, arXiv:2302.03098: the scores of canaries inside and outside of the
+    data are Gaussian, so their spread over the distance of their means is a noise multiplier. Its
+    bounds join Student's interval for the distance and a chi-square interval for the spread.
     """
-    n, m = len(observed), len(unobserved)
-    shift, freedom, tail = np.mean(observed) - np.mean(unobserved), n + m - 2, (1 - confidence) / 4
-    spread = math.sqrt((n * np.var(observed) + m * np.var(unobserved)) / freedom)
+    n = len(inside)
+    m = len(outside)
+    freedom = n + m - 2
+    tail = (1 - confidence) / 4
+    distance = np.mean(inside) - np.mean(outside)
+    spread = math.sqrt((n * np.var(inside) + m * np.var(outside)) / freedom)
     margin = stats.t.isf(tail, freedom) * spread * math.sqrt(1 / n + 1 / m)
-    low, high = (spread * math.sqrt(freedom / stats.chi2.ppf(p, freedom)) for p in (1 - tail, tail))
-    distances = shift + margin, shift, shift - margin
-    return tuple(float(s / max(d, 1e-100)) for s, d in zip((low, spread, high), distances))
+    low = spread * math.sqrt(freedom / stats.chi2.isf(tail, freedom))
+    high = spread * math.sqrt(freedom / stats.chi2.ppf(tail, freedom))
+    distances = np.maximum([distance + margin, distance, distance - margin], 1e-100)
+    return tuple((np.array([low, spread, high]) / distances).tolist())
 
-def canary_audit(mechanism, delta, num_canaries=None, confidence=0.99, defect=None, seed=None):
-    """One round of canaries, huge updates with the largest weight, through the mechanism or one with a defect.
 
-    Flagged: with this confidence, the noise beside a canary is less than the mechanism must add. A canary is a random
-    direction, disjoint from the others so that they do not disturb each other; num_canaries (None: about 300 z^2, from
-    256 to 4096) go in and as many stay out, or, for fixed-size cohorts, have their opposite in. ValueError if an update
-    is too short. Epsilons are of this one round, without sampling; what is `expected` of a canary is below `accounted`,
-    which also covers weights and rounding.
+def canary_audit(mechanism, delta, defect=None, confidence=0.999, seed=None):
+    """One round of canaries: huge updates with the largest weight, to measure epsilon by.
+
+    Each canary is a random direction on coordinates of its own; half of them are in the data. Flags
+    a mechanism whose noise is, with this confidence, less than it must be. A defect (of DEFECTS)
+    breaks the clients' copy of the mechanism, which must be flagged. seed draws the directions.
+    Returns a dict; raises ValueError for an update shorter than 4 values.
     """
-    z, swapped = mechanism.noise_multiplier, mechanism.sampling == "fixed"
-    n = num_canaries or min(max(256, math.ceil(300 * z ** 2)), 4096, mechanism.length // 2)
-    require(defect in DEFECTS, f"defect is one of {DEFECTS}.")
-    require(2 <= n <= mechanism.length // 2, f"{n} canaries do not fit an update of {mechanism.length} values.")
-    audited = replace(mechanism, num_clients=n * (1 + swapped), min_honest=n * (1 + swapped))
-    real = replace(audited, noise_multiplier=z * {"noise off": 0.0, "half the noise": 0.5}.get(defect, 1.0))
-    client = replace(real, clip_norm=mechanism.clip_norm * (10 if defect == "clipping bypassed" else 1))
+    if defect not in DEFECTS:
+        raise ValueError(f"defect is one of {list(DEFECTS)}, not {defect!r}.")
+    n = min(max(256, math.ceil(300 * mechanism.noise_multiplier**2)), 4096, mechanism.length // 2)
+    if n < 2:
+        raise ValueError("An update of fewer than 4 values has no room for canaries.")
+    server = replace(mechanism, num_clients=n, num_curious=0)  # one client for each canary
+    client = copy.copy(server)  # the grid stays, whatever the defect
+    noise_factor, clip_factor, weight_factor = DEFECTS[defect]
+    client.total_std *= noise_factor
+    client.clip_norm *= clip_factor
+    client.weight_scale *= weight_factor / clip_factor
     rng = np.random.default_rng(seed)
-    signs, total = rng.choice((-1.0, 1.0), mechanism.length), 0
-    places = np.array_split(rng.permutation(mechanism.length), 2 * n)  # of each canary's values
-    for k in range(audited.num_clients):
+    signs = rng.choice((-1.0, 1.0), mechanism.length)
+    places = np.array_split(rng.permutation(mechanism.length), 2 * n)  # each canary's coordinates
+    total = np.zeros(mechanism.length + 1, "<u4")
+    for k in range(n):
         update = np.zeros(mechanism.length)
-        update[places[k]] = 1e3 * mechanism.clip_norm * signs[places[k]] * (1 if k < n else -1)
-        vector, _ = client.contribution(update, 1.0)
-        total = total + real.encode(vector * (5 if defect == "weights uncapped" else 1), "audit", k)
-    mean, weight, _ = real.decode(total, audited.num_clients, "audit")
-    released = mean * max(weight, mechanism.min_weight) / mechanism.clip_norm
+        update[places[k]] = 1e3 * client.clip_norm * signs[places[k]]  # the other n stay out
+        total = total + client.encode(update, 1.0, n, ("audit", k))
+    mean, weight_sum = server.decode(total, n, n, "audit")
+    # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
+    released = mean * max(weight_sum, mechanism.min_weight) / mechanism.clip_norm
     scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
     low, noise, high = measured_noise(scores[:n], scores[n:], confidence)
-    expected = z * audited.grid_sensitivity * audited.step / (mechanism.clip_norm * (1 + swapped))
-    why = (f"noise is {low:.4g} to {high:.4g} of a canary's norm, the mechanism must add {expected:.4g}"
-           + ("; too few canaries to notice half of it" if high > 4 * expected else ""))
-    return {"defect": defect, "num_canaries": n, "confidence": confidence, "delta": delta,
-            "accounted_epsilon": gaussian_epsilon(z, delta), "expected_epsilon": gaussian_epsilon(expected, delta),
-            "measured_epsilon": gaussian_epsilon(noise, delta), "epsilon_lower_bound": gaussian_epsilon(high, delta),
-            "epsilon_upper_bound": gaussian_epsilon(low, delta), "flagged": high < expected, "why": why}
+    due = server.noise_std(1) / server.clip_norm  # the sum's noise, whatever the roster
+    few = "; too few canaries to notice half of it" if high > 4 * due else ""
+    return {
+        "check": "canaries",
+        "defect": defect,
+        "flagged": high < due,
+        "why": f"noise is {low:.3g} to {high:.3g} of a canary's norm, {due:.3g} is due{few}",
+        "num_canaries": n,
+        "due_epsilon": gaussian_epsilon(due, delta),
+        "measured_epsilon": gaussian_epsilon(noise, delta),
+        "epsilon_lower_bound": gaussian_epsilon(high, delta),
+    }
 
-def privacy_report(mechanism, accountant, delta, participations):
-    """The report's privacy section, plain values; participations = most rounds that one client took part in."""
-    epsilon = accountant.epsilon(delta)
-    # Who knows the cohorts is not held up by sampling, but learns only from the rounds that a client was in.
-    known = Accountant([[1.0, z, min(rounds, participations), *rest] for _, z, rounds, *rest in accountant.history])
-    reason = ("the noise is seeded" if mechanism.insecure_seed is not None
-              else "a round had no noise" if epsilon == math.inf else None)
-    best_order = min(ORDERS, key=lambda order: accountant.epsilon(delta, (order,)))
-    fields = {k: v for k, v in asdict(mechanism).items() if k not in ("bit_scale", "insecure_seed")}
-    return {**fields, "adaptive_clipping": mechanism.bit_scale > 0, "sensitivity": mechanism.sensitivity,
-            "rounded_sensitivity": mechanism.grid_sensitivity * mechanism.step,
-            "rounds": sum(row[2] for row in accountant.history), "history": accountant.history,
-            "sample_rate": max((row[0] for row in accountant.history), default=0.0), "accountant": "Renyi DP",
-            "orders": f"{len(ORDERS)} from {min(ORDERS)} to {max(ORDERS)}", "best_order": best_order,
-            "adjacency": ADJACENCY[mechanism.sampling], "unit": "one client with all of its clips", "delta": delta,
-            "trusted": TRUSTED[mechanism.noise], "private": reason is None, "no_privacy_because": reason,
-            "epsilon": epsilon if reason is None else None,
-            "epsilon_protects_from": "whoever sees released models, but not who or how many took part in a round",
-            "epsilon_known_cohorts": known.epsilon(delta) if reason is None else None,
-            "epsilon_known_cohorts_protects_from": "whoever also knows who took part, as the clients of a round do"
-                                                   + (" and the server" if mechanism.noise != "server" else ""),
-            "known_cohorts_adjacency": "one client's vectors, or zeros in their place",
-            "not_covered": ["personal adapters, which stay with the client and are trained without noise",
-                            "logs and figures that leave a client outside of the masked vector: losses, norms, timing",
-                            "a malicious server: forged rosters, invented clients, unequal survivor lists",
-                            "poisoned updates", "what the public pretraining split reveals"]}
 
-# ---- command line ----------------------------------------------------------------------------------------
+def lattice_audit(noise, defect=None):
+    """Flags noise (whole numbers, in steps) that misses some of them, as rounded floats would."""
+    noise = np.asarray(noise, np.int64)
+    spacing = int(np.gcd.reduce(noise - noise[0]))  # 1 on all whole numbers
+    odd = float(np.mean(noise % 2))
+    flagged = spacing != 1 or abs(odd - 0.5) > 2.5 / math.sqrt(len(noise))  # 5 standard deviations
+    why = f"the values have spacing {spacing}, {odd:.1%} of them are odd"
+    return {"check": "lattice", "defect": defect, "flagged": flagged, "why": why}
+
+
+def presence_audit(mechanism, roster_size, defect=None, trials=40, seed=None):
+    """Flags noise that tells whether a client that sends zeros takes part.
+
+    In each trial a coin (of `seed`) decides whether it joins the roster, and an attacker guesses
+    from the mean square of what is released, half of the times right. The defect is noise of one
+    size a client, however many there are.
+    """
+    zeros = np.zeros(mechanism.length)
+    rounds = math.ceil(20_000 / mechanism.length)  # that many values would tell 11 clients from 12
+    middle = mechanism.noise_std(1) ** 2 * (1 - 0.5 / roster_size)  # between p and p - 1 clients
+    found = 0
+    for trial, joins in enumerate(np.random.default_rng(seed).random(trials) < 0.5):
+        size = roster_size if joins else roster_size - 1  # who survives is who joined
+        calibrated_to = roster_size if defect else size
+        mean_square = 0.0
+        for r in range(rounds):
+            total = np.zeros(mechanism.length + 1, "<u4")
+            for k in range(size):
+                total = total + mechanism.encode(zeros, 0.0, calibrated_to, (trial, r, k))
+            mean, weight_sum = mechanism.decode(total, size, size, (trial, r))
+            released = mean * max(weight_sum, mechanism.min_weight)
+            mean_square += np.mean(released**2) / rounds
+        found += int((mean_square > middle) == joins)
+    flagged = found > trials / 2 + 1.75 * math.sqrt(trials)  # 3.5 standard deviations
+    why = f"{found} of {trials} guesses were right"
+    return {"check": "presence", "defect": defect, "flagged": flagged, "why": why, "found": found}
+
+
+def count_floats(value):
+    """How many real numbers a checkpoint's value holds, at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(count_floats(part) for part in value)
+    array = np.asarray(value)
+    return array.size if array.dtype.kind == "f" else 0
+
+
+def checkpoint_audit(state, length, defect=None):
+    """Flags a server's checkpoint with vectors of single clients in it, such as SCAFFOLD's c_i.
+
+    SERVER_VECTORS hold `length` real numbers each, everything else fewer (or at most 50).
+    """
+    bad = []
+    for key, value in state.items():
+        limit = length if key in SERVER_VECTORS else max(length - 1, 50)
+        if count_floats(value) > limit:
+            bad.append(f"{key!r} holds {count_floats(value)} numbers")
+    why = "; ".join(bad) or "only the server's own vectors"
+    return {"check": "checkpoint", "defect": defect, "flagged": bool(bad), "why": why}
+
+
+# ---------------------------------------------------------------- report
+
+NOT_COVERED = [
+    "that a client took part in a round: only what it sent is protected",
+    "personal adapters, which stay with their client and are trained without noise",
+    "logs and figures that leave a client outside of the masked vector: losses, norms, timing",
+    "a server that deviates from the protocol: invented clients, unequal rosters or survivor lists",
+    "poisoned updates: one malicious client can move the sum by as much as 32 bits hold",
+    "what the public people's data reveal about themselves",
+    "other runs on the same clients: their epsilons add up",
+]
+
+
+def privacy_report(mechanism, accountant, delta, participations=None):
+    """The report's privacy section, plain values for JSON; None stands for an infinite epsilon.
+
+    participations = the most rounds that any one client was in the cohort of (None: all rounds).
+    Raises ValueError unless 0 < delta < 1 / num_clients.
+    """
+    check_delta(delta, mechanism.num_clients)
+    known = accountant.epsilon_known_cohorts(delta, participations)
+    sampled = min(known, accountant.epsilon(delta))  # who knows less learns no more
+    reason = None
+    if mechanism.seed is not None:
+        reason = "the noise is seeded"
+    elif known == math.inf:
+        reason = "a round had no noise"
+    return {
+        **asdict(mechanism),
+        "sensitivity": mechanism.sensitivity,
+        "rounds": sum(row[2] for row in accountant.history),
+        "history": accountant.history,
+        "participations": participations,
+        "delta": delta,
+        "private": reason is None,
+        "no_privacy_because": reason,
+        "epsilon": known if reason is None else None,
+        "epsilon_holds_against": "the server, up to num_curious of the clients and everybody who "
+        "sees released models, all of whom may know who took part in every round",
+        "epsilon_with_sampling": sampled if reason is None else None,
+        "epsilon_with_sampling_holds_against": "those who see released models but know neither who "
+        "nor how many took part in a round",
+        "accountant": "known cohorts: exact Gaussian composition; with sampling: the smaller "
+        f"of this and Renyi DP at {len(ORDERS)} orders from {min(ORDERS)} to {max(ORDERS)}",
+        "adjacency": "one client's vectors, or zeros in their place (zero-out)",
+        "unit": "one client with all of its clips",
+        "trusted": "nobody alone: a sum is opened only if survivor_share of its roster plus "
+        "num_curious survive, whose noise covers it and stays with them",
+        "not_covered": NOT_COVERED,
+    }
+
+
+def verify_run(folder):
+    """The privacy section of a run's report, if it follows from the run's own record.
+
+    Reads report.json; rounds.jsonl, one JSON a line with round, sample_rate, noise_multiplier and
+    epsilon (against known cohorts, of all rounds so far); and last.pt, whose state holds adapter,
+    round and accountant. Raises ValueError for rounds that ran but were not spent, for vectors of
+    single clients in the checkpoint, and for a log or report that claims what does not follow. A
+    report with participations needs cohort, the list of its members, in each line.
+    """
+    import torch  # only here: the rest of this file does without
+
+    folder = Path(folder)
+    claimed = json.loads((folder / "report.json").read_text())["privacy"]
+    if not claimed["private"]:
+        if claimed.get("epsilon") is not None:
+            raise ValueError("report.json gives an epsilon for a run that is not private.")
+        return claimed
+    mechanism = Mechanism(**{setting.name: claimed[setting.name] for setting in fields(Mechanism)})
+    checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+    state = checkpoint.pop("state")
+    accountant = Accountant(state["accountant"])
+    log = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    if [row["round"] for row in log] != list(range(state["round"])):
+        raise ValueError(f"rounds.jsonl does not list the {state['round']} rounds of last.pt.")
+
+    logged = Accountant()
+    unspent = collections.Counter()
+    for row in log:
+        logged.spend(row["sample_rate"], row["noise_multiplier"])
+        unspent[row["sample_rate"], row["noise_multiplier"]] += 1
+        so_far = logged.epsilon_known_cohorts(claimed["delta"])
+        if row["epsilon"] is not None and row["epsilon"] < so_far * (1 - 1e-6):
+            raise ValueError(f"rounds.jsonl: round {row['round']} claims too small an epsilon.")
+    # A crash may make a round count twice, so more rounds may be spent than ran, never fewer.
+    for sample_rate, noise_multiplier, count in accountant.history:
+        unspent[sample_rate, noise_multiplier] -= count
+    if max(unspent.values(), default=0) > 0:
+        raise ValueError("More rounds ran (rounds.jsonl) than were accounted for (last.pt).")
+
+    # SCAFFOLD sends the adapter's update and the control variate's.
+    length = count_floats(state["adapter"])
+    if mechanism.length not in (length, 2 * length):
+        raise ValueError(
+            f"last.pt holds {length} numbers, the mechanism is for {mechanism.length}."
+        )
+    found = checkpoint_audit(checkpoint | state, length)
+    if found["flagged"]:
+        raise ValueError(f"last.pt holds vectors of single clients: {found['why']}.")
+    participations = claimed["participations"]  # None stands for all rounds: no need to count
+    if participations is not None:
+        members = collections.Counter(client for row in log for client in row["cohort"])
+        spent_twice = -unspent.total()  # at worst everybody was in these
+        participations = max(members.values(), default=0) + spent_twice
+    expected = privacy_report(mechanism, accountant, claimed["delta"], participations)
+    for key, value in expected.items():
+        same = claimed.get(key) == value
+        if isinstance(value, float) and isinstance(claimed.get(key), float):
+            same = math.isclose(claimed[key], value, rel_tol=1e-6)
+        if not same:
+            raise ValueError(f"report.json: {key} is {claimed.get(key)}, but {value} follows.")
+    return claimed
+
+
+# ---------------------------------------------------------------- command line
+
+
+def print_table(args, z):
+    """Epsilon for each number of clients and rounds, at the same noise on the mean."""
+    lines = [
+        f"delta {args.delta:g}; epsilon holds against who knows the cohorts, too",
+        "clients  cohort  rounds  noise multiplier     epsilon  epsilon with sampling",
+    ]
+    for n, rounds in itertools.product(args.clients, args.rounds):
+        # The mean divides by the cohort: with twice the clients, twice the noise does as much.
+        noise = z * n / args.clients[0]
+        accountant = Accountant([[args.rate, noise, rounds]])
+        # No client is in more rounds than this, with probability 0.99.
+        participations = int(stats.binom.isf(0.01 / n, rounds, args.rate))
+        known = accountant.epsilon_known_cohorts(args.delta, participations)
+        sampled = min(known, accountant.epsilon(args.delta))
+        cohort = n * args.rate
+        lines.append(f"{n:7d} {cohort:7g} {rounds:7d} {noise:17.4f} {known:11.4f} {sampled:22.4f}")
+    print("\n".join(lines))
+
+
+def print_audit(args, z):
+    """One line for each check, on a mechanism and on broken copies; whether all were right."""
+    mechanism = Mechanism(
+        clip_norm=1.0,
+        noise_multiplier=z,
+        length=args.length,
+        num_clients=args.clients[0],
+        weight_scale=0.5,
+        min_weight=1.0,
+        survivor_share=0.8,
+    )
+    roster_size = min(12, args.clients[0])
+    zeros = np.zeros(args.length)
+    upload = mechanism.encode(zeros, 0.0, roster_size).view("<i4")
+    state = {"round": 1, "adapter": zeros, "control": zeros}
+    rows = [canary_audit(mechanism, args.delta, defect) for defect in DEFECTS]
+    rows += [
+        lattice_audit(upload),
+        lattice_audit(upload // 2 * 2, "noise on a lattice"),
+        presence_audit(mechanism, roster_size),
+        presence_audit(mechanism, roster_size, "noise of one size"),
+        checkpoint_audit(state, args.length),
+        checkpoint_audit(state | {"controls": {"client 1": zeros}}, args.length, "c_i of a client"),
+    ]
+    for row in rows:
+        verdict = "flagged" if row["flagged"] else "passed"
+        print(f"{row['check']:11} {row['defect'] or 'as it is':19} {verdict:8} {row['why']}")
+    return all(row["flagged"] == (row["defect"] is not None) for row in rows)
+
+
+def refuse(message):
+    """Print one line and leave with status 2."""
+    print(f"privacy.py: {message}".splitlines()[0], file=sys.stderr)
+    sys.exit(2)
+
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="privacy.py", description="Epsilon by round, or the noise for an epsilon.")
-    parser.error = lambda message: parser.exit(2, f"privacy.py: {message}\n")
-    parser.add_argument("--clients", type=int, default=1000, help="clients in the federation")
-    parser.add_argument("--rate", type=float, default=0.01, help="probability that a client joins a round")
-    parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--delta", type=float, default=1e-6, help="below 1 / clients")
-    parser.add_argument("--sampling", choices=ADJACENCY, default="poisson")
-    parser.add_argument("--skellam", type=int, metavar="LENGTH", help="also Skellam noise, for updates of this length")
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--noise", type=float, help="noise multiplier z = noise / sensitivity")
-    choice.add_argument("--target-epsilon", type=float, help="print the smallest z that keeps it (Gaussian noise)")
+    parser = argparse.ArgumentParser(prog="privacy.py", description=__doc__.splitlines()[0])
+    parser.error = refuse
+    add = parser.add_argument
+    add("--clients", type=int, nargs="+", default=[100], help="clients in the federation")
+    add("--rate", type=float, default=1.0, help="probability that a client joins a round")
+    add("--rounds", type=int, nargs="+", default=[2])
+    add("--delta", type=float, default=1e-5, help="below 1 / clients")
+    add("--noise", type=float, help="noise multiplier z = noise / sensitivity")
+    add("--target-epsilon", type=float, help="use the least z that keeps it, instead of --noise")
+    add("--audit", action="store_true", help="canaries and other checks, and what they must flag")
+    add("--length", type=int, default=1232, help="values of an update, for --audit")
+    add("--verify", metavar="RUN", help="compute the report of a run again, from its record")
     args = parser.parse_args(arguments)
+    if args.verify:
+        try:
+            print(json.dumps(verify_run(args.verify), indent=2))
+        except Exception as error:  # an unreadable record supports no report, whatever is wrong
+            refuse(f"{args.verify} is refused: {error!r}")
+        return
     try:
-        require(args.clients >= 1 and args.rounds >= 1, "--clients and --rounds are at least 1.")
-        require(args.delta < 1 / args.clients, f"--delta must be below 1 / clients = {1 / args.clients:g}.")
-        z = args.noise if args.target_epsilon is None else find_noise_multiplier(
-            args.target_epsilon, args.delta, args.rate, args.rounds, args.sampling)
-        columns = {"epsilon": None}
-        if args.skellam is not None:
-            skellam = Mechanism(1.0, z, args.skellam, args.clients, max(1, round(args.clients * args.rate / 2)),
-                                mechanism="skellam", sampling=args.sampling)  # half of a mean cohort survives
-            columns["skellam"] = tuple(skellam.spending(args.rate)["skellam"])
-        table = [f"{n:8d} " + " ".join(f"{compute_epsilon(args.rate, z, n, args.delta, ORDERS, args.sampling, c):10.4f}"
-                                       for c in columns.values())
-                 for n in sorted({max(1, args.rounds * i // 10) for i in range(11)})]
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"noise multiplier {z:.4f}, {args.clients * args.rate:g} of {args.clients} clients a round ({args.sampling}: "
-          f"{ADJACENCY[args.sampling]}), delta {args.delta:g}\n   round " + " ".join(f"{c:>10}" for c in columns),
-          *table, sep="\n")
+        if (args.noise is None) == (args.target_epsilon is None):
+            raise ValueError("Give one of --noise, --target-epsilon and --verify.")
+        if min(args.clients + args.rounds) < 1:
+            raise ValueError("--clients and --rounds are at least 1.")
+        check_delta(args.delta, max(args.clients))
+        z = args.noise
+        if z is None:
+            z = find_noise_multiplier(args.target_epsilon, args.delta, args.rate, max(args.rounds))
+        if not args.audit:
+            print_table(args, z)
+        elif not print_audit(args, z):
+            sys.exit(1)
+    except (ValueError, OverflowError) as error:
+        refuse(error)
+
 
 if __name__ == "__main__":
     main()

@@ -1,709 +1,1625 @@
-"""Clips of people who talk, in LRS3's layout, and the synthetic talkers that stand in for them.
+"""Clips of people who talk: reading files, whose clip is whose, batches; and synthetic talkers.
 
-A clip has 25 frames a second, sound at 16 kHz (frame i spans samples 640 i .. 640 (i + 1)) and a log-mel spectrogram
-of four frames a video frame.  Each file is decoded once and memory-mapped afterwards.
+A clip has 25 frames per second, sound at 16 kHz (frame i spans samples 640 i .. 640 (i + 1)) and a
+log-mel spectrogram of four steps per frame. Every file is decoded once, into a cache, by the ffmpeg
+that `imageio_ffmpeg` brings.
 """
+
 import argparse
+import colorsys
 import contextlib
 import difflib
 import functools
 import hashlib
-import inspect
 import itertools
+import json
 import os
 import re
+import secrets
+import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
+import zlib
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from glob import glob
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchaudio
+from einops import rearrange
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw, ImageOps
 from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import correlate, correlation_lags
-from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
-SAMPLE_RATE, FPS, MEL_HZ, NUM_MELS = 16000, 25, 100, 40
-SAMPLES_PER_FRAME, MELS_PER_FRAME = SAMPLE_RATE // FPS, MEL_HZ // FPS          # 640, 4
-MEL_FLOOR, MEL_MEAN, MEL_STD = 1e-4, -4.0, 3.5          # fixed, so that speech looks the same in every dataset
-SILENCE = (float(np.log(MEL_FLOOR)) - MEL_MEAN) / MEL_STD
-ROLES = ('public', 'client', 'unseen')
+FPS = 25
+SAMPLE_RATE = 16000
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
+MELS_PER_FRAME = 4
+NUM_MELS = 40
+MIN_FRAMES = 10  # of a usable clip
+
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .mov .m4v .mkv .webm .avi .mpg .mpeg .mpe .m2v .flv .f4v .wmv .asf .3gp .3g2 .ts .mts "
+    ".m2ts .ogv .ogm .mxf .vob .dv .divx .qt .rm .rmvb .nut .y4m".split()
+)
+SOUND_SUFFIXES = tuple(
+    ".wav .m4a .mp3 .flac .aac .ogg .oga .opus .wma .aif .aiff .ac3 .amr .caf .mka .mp2".split()
+)
+PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .jp2".split())
 
 
-@dataclass(frozen=True, eq=False)
+# ---------------------------------------------------------------- clips
+
+
+class CachedArray:
+    """A field of `Clip`: an array, or an object whose `read(field)` gives it at every access."""
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, clip, owner=None):
+        if clip is None:
+            raise AttributeError(self.name)  # so that dataclass finds a field without default
+        value = clip.__dict__["_" + self.name]
+        return value if isinstance(value, np.ndarray) else value.read(self.name)
+
+    def __set__(self, clip, value):
+        clip.__dict__["_" + self.name] = value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Clip:
-    """One decoded clip of f frames."""
+    """One decoded clip of f frames; its arrays are read from the cache when they are used."""
+
     person: str
     name: str
     path: Path
-    frames: np.ndarray              # uint8 [f, 3, size, size]
-    audio: np.ndarray               # int16 [640 f]
-    mel: np.ndarray                 # float32 [4 f, 40]
-    prompt: str                     # '' where the .txt gives none
-    opening: np.ndarray | None      # float32 [f] in [0, 1], the true mouth opening of synthetic talkers
+    frames: np.ndarray = CachedArray()  # uint8 [f 3 size size]
+    audio: np.ndarray = CachedArray()  # int16 [640 f]
+    mel: np.ndarray = CachedArray()  # float32 [4 f, 40]
+    prompt: str = ""
+    opening: np.ndarray | None = None  # float32 [f] in [0, 1], the true one of synthetic mouths
+
+    @property
+    def num_frames(self):
+        """f, without opening the cache."""
+        return len(self.__dict__["_frames"])
 
 
-# ---- sound
+def slice_clip(clip, start, stop, **changes):
+    """Frames `start` to `stop` of a clip with their sound; other fields as in `changes`."""
+    return replace(
+        clip,
+        frames=clip.frames[start:stop],
+        audio=clip.audio[SAMPLES_PER_FRAME * start : SAMPLES_PER_FRAME * stop],
+        mel=clip.mel[MELS_PER_FRAME * start : MELS_PER_FRAME * stop],
+        opening=None if clip.opening is None else clip.opening[start:stop],
+        **changes,
+    )
+
+
+def to_float(frames, device="cpu"):
+    """uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]."""
+    frames = torch.from_numpy(np.require(frames, requirements="CW"))
+    return frames.to(device).float().mul_(1 / 127.5).sub_(1)
+
+
+def to_unit(frames):
+    """Frames in [-1, 1] as frames in [0, 1], clamped."""
+    return ((frames + 1) / 2).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- spectrograms
+
+# Fixed, so that speech looks the same in every dataset, with about zero mean and unit variance.
+MEL_FLOOR = 1e-4
+MEL_MEAN = -4.0
+MEL_STD = 3.5
+SILENCE = (float(np.log(MEL_FLOOR)) - MEL_MEAN) / MEL_STD
+HOP = SAMPLES_PER_FRAME // MELS_PER_FRAME  # 160 samples
+FFT = 512
+
 
 @functools.cache
-def _mel_transform():
-    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=400, hop_length=SAMPLE_RATE // MEL_HZ,
-                                                f_min=60, f_max=7600, n_mels=NUM_MELS, center=False)
+def mel_transform():
+    limits = {"f_min": 60, "f_max": 7600, "n_mels": NUM_MELS}
+    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, FFT, 400, HOP, center=False, **limits)
 
 
-def log_mel(audio):
-    """Log-mel spectrogram float32 [4 f, 40] of int16 audio [640 f] at 16 kHz, about zero mean and unit variance."""
-    wave = torch.from_numpy(np.asarray(audio, np.float32) / 32768)
-    # Window j is centred on the middle of samples 160 j .. 160 (j + 1), so every sound peaks in its own frame.
-    wave = pad(wave, (176, 176 + -len(wave) % SAMPLES_PER_FRAME))
-    return ((_mel_transform()(wave).clamp_min(MEL_FLOOR).log() - MEL_MEAN) / MEL_STD).T.contiguous().numpy()
+def log_mel(audio, chunk_seconds=60):
+    """Log-mel spectrogram float32 [4 f, 40] of int16 audio [640 f].
 
-
-def audio_windows(mel, window=5):
-    """Windows float32 [f, 4 window, 40] of `window` (odd) video frames centred on each frame of mel [4 f, 40]."""
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f'an audio window must be an odd number of frames, not {window}')
-    edge = MELS_PER_FRAME * (window // 2)
-    padded = pad(torch.as_tensor(mel), (0, 0, edge, edge), value=SILENCE)
-    return padded.unfold(0, MELS_PER_FRAME * window, MELS_PER_FRAME).transpose(1, 2).numpy()
-
-
-# ---- files
-
-SOUND = ['-map', '0:a:0', '-ac', 1, '-af', f'aresample={SAMPLE_RATE}:async=1:first_pts=0', '-f', 's16le']
-
-
-def _ffmpeg(*arguments, blocks=()):
-    """Run ffmpeg on `blocks` of input and return what it printed; ValueError with the first line of its complaint."""
-    command = [get_ffmpeg_exe(), '-v', 'error', '-xerror', '-y', '-nostdin', *map(str, arguments)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            with contextlib.suppress(BrokenPipeError):                 # it stopped reading: its complaint says why
-                for block in blocks:
-                    process.stdin.write(block)
-            output, complaint = process.communicate()
-        except BaseException:                                          # whoever makes the blocks failed
-            process.kill()
-            raise
-    if process.returncode:
-        lines = complaint.decode(errors='replace').strip().splitlines() or ['ffmpeg failed']
-        raise ValueError('no sound' if 'matches no streams' in lines[0] else re.sub(r'^\[[^]]*\] *', '', lines[0]))
-    return output
-
-
-def _decode(path, size, crop):
-    """Frames uint8 [f, 3, size, size], the middle `crop` of each side, and audio int16 [640 f] of a video file; ValueError
-    with the reason."""
-    whole = round(size / crop)
-    scale = f'scale={whole}:{whole}:force_original_aspect_ratio=increase:flags=area+accurate_rnd+full_chroma_int'
-    picture = ['-vf', f'fps={FPS}:start_time=0,{scale},crop={size}:{size}', '-pix_fmt', 'rgb24', '-f', 'rawvideo']
-    with tempfile.TemporaryDirectory() as folder:
-        video, sound = Path(folder, 'video'), Path(folder, 'sound')
-        _ffmpeg('-threads', 1, '-i', f'file:{path}', '-map', '0:v:0', *picture, video, *SOUND, sound)
-        frames = np.fromfile(video, np.uint8).reshape(-1, size, size, 3).transpose(0, 3, 1, 2)
-        audio = np.fromfile(sound, np.int16)
-    if not len(audio) or not len(frames):
-        raise ValueError('no sound' if len(frames) else 'no frames')
-    # Containers round the two lengths differently: two frames of silence may be missing, more is cut off the video.
-    num_frames = min(len(frames), len(audio) // SAMPLES_PER_FRAME + 2)
-    audio = np.pad(audio, (0, 3 * SAMPLES_PER_FRAME))[:num_frames * SAMPLES_PER_FRAME]
-    return frames[:num_frames], audio
-
-
-def load_speech(path):
-    """Sound int16 [n] at 16 kHz, mono, of any file that ffmpeg reads; ValueError if there is none."""
-    if not Path(path).is_file():
-        raise ValueError(f'no such sound file: {path}')
-    try:
-        audio = np.frombuffer(_ffmpeg('-i', f'file:{path}', *SOUND, '-'), np.int16)
-    except ValueError as error:
-        raise ValueError(f'no sound could be read from {path} ({error})') from None
+    Raises ValueError if there is no audio.
+    """
     if not len(audio):
-        raise ValueError(f'the sound of {path} has zero length')
+        raise ValueError("there is no sound")
+    # Step j is centred on samples 160 j .. 160 (j + 1), so a sound is strongest in its own frame.
+    margin = (FFT - HOP) // 2
+    rest = -len(audio) % SAMPLES_PER_FRAME  # up to a whole frame
+    padded = np.pad(np.asarray(audio, np.int16), (margin, margin + rest))
+    steps = []
+    chunk = chunk_seconds * SAMPLE_RATE
+    for start in range(0, len(audio), chunk):  # an hour at once would take gigabytes
+        piece = torch.from_numpy(padded[start : start + chunk + 2 * margin]) / 32768
+        steps.append(mel_transform()(piece).clamp_min(MEL_FLOOR).log())  # m t
+    return ((torch.cat(steps, 1) - MEL_MEAN) / MEL_STD).T.contiguous().numpy()
+
+
+def audio_windows(mel, window=5, start=0, stop=None):
+    """Windows float32 [f, 4 window, 40] of `window` frames of mel around frames `start` to `stop`.
+
+    Silence pads both ends. Raises ValueError unless `window` is odd.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"an audio window must be an odd number of frames, not {window}")
+    stop = len(mel) // MELS_PER_FRAME if stop is None else stop
+    first = MELS_PER_FRAME * (start - window // 2)
+    last = MELS_PER_FRAME * (stop + window // 2)
+    piece = torch.tensor(mel[max(first, 0) : last])  # not all of it: a clip may be an hour long
+    piece = F.pad(piece, (0, 0, max(-first, 0), max(last - len(mel), 0)), value=SILENCE)
+    return piece.unfold(0, MELS_PER_FRAME * window, MELS_PER_FRAME).mT.numpy()  # f (4 window) m
+
+
+# ---------------------------------------------------------------- ffmpeg
+
+# Late sound and holes stay where they are.
+RESAMPLE = f"aresample={SAMPLE_RATE}:async=1:first_pts=0"
+AS_SAMPLES = "-ac 1 -f s16le -".split()
+# PQ or HLG to SDR: 203 nits become white (ITU-R BT.2408), brighter parts are clipped.
+TONE_MAPPING = (
+    "zscale=transfer=linear:npl=203,format=gbrpf32le,zscale=primaries=bt709,"
+    "tonemap=clip:desat=0,zscale=transfer=bt709:matrix=gbr:range=pc"
+)
+
+
+def run_ffmpeg(*arguments, blocks=()):
+    """Run ffmpeg with `blocks` of bytes as its input -> (exit status, output bytes, log).
+
+    Raises ValueError if it was stopped from outside.
+    """
+    command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
+    command += map(str, arguments)
+    with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block ffmpeg
+        with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=log) as process:
+            try:
+                with contextlib.suppress(BrokenPipeError):  # ffmpeg ended: its log says why
+                    for block in blocks:
+                        process.stdin.write(block)
+                output, _ = process.communicate()
+            except BaseException:  # making the blocks failed
+                process.kill()
+                raise
+        if process.returncode < 0 or process.returncode == 255:  # Ctrl-C, or out of memory
+            raise ValueError("ffmpeg was stopped")  # what it wrote looks whole, but is not
+        log.seek(0)
+        return process.returncode, output, log.read().decode(errors="replace")
+
+
+def first_error(log):
+    """The first error in ffmpeg's log, or ''."""
+    errors = re.findall(r"^.*\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    return errors[0] if errors else ""
+
+
+def file_state(path):
+    """(size, time of the last change) of a file. Raises ValueError if it is no regular file."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise ValueError("a link to nothing" if os.path.islink(path) else "no such file") from None
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
+        raise ValueError("not a regular file")
+    return status.st_size, status.st_mtime_ns
+
+
+def explain(path):
+    """Why neither ffmpeg nor PIL can read a file and what to do about it, or ''."""
+    try:
+        file_state(path)
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except (OSError, ValueError) as error:
+        return str(error)
+    if not head:
+        return "the file is empty: copy or download it again"
+    if not head.strip(b"\0"):
+        return "the file begins with nothing but zeros: its download did not finish"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: run `git lfs pull`"
+    if re.match(rb"\s*<(!doctype|html|head|\?xml)", head, re.IGNORECASE):
+        return "a web page, not the file itself: its download failed, download it again"
+    if re.match(rb"....ftyp(hei|hev|mif1|msf1)", head, re.DOTALL):
+        return "HEIC pictures cannot be read: save it as JPEG or PNG"
+    if re.fullmatch(rb"([\t\n\r -~]|[\xc2-\xf4][\x80-\xbf]*)*", head):
+        return "a text file"
+    return ""
+
+
+class Streams(NamedTuple):
+    """What is in a media file."""
+
+    video: str | None  # in ffmpeg's words: codec, pixel format (colours), size, ...
+    sound: int | None  # index of the default sound track
+    seconds: float  # 0 if unknown
+
+
+def probe(path):
+    """The `Streams` of a file. Raises ValueError with the reason if it cannot be read."""
+    file_state(path)
+    _, _, log = run_ffmpeg("-i", f"file:{path}")
+    videos, sounds = [], []
+    for index, kind, text in re.findall(r"Stream #0:(\d+).*?: (Video|Audio): (?!none)(.*)", log):
+        if kind == "Audio":
+            sounds.append(("(default)" not in text, int(index)))  # the least is the track to use
+        elif "(attached pic)" not in text:  # the cover of a song
+            videos.append(text)
+    if not videos and not sounds:
+        reason = first_error(log)
+        if "moov atom not found" in reason:
+            reason = "the file's end, and its index with it, is missing: copy or download it again"
+        raise ValueError(explain(path) or reason or "no picture and no sound in it")
+    duration = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
+    hours, minutes, seconds = map(float, duration.groups()) if duration else (0, 0, 0)
+    return Streams(
+        video=videos[0] if videos else None,
+        sound=min(sounds)[1] if sounds else None,
+        seconds=3600 * hours + 60 * minutes + seconds,
+    )
+
+
+def find_sound(path):
+    """The sound file that belongs to a video, or None.
+
+    It has the video's name and lies beside it, or in the folder for sound where VoxCeleb2 (aac for
+    mp4), MEAD (audio/angry for video/front/angry) and HDTF have a folder for videos.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    stem = os.path.splitext(name)[0]
+    folders = [folder]
+    parts = folder.split(os.sep)
+    for i, part in enumerate(parts):
+        if part.lower() in ("mp4", "video", "videos", "clips"):
+            for sound in ("aac", "m4a", "wav", "audio"):
+                folders.append(os.sep.join([*parts[:i], sound, *parts[i + 1 :]]))
+                folders.append(os.sep.join([*parts[:i], sound, *parts[i + 2 :]]))  # no camera angle
+    for folder, suffix in itertools.product(folders, SOUND_SUFFIXES):
+        for file in (f"{folder}/{stem}{suffix}", f"{folder}/{stem}{suffix.upper()}"):
+            if os.path.isfile(file):
+                return file
+    return None
+
+
+def probe_sound(path):
+    """The `Streams` of a file with sound. Raises ValueError, which names the file, for others."""
+    try:
+        streams = probe(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if streams.sound is None:
+        raise ValueError(f"{path}: no sound in it")
+    return streams
+
+
+def is_silent(audio):
+    """Whether int16 audio never leaves +-1/1000 of full scale."""
+    return not len(audio) or int(audio.max()) - int(audio.min()) < 66
+
+
+def decode_sound(inputs, track, *picture):
+    """Decode a sound track, and `picture` in the same run -> (int16 audio at 16 kHz, log)."""
+    _, output, log = run_ffmpeg(*inputs, *picture, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
+    audio = np.frombuffer(output, np.int16)
+    if is_silent(audio):  # left and right may cancel each other: try the left channel alone
+        left = f"pan=mono|c0=c0,{RESAMPLE}"
+        _, output, _ = run_ffmpeg(*inputs, "-map", track, "-af", left, *AS_SAMPLES)
+        audio = np.frombuffer(output, np.int16)
+    return audio, log
+
+
+def picture_filters(video, size, crop):
+    """ffmpeg's filters from `Streams.video` to planar RGB at 25 frames per second."""
+    parts = re.search(r", \w+(?:\(([^)]*)\))?, (\d+)x(\d+)", video)
+    tags = parts[1] or ""  # range, matrix/primaries/transfer, scan: (tv, bt709, progressive)
+    sides = sorted((int(parts[2]), int(parts[3])))
+    scale = "scale='round(iw*sar)':ih"  # sar: the aspect ratio of a pixel, dar: of the picture
+    if size:
+        whole = round(size / crop)  # the shorter side
+        scale = f"scale='max({whole},round({whole}*dar))':'max({whole},round({whole}/dar))'"
+    scale += ":flags=area+accurate_rnd+full_chroma_int"
+    has_matrix = re.search("bt|smpte|fcc|gbr|ycgco|ictcp", tags.split("/")[0])
+    if not has_matrix and (sides[0] > 576 or sides[1] > 1024):
+        scale += ":in_color_matrix=bt709"  # as players assume for HD; ffmpeg assumes that of SD
+    filters = [f"fps={FPS}:start_time=0", scale]
+    if "smpte2084" in tags or "arib-std-b67" in tags:  # PQ or HLG
+        if not can_tone_map():
+            raise ValueError(
+                "HDR video, which this ffmpeg cannot convert: export it as SDR, or use a full "
+                f'ffmpeg -i IN -vf "{TONE_MAPPING},format=yuv420p" OUT.mp4'
+            )
+        if not has_matrix:  # the filters refuse to guess
+            filters.append("setparams=color_primaries=bt2020:colorspace=bt2020nc")
+        filters.append(TONE_MAPPING)
+    filters.append("format=gbrp")
+    if size:
+        filters.append(f"crop={size}:{size}")
+    return ",".join([*filters, "shuffleplanes=2:0:1"])  # from G, B, R to R, G, B
+
+
+@functools.cache
+def can_tone_map():
+    _, output, _ = run_ffmpeg("-filters")
+    return b" zscale " in output and b" tonemap " in output
+
+
+def decode_video(path, size, crop, output, sound_file=None):
+    """Write a video's frames, uint8 [f 3 h w], to the file `output` -> ((h, w), audio, note).
+
+    Audio is int16 [640 f], from `sound_file` if the video has none; without either it is empty. The
+    note says what part of a damaged file is used. Raises ValueError with the reason if there are no
+    frames.
+    """
+    streams = probe(path)
+    if streams.video is None:
+        raise ValueError("it has sound, but no picture")
+    # Packets known to be damaged are dropped; the filter fps repeats the frame before them.
+    inputs = ["-threads", 1, "-fflags", "+discardcorrupt", "-i", f"file:{path}"]
+    picture = ["-map", "0:V:0", "-vf", picture_filters(streams.video, size, crop)]
+    picture += ["-pix_fmt", "gbrp", "-f", "rawvideo", output]
+    if streams.sound is not None:
+        audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
+    elif sound_file:
+        inputs += ["-i", f"file:{sound_file}"]
+        audio, log = decode_sound(inputs, f"1:{probe_sound(sound_file).sound}", *picture)
+    else:
+        audio = np.zeros(0, np.int16)
+        _, _, log = run_ffmpeg(*inputs, *picture)
+    shape = re.search(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)  # of the output
+    if not shape or not os.path.getsize(output):
+        raise ValueError(first_error(log) or "it has no frames")
+    width, height = map(int, shape.groups())
+    num_frames = os.path.getsize(output) // (3 * height * width)
+    if len(audio):
+        # Containers round the two lengths differently: up to two frames of sound that are missing
+        # are filled up with silence; where more is missing, the picture is cut off.
+        num_frames = min(num_frames, len(audio) // SAMPLES_PER_FRAME + 2)
+        audio = np.pad(audio, (0, 3 * SAMPLES_PER_FRAME))[: num_frames * SAMPLES_PER_FRAME]
+    os.truncate(output, num_frames * 3 * height * width)
+    used = num_frames / FPS
+    damage = first_error(log)
+    if re.search("Packet corrupt|corrupt input packet", log):
+        damage = damage or "damaged packets"
+    if used < streams.seconds - 0.5:
+        damage = damage or "picture or sound ends there"
+    note = f"{used:.1f} of {max(used, streams.seconds):.1f} s are used ({damage})" if damage else ""
+    return (height, width), audio, note
+
+
+# ---------------------------------------------------------------- reading and writing files
+
+
+def read_video(path, size=None, crop=1.0):
+    """Decode a video -> (frames uint8 [f 3 h w] at 25 per second, audio int16 [640 f]).
+
+    Frames are `size` pixels square, the middle `crop` of each side; with size None they are as
+    large as in the file. Audio is empty if there is none. Raises ValueError with the reason; warns
+    if only a part of the file is used.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "frames")
+        try:
+            shape, audio, note = decode_video(path, size, crop, output, find_sound(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        frames = np.fromfile(output, np.uint8).reshape(-1, 3, *shape)
+    if note:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return frames, audio
+
+
+def read_speech(path):
+    """Sound int16 [n] at 16 kHz, mono, of a sound or video file.
+
+    Raises ValueError if there is none or it is silent; warns if only a part of it can be read.
+    """
+    streams = probe_sound(path)
+    audio, log = decode_sound(["-i", f"file:{path}"], f"0:{streams.sound}")
+    damage = first_error(log)
+    if is_silent(audio):
+        raise ValueError(f"{path}: {damage or 'its sound is silent'}")
+    seconds = len(audio) / SAMPLE_RATE
+    if damage or seconds < streams.seconds - 0.5:
+        warnings.warn(f"{path}: {seconds:.1f} of {streams.seconds:.1f} s are used", stacklevel=2)
     return audio
 
 
-def load_image(path, size, crop=1.0):
-    """Picture uint8 [3, size, size], the middle `crop` of its central square, and whether the picture was far from square;
-    ValueError if the file is no picture."""
+def read_image(path, size=None, crop=1.0):
+    """Picture uint8 [3 size size], the middle `crop` of its central square.
+
+    With size None it is as large as in the file. Transparent parts become grey. Raises ValueError
+    with the reason if it cannot be read.
+    """
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith('I'):                           # 16 bits a pixel, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        image = image.convert('RGBA')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = 'no such image' if isinstance(error, FileNotFoundError) else 'not an image that can be read'
-        raise ValueError(f'{reason}: {path}') from None
-    image = Image.alpha_composite(Image.new('RGBA', image.size, 'grey'), image).convert('RGB')
-    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, bleed=(1 - crop) / 2)
-    return np.asarray(square).transpose(2, 0, 1).copy(), max(image.size) > 1.1 * min(image.size)
+        file_state(path)  # PIL would wait for a pipe
+        with Image.open(path) as file:
+            image = to_8_bits(ImageOps.exif_transpose(file)).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = explain(path)
+        if "truncated" in str(error).lower():
+            reason = "the picture is cut off: copy or download it again"
+        if reason:
+            raise ValueError(f"{path}: {reason}") from None
+        frames, _ = read_video(path, size, crop)  # ffmpeg reads more kinds: RGB of floats, EXR, ...
+        return frames[0]
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image).convert("RGB")
+    if size:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, bleed=(1 - crop) / 2)
+    return np.asarray(image).transpose(2, 0, 1).copy()
 
 
-def write_video(path, frames, audio=None, metadata=None, crf=16):
-    """Write uint8 frames [f, 3, h, w] or [f, h, w, 3], or an iterator of such blocks, and int16 audio [640 f] (16 kHz) as
-    25 fps mp4, whole or not at all."""
-    path, sound = Path(path), []
-    blocks = map(_rows_of_pixels, [frames] if isinstance(frames, np.ndarray) else frames)
-    first = next(blocks)
+def to_8_bits(image):
+    """A picture of 16 bits or floats per pixel as one of 8 bits; `convert` would make it white."""
+    if image.mode[0] not in "IF":
+        return image
+    values = np.nan_to_num(np.asarray(image, np.float32))
+    white = 65535
+    if image.mode in ("I", "F") and values.max() <= 255:
+        white = 1 if image.mode == "F" and values.max() <= 1 else 255
+    return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path of the same suffix; it replaces `path` if the block ends well."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.video-', dir=path.parent) as folder:
-        if audio is not None:
-            audio.astype(np.int16).tofile(Path(folder, 'sound'))
-            sound = ['-f', 's16le', '-ar', SAMPLE_RATE, '-ac', 1, '-i', Path(folder, 'sound')]
-        tags = [part for key, value in (metadata or {}).items() for part in ('-metadata', f'{key}={value}')]
-        _ffmpeg('-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{first.shape[2]}x{first.shape[1]}', '-r', FPS,
-                '-i', 'pipe:0', *sound, '-vf', 'pad=ceil(iw/2)*2:ceil(ih/2)*2', '-c:v', 'libx264', '-crf', crf,
-                '-preset', 'veryfast', '-pix_fmt', 'yuv420p', '-threads', 1, '-c:a', 'aac', '-b:a', '96k', '-movflags',
-                '+faststart+use_metadata_tags', *tags, Path(folder, 'new.mp4'), blocks=itertools.chain([first], blocks))
-        Path(folder, 'new.mp4').replace(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _rows_of_pixels(frames):
-    """uint8 frames [f, h, w, 3] of either order of axes."""
-    if frames.ndim != 4 or frames.dtype != np.uint8 or not len(frames) or 3 not in frames.shape[1::2]:
-        raise ValueError(f'a video needs uint8 frames [f, 3, h, w], not {frames.dtype} {list(frames.shape)}')
-    return np.ascontiguousarray(frames if frames.shape[3] == 3 else frames.transpose(0, 2, 3, 1))
+def check_output(path, suffixes=(".mp4", ".m4v", ".mov")):
+    """Raise ValueError unless a file of one of `suffixes` can be written there; for before work."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: its name must end in {' or '.join(suffixes)}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:  # the mode of a folder does not say whether it can be written
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {folder}: {error.strerror}") from None
 
 
-def sound_lag(path, audio):
-    """Seconds by which the sound of a video file comes later than int16 `audio` [n] at 16 kHz."""
-    heard, said = load_speech(path).astype(np.float32), np.asarray(audio, np.float32)
-    lags = correlation_lags(len(heard), len(said))
-    return float(lags[np.argmax(correlate(heard, said, method='fft'))]) / SAMPLE_RATE
+def write_video(path, frames, audio=None, metadata=None, crf=16, sound_codec="aac"):
+    """Write a video at 25 frames per second with int16 audio [640 f], whole or not at all.
+
+    `frames` is uint8 [f 3 h w] or [f h w 3], or an iterator of such blocks. Raises ValueError where
+    `check_output` does, before the first block is made.
+    """
+    check_output(path)
+    blocks = map(channels_last, [frames] if isinstance(frames, np.ndarray) else frames)
+    first = next(blocks, None)
+    if first is None:
+        raise ValueError(f"{path}: there are no frames to write")
+    height, width = first.shape[1:3]
+    inputs = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {FPS} -i pipe:0".split()
+    coding = f"-c:v libx264 -preset veryfast -crf {crf} -pix_fmt yuv420p -threads 1".split()
+    coding += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]  # yuv420p has even sides
+    coding += f"-c:a {sound_codec} -b:a 96k -movflags +faststart+use_metadata_tags".split()
+    for key, value in (metadata or {}).items():
+        coding += ["-metadata", f"{key}={value}"]
+    with atomic_write(path) as temporary, tempfile.TemporaryDirectory() as folder:
+        if audio is not None:  # ffmpeg has one standard input, and the frames are on it
+            sound = Path(folder, "sound")
+            sound.write_bytes(np.asarray(audio, np.int16).tobytes())
+            inputs += [*f"-f s16le -ar {SAMPLE_RATE} -ac 1 -i".split(), sound]
+        blocks = itertools.chain([first], blocks)
+        status, _, log = run_ffmpeg(*inputs, *coding, temporary, blocks=blocks)
+        if status:
+            raise ValueError(f"{path} cannot be written: {first_error(log)}")
 
 
-# ---- datasets
-
-class TalkingHeads:
-    """All usable clips below `root`, the middle `crop` of each side at `size` pixels, by person; ValueError when there is
-    no dataset or nothing usable."""
-
-    def __init__(self, root, size=64, min_frames=10, max_frames=None, cache=None, progress=False, crop=1.0):
-        self.root, self.size, self.min_frames, self.max_frames = Path(root), size, min_frames, max_frames
-        self.crop = crop
-        if not self.root.is_dir():
-            siblings = [p.name for p in self.root.parent.glob('*') if p.is_dir()]
-            near = difflib.get_close_matches(self.root.name, siblings, 1, 0)
-            raise ValueError(f'no dataset at {root}' + (f'; did you mean {self.root.parent / near[0]}?' if near else ''))
-        self.cache = Path(cache) if cache else self._default_cache()
-        self.cache.mkdir(parents=True, exist_ok=True)
-        paths = sorted(self.root / p for p in glob('**/*.mp4', root_dir=self.root, recursive=True))   # nothing hidden
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            loaded = list(tqdm(pool.map(self._load, paths), 'reading clips', len(paths), disable=None if progress else True))
-        self.clips = sorted((c for c in loaded if isinstance(c, Clip)), key=lambda c: (c.person, c.name))
-        self.skipped = [(path, reason) for path, reason in zip(paths, loaded) if isinstance(reason, str)]
-        self.people = _by_person(self.clips)
-        if not self.clips:
-            first = f', the first for: {self.skipped[0][1]}' if self.skipped else ''
-            raise ValueError(f'no usable clip in {root}: {len(self.skipped)} of {len(paths)} mp4 files skipped{first}')
-
-    def _default_cache(self):
-        # The mode is asked too: the superuser may write anywhere, but a read-only dataset should stay as it is.
-        if os.access(self.root, os.W_OK) and self.root.stat().st_mode & 0o222:
-            return self.root / '.cache'
-        return Path(__file__).resolve().parent / 'datasets' / '.cache' / _digest(self.root.resolve())
-
-    def _load(self, path):
-        """The clip, or the reason why it cannot be used."""
-        try:
-            mel, audio, frames = self._arrays(path)
-        except ValueError as error:
-            return str(error)
-        if len(frames) < self.min_frames:
-            return f'only {len(frames)} frames long, {self.min_frames} are needed'
-        text = path.with_suffix('.txt').read_text(errors='replace') if path.with_suffix('.txt').is_file() else ''
-        notes = dict(re.findall(r'^(\w+):[ \t]*(.*?)[ \t]*$', text, re.M))
-        opening = np.array(notes['Opening'].split(), np.float32)[:len(frames)] if 'Opening' in notes else None
-        if opening is not None and len(opening) != len(frames):
-            return f'its .txt gives {len(opening)} mouth openings for {len(frames)} frames'
-        person, name = _person_and_name(path.relative_to(self.root))
-        return Clip(person, name, path, frames, audio, mel, notes.get('Prompt', ''), opening)
-
-    def _arrays(self, path):
-        """Log-mel, audio and frames out of the cache, where one file a clip holds them in this order."""
-        status, owner = path.stat(), f'{_digest(path.resolve())}-{self.size}-{self.crop:g}'
-        state = _digest((status.st_mtime_ns, status.st_size, MEL_FLOOR, MEL_MEAN, MEL_STD))
-        cached = self.cache / f'{owner}-{state}.clip'
-        if not cached.exists():
-            frames, audio = _decode(path, self.size, self.crop)
-            for stale in self.cache.glob(f'{owner}-*.clip'):
-                stale.unlink(missing_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.cache, delete=False) as file:
-                file.write(log_mel(audio).tobytes() + audio.tobytes() + frames.tobytes())
-            os.replace(file.name, cached)
-        # torch maps the file without holding it open; numpy's maps would run into the limit on open files.
-        length, lengths = cached.stat().st_size, (4 * MELS_PER_FRAME * NUM_MELS, 2 * SAMPLES_PER_FRAME, 3 * self.size ** 2)
-        raw, n = torch.from_file(str(cached), False, length, dtype=torch.uint8).numpy(), length // sum(lengths)
-        mel, audio, frames = np.split(raw, np.cumsum(lengths)[:2] * n)
-        keep = slice(self.max_frames)
-        return (mel.view(np.float32).reshape(n, MELS_PER_FRAME, NUM_MELS)[keep].reshape(-1, NUM_MELS),
-                audio.view(np.int16).reshape(n, -1)[keep].reshape(-1), frames.reshape(n, 3, self.size, self.size)[keep])
+def channels_last(frames):
+    """uint8 frames [f 3 h w] or [f h w 3] as contiguous [f h w 3]; ValueError for anything else."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or not len(frames):
+        raise ValueError(f"a video needs uint8 frames [f 3 h w], not {frames.dtype} {frames.shape}")
+    if frames.shape[3] != 3:
+        frames = rearrange(frames, "f c h w -> f h w c", c=3)
+    return np.ascontiguousarray(frames)
 
 
-def _digest(key):
+def sound_offset(path, audio, seconds=120):
+    """Seconds by which the sound of a file comes later than int16 `audio`; NaN if that is silent.
+
+    The first `seconds` are compared: a correlation of hours would take gigabytes.
+    """
+    if is_silent(audio):
+        return float("nan")
+    late = read_speech(path)[: seconds * SAMPLE_RATE].astype(np.float32)
+    early = np.asarray(audio[: seconds * SAMPLE_RATE], np.float32)
+    lags = correlation_lags(len(late), len(early))
+    return float(lags[np.argmax(correlate(late, early, method="fft"))]) / SAMPLE_RATE
+
+
+# ---------------------------------------------------------------- the cache of decoded clips
+
+CACHE_VERSION = 1  # to be raised when files are decoded in another way
+DAYS_KEPT = 30  # for which the clips of a dataset that nobody uses stay in the cache
+
+
+def digest(key):
+    """16 hexadecimal digits that differ for different keys."""
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
 
-def _rng(*keys):
-    return np.random.default_rng(int(_digest(keys), 16))
+def rng_of(*keys):
+    """A random generator for these keys."""
+    return np.random.default_rng(int(digest(keys), 16))
 
 
-def _by_person(clips):
+def open_cache(cache, root, size, crop):
+    """The folder for the decoded clips of a dataset, in `cache`.
+
+    It is beside this module by default, or in the user's cache if that cannot be written. Clips of
+    datasets that are no longer used are deleted. Raises ValueError if no folder can be written.
+    """
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "privfedtalk")
+    beside_module = Path(__file__).resolve().parent / "datasets" / ".cache"
+    key = digest((os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD))
+    for place in [Path(cache)] if cache else [beside_module, user_cache]:
+        folder = place / f"{root.name}-{key}-{size}-{crop:g}.clips"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            os.utime(folder)  # it is used
+        except OSError as error:
+            reason = f"{place}: {error.strerror}"
+            continue
+        for other in place.glob("*-????????????????-*.clips"):
+            with contextlib.suppress(OSError):  # another process was faster
+                if time.time() - other.stat().st_mtime > 86400 * DAYS_KEPT:
+                    shutil.rmtree(other)
+        return folder
+    raise ValueError(f"no cache for decoded clips can be written ({reason}): name another folder")
+
+
+def checksum(path, length):
+    """CRC-32 of the first `length` bytes of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        for start in range(0, length, 2**20):
+            value = zlib.crc32(file.read(min(2**20, length - start)), value)
+    return value
+
+
+class CacheFile:
+    """A decoded clip in the cache: frames, audio, mel, and a last line of JSON about them."""
+
+    def __init__(self, path, source, size, crop):
+        self.path = path
+        self.source = source
+        self.size = size
+        self.crop = crop
+        self.bytes_per_frame = [3 * size**2, 2 * SAMPLES_PER_FRAME, 4 * MELS_PER_FRAME * NUM_MELS]
+        self.info = None  # {"frames": number, "checksum", "note", "sound": {path: state}}
+        self.verified = False
+
+    def load_info(self):
+        """Read `info`. False if it cannot be read, or if the sound file it names has changed."""
+        try:
+            with open(self.path, "rb") as file:  # the line may hold a path of 4096 bytes
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+                self.info = json.loads(file.read().rpartition(b"\n")[2])
+            return all(list(file_state(path)) == at for path, at in self.info["sound"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    def length(self):
+        return self.info["frames"] * sum(self.bytes_per_frame)
+
+    def write(self):
+        """Decode the source. Raises ValueError with the reason if it is no usable clip."""
+        sound = find_sound(self.source)
+        with atomic_write(self.path) as temporary:
+            _, audio, note = decode_video(self.source, self.size, self.crop, temporary, sound)
+            num_frames = len(audio) // SAMPLES_PER_FRAME
+            if not num_frames:
+                raise ValueError("no sound, in it or in a file beside it")
+            if is_silent(audio):
+                raise ValueError("its sound is silent")
+            if num_frames < MIN_FRAMES:
+                raise ValueError(f"only {num_frames} frames long, {MIN_FRAMES} are needed")
+            with open(temporary, "ab") as file:
+                file.write(audio.tobytes() + log_mel(audio).tobytes())
+            self.info = {"frames": num_frames, "note": note[:1000]}
+            self.info["checksum"] = checksum(temporary, self.length())
+            self.info["sound"] = {sound: file_state(sound)} if sound else {}
+            with open(temporary, "ab") as file:
+                file.write(b"\n" + json.dumps(self.info).encode())
+
+    @functools.lru_cache(maxsize=1024)  # LRS3 has more clips than a process has memory maps
+    def arrays(self):
+        """{"frames", "audio", "mel"}, memory-mapped. A damaged or missing file is made anew."""
+        whole = self.load_info()
+        if whole and not self.verified:  # once in a process
+            whole = checksum(self.path, self.length()) == self.info["checksum"]
+        if not whole:
+            self.write()
+        self.verified = True
+        # torch does not keep the file open, as numpy does, and so meets no limit on open files.
+        data = torch.from_file(str(self.path), False, self.length(), dtype=torch.uint8).numpy()
+        ends = np.cumsum(self.bytes_per_frame) * self.info["frames"]
+        frames, audio, mel = np.split(data, ends[:2])
+        return {
+            "frames": frames.reshape(-1, 3, self.size, self.size),
+            "audio": audio.view(np.int16),
+            "mel": mel.view(np.float32).reshape(-1, NUM_MELS),
+        }
+
+    def read(self, field):
+        return self.arrays()[field]
+
+    def __len__(self):
+        return self.info["frames"]
+
+
+# ---------------------------------------------------------------- whose clip is it?
+
+# Layouts that the end of a path, without suffix, gives away. The group is the person.
+LAYOUTS = (
+    r"/(id\d{5})/[^/]+/[^/]+$",  # VoxCeleb2: id00012/<video>/00001
+    r"/([MW]\d{3})/video/[^/]+/[^/]+/[^/]+/[^/]+$",  # MEAD: M003/video/front/angry/level_1/001
+    r"/(s\d{1,2})/video/[^/]+/[^/]+$",  # GRID: s1/video/mpg_6000/bbaf2n
+    r"/(\d{4})_[A-Z]{3}_[A-Z]{3}_[A-Z]{1,2}$",  # CREMA-D: 1001_DFA_ANG_XX
+    r"/(?:\d\d-){6}(\d\d)$",  # RAVDESS: 01-01-03-01-02-01-12
+    r"/W[DR]A_([^/_]+?)\d*_\d+$",  # HDTF: WDA_Name0_000 and WRA_Name1_003
+    r"/(RD_Radio\d+)_\d+$",  # HDTF
+)
+# The same, below the deepest folder that holds all clips.
+LAYOUTS_BELOW = (
+    r"/(?:pretrain|trainval|train|valid|val|dev|test|main)/([^/]+)/[^/]+$",  # LRS2, LRS3
+    r"^/((?=[^/]*[a-z][A-Z0-9])[\w-]{11})_\d+$",  # CelebV-HQ: <video>_0, all in one folder
+)
+LAYOUTS = re.compile("|".join(LAYOUTS))
+LAYOUTS_BELOW = re.compile("|".join(LAYOUTS_BELOW))
+# Names of folders that say nothing about who is in them.
+NOT_A_PERSON = re.compile(
+    r"(?i)(pre)?train(val)?|val(id(ation)?)?|dev|test|main|mp4|mpg|aac|wav|videos?|audios?|clips?"
+    r"|frames|faces|media|files|data(sets?)?|dcim|camera|downloads?|pictures|movies"
+    r"|(front|left|right|top|down)(_\d+)?|level_\d|(19|20)\d\d[-_.]?\d\d([-_.]?\d\d)?"
+)
+# Beginnings of file names that say nothing about who is in them.
+NOT_A_NAME = re.compile(
+    r"(?i)|img|vid|videos?|mov|movie|pxl|dsc\w?|mvi|gopr|gh|gx|clips?|take|rec|record(ing)?|screen"
+    r"|whatsapp|signal|win|photo|film|trim|part|segment|scene|session"
+)
+
+
+def person_of(path, base, loose=""):
+    """The person whose clip lies at `path`, below the deepest folder `base` that holds all clips.
+
+    Both are absolute. A known layout is recognised at any depth. Any other is <base>/<person>/
+    <clip> or, unless `loose` says why not, all clips of one person in `base`. Raises ValueError
+    where it is unclear who the person is.
+    """
+    stem = os.path.splitext(path)[0].replace(os.sep, "/")
+    below = stem[len(base.rstrip("/")) :]
+    match = LAYOUTS.search(stem) or LAYOUTS_BELOW.search(below)  # one of its groups matched
+    if match and not NOT_A_PERSON.fullmatch(match[match.lastindex]):
+        return match[match.lastindex]
+    folders = below.split("/")[1:-1]
+    if not folders:
+        if loose:
+            raise ValueError(loose)
+        return os.path.basename(base)
+    if len(folders) == 1 and not NOT_A_PERSON.fullmatch(folders[0]):
+        return folders[0]
+    raise ValueError(
+        f"it is unclear who the person in {'/'.join(folders)} is: put (or link) all clips of a "
+        "person into one folder, <dataset>/<person>/<clip>"
+    )
+
+
+def several_people(names):
+    """Words with which several file names each begin, as if of several people: anna_1, bob_1 ..."""
+    dateless = [re.sub(r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d", "", name) for name in names]
+    words = [re.split(r"[\W_]", name)[0] for name in dateless]
+    # Once with numbers (sub01-a, sub01-b, sub02-a), once without (anna1, anna2, bob1).
+    for beginnings in (words, [word.rstrip("0123456789") for word in words]):
+        counts = Counter(word for word in beginnings if not NOT_A_NAME.fullmatch(word))
+        shared = sorted(word for word, count in counts.items() if count > 1)
+        if len(shared) > 1:
+            return shared
+    return []
+
+
+def assign_people(paths):
+    """{path: (person, clip name)} of absolute paths, and [(path, reason)] of what is left out."""
+    base = os.path.commonpath([os.path.dirname(path) for path in paths])
+    stems = [os.path.splitext(path)[0][len(base.rstrip(os.sep)) + 1 :] for path in paths]
+    loose = ""
+    if any(os.sep in stem for stem in stems):
+        loose = "it lies beside the folders of people: put it into the folder of its person"
+    elif names := several_people(stems):
+        people = ", ".join(names[:5])
+        loose = f"the names suggest several people ({people} ...): put each one's into one folder"
+    assigned, left_out, taken = {}, [], {}
+    for path, stem in zip(paths, stems):
+        try:
+            person = person_of(path, base, loose)
+            # pretrain/anna/1 -> anna, pretrain-1
+            clip = person, "-".join(part for part in stem.split(os.sep) if part != person)
+            if clip in taken:
+                raise ValueError(f"only the suffix tells it from {taken[clip]}: taken for a copy")
+        except ValueError as error:
+            left_out.append((Path(path), str(error)))
+        else:
+            assigned[path] = clip
+            taken[clip] = path
+    return assigned, left_out
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def find_videos(root):
+    """Paths of the video files below a folder, and [(path, reason)] of folders that are left out.
+
+    Hidden files are ignored. Linked folders come last, and only if they were not read before: links
+    in a circle neither hang nor make copies, and clips keep their true folder.
+    """
+    paths, left_out, seen = [], [], set()
+    folders, linked = deque([os.fspath(root)]), deque()
+    while folders or linked:
+        folder = folders.popleft() if folders else linked.popleft()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                raise ValueError("a link to a folder that is read already")
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=attrgetter("name"))
+        except (OSError, ValueError) as error:
+            left_out.append((Path(folder), str(error)))
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):  # macOS puts ._1.mp4 beside 1.mp4
+                continue
+            if entry.is_symlink() and os.path.isdir(entry.path):
+                linked.append(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:
+                paths.append(entry.path)
+    return paths, left_out
+
+
+class TalkingHeads:
+    """All usable clips of a dataset, which is a folder or one video file.
+
+    `clips` are sorted by person and name; `people` is {person: [Clip]}; `skipped` holds (path,
+    reason) of files that cannot be used, `notes` (path, note) of those of which a part is not used.
+    `size` is in pixels, `crop` the share of each side that is kept, from the middle. Raises
+    ValueError if there is no dataset or nothing usable.
+    """
+
+    def __init__(self, root, size=64, crop=1.0, cache=None, progress=False):
+        self.root = Path(os.path.abspath(root))
+        self.skipped = []
+        self.notes = []
+        self.clips = []
+        assigned = self.find_clips()
+
+        # Links to one file share what is cached of it.
+        folder = open_cache(cache, self.root, size, crop)
+        files, distinct = {}, {}
+        for path in assigned:
+            try:
+                key = digest(identity_of(path))
+            except ValueError as error:
+                self.skipped.append((Path(path), str(error)))
+                continue
+            if key not in distinct:
+                distinct[key] = CacheFile(folder / f"{key}.clip", path, size, crop)
+            files[path] = distinct[key]
+        for file in folder.glob("[!.]*.clip"):  # of clips that were deleted or changed
+            if file.stem not in distinct:
+                file.unlink(missing_ok=True)
+
+        # Decode what is not in the cache; a clip that cannot be used costs only itself.
+        missing = [file for file in distinct.values() if not file.load_info()]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = pool.map(decode_into_cache, missing)
+            quiet = None if progress and missing else True
+            reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=quiet)))
+        for path, file in files.items():
+            if reasons.get(file):
+                self.skipped.append((Path(path), reasons[file]))
+                continue
+            text = os.path.splitext(path)[0] + ".txt"
+            prompt, opening, trouble = read_notes(text, file.info["frames"])
+            self.clips.append(Clip(*assigned[path], Path(path), file, file, file, prompt, opening))
+            self.notes += [(Path(path), note) for note in (file.info["note"], trouble) if note]
+        if not self.clips:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
+            raise ValueError(f"no usable clip in {root}, {len(self.skipped)} skipped: {reasons}")
+        self.clips.sort(key=attrgetter("person", "name"))
+        self.people = by_person(self.clips)
+
+    def find_clips(self):
+        """{path: (person, clip name)} of the video files. Raises ValueError if there are none."""
+        if self.root.is_dir():
+            paths, self.skipped = find_videos(self.root)
+        elif self.root.exists():
+            paths = [str(self.root)]
+        else:
+            names = os.listdir(self.root.parent) if self.root.parent.is_dir() else []
+            near = difflib.get_close_matches(self.root.name, names, 1)
+            hint = f"; did you mean {self.root.parent / near[0]}?" if near else ""
+            raise ValueError(f"no dataset at {self.root}{hint}")
+        if not paths:
+            raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {self.root}")
+        assigned, left_out = assign_people(paths)
+        self.skipped += left_out
+        return assigned
+
+
+def identity_of(path):
+    """What changes whenever the content of a file does. Links to one file have the same."""
+    state = file_state(path)
+    with contextlib.suppress(OSError):  # not a link
+        path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+    return path, *state
+
+
+def decode_into_cache(file):
+    """Write a `CacheFile` -> '', or the reason why that failed."""
+    try:
+        file.write()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def read_notes(path, num_frames):
+    """Prompt ('' if none), opening (None if none) in a .txt file, and what is wrong with it."""
+    if not os.path.isfile(path):
+        return "", None, ""
+    try:
+        text = Path(path).read_text("utf-8-sig", "replace")
+    except OSError as error:
+        return "", None, f"its .txt cannot be read ({error.strerror})"
+    notes = dict(re.findall(r"^(\w+):[ \t]*(.*?)[ \t]*$", text, re.MULTILINE))
+    prompt = notes.get("Prompt", "")
+    if "Opening" not in notes:
+        return prompt, None, ""
+    try:
+        opening = np.array(notes["Opening"].split()[:num_frames], np.float32)
+        if len(opening) == num_frames and ((opening >= 0) & (opening <= 1)).all():
+            return prompt, opening, ""
+    except ValueError:
+        pass
+    return prompt, None, f"its .txt does not give {num_frames} mouth openings in 0..1"
+
+
+def by_person(clips):
+    """{person: [Clip]}, in the order of the clips."""
     people = {}
     for clip in clips:
         people.setdefault(clip.person, []).append(clip)
     return people
 
 
-def _person_and_name(relative):
-    """('anna', '1') of anna/1.mp4, ('id7', 'test-1') of LRS3's test/id7/1.mp4, ('A_Bo', 'A_Bo_3') of HDTF's A_Bo_3.mp4."""
-    *folders, stem = relative.with_suffix('').parts
-    if not folders:
-        return re.sub(r'[_-]?\d+$', '', stem) or stem, stem
-    at = int(folders[0] in ('pretrain', 'trainval', 'test') and len(folders) > 1)
-    return folders[at], '-'.join(folders[:at] + folders[at + 1:] + [stem])
+# ---------------------------------------------------------------- people and splits
+
+ROLES = ("public", "client", "unseen")  # with which the names of synthetic talkers begin
+MIN_PUBLIC = 4
+
+
+class People(NamedTuple):
+    """{person: [Clip]} of those who train the backbone, train privately, and train nothing."""
+
+    public: dict
+    clients: dict
+    unseen: dict
+
+
+def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, synthetic=None):
+    """The people of a dataset by role; prints which files are not used, and why.
+
+    If `root` does not exist and its name begins with "synthetic", the dataset is made first, of a
+    dict `synthetic` of public_people and keyword arguments of `make_synthetic`.
+    """
+    root = Path(root)
+    if synthetic and root.name.startswith("synthetic") and not root.exists():
+        options = {"num_clients": num_clients, "num_unseen": num_unseen, "size": size, "seed": seed}
+        options |= {key: value for key, value in synthetic.items() if key != "public_people"}
+        make_synthetic(root, synthetic["public_people"], progress=True, **options)
+    dataset = TalkingHeads(root, size, crop, cache, progress=True)
+    print_troubles(dataset, most=20)
+    roles = split_people(list(dataset.people), num_clients, num_unseen, seed)
+    if len(roles[0]) < MIN_PUBLIC:
+        raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
+    return People(*({name: dataset.people[name] for name in names} for names in roles))
+
+
+def print_troubles(dataset, most=None):
+    """Print at most so many of the files that are skipped or used in part, and their number."""
+    for title, files in (("skipped", dataset.skipped), ("note", dataset.notes)):
+        for path, text in files[:most]:
+            print(f"{title}: {path}: {text}")
+        if most and len(files) > most:
+            print(f"{title}: {len(files) - most} more (python data.py --check {dataset.root})")
 
 
 def split_people(names, num_clients, num_unseen, seed):
-    """Disjoint lists (public, clients, unseen); names that begin with a role keep it; ValueError if people are too few."""
+    """Disjoint sorted lists of public people, clients and unseen people.
+
+    Names such as client-003 keep their role. Raises ValueError if there are too few people.
+    """
     if num_clients < 1 or num_unseen < 0:
-        raise ValueError(f'at least 1 client and 0 unseen people are needed, not {num_clients} and {num_unseen}')
-    public, clients, unseen = (sorted(n for n in names if n.startswith(role)) for role in ROLES)
-    free = sorted(n for n in names if not n.startswith(ROLES))
-    _rng('people', seed).shuffle(free)
-    for chosen, wanted in ((clients, num_clients), (unseen, num_unseen)):
-        missing = max(0, wanted - len(chosen))
-        chosen[wanted:], free = free[:missing], free[missing:]
-    if len(clients) < num_clients or len(unseen) < num_unseen or not public + free:
-        raise ValueError(f'{len(names)} people cannot be split into {num_clients} clients, {num_unseen} unseen people '
-                         'and at least one public person')
-    return sorted(public + free), sorted(clients), sorted(unseen)
+        raise ValueError(f"{num_clients} clients and {num_unseen} unseen people: 1 and 0 at least")
+    roles = {role: sorted(name for name in names if name.startswith(role + "-")) for role in ROLES}
+    # Everybody else may get any role.
+    free = sorted(set(names).difference(*roles.values()))
+    rng_of("people", seed).shuffle(free)
+    for role, wanted in (("client", num_clients), ("unseen", num_unseen)):
+        missing = max(0, wanted - len(roles[role]))
+        roles[role] = roles[role][:wanted] + free[:missing]
+        free = free[missing:]
+    public = sorted(roles["public"] + free)
+    if len(roles["client"]) < num_clients or len(roles["unseen"]) < num_unseen or not public:
+        raise ValueError(
+            f"{len(names)} people cannot be split into {num_clients} clients, {num_unseen} unseen "
+            "people and at least one public person"
+        )
+    return public, sorted(roles["client"]), sorted(roles["unseen"])
 
 
 def split_clips(clips, seed):
-    """Dict of train, validation and test clips: of each person's, about a fifth in either of the last two, never none."""
-    parts = dict(train=[], validation=[], test=[])
-    for person, own in _by_person(clips).items():
+    """{"train", "validation", "test": clips}; a fifth of each person's in either of the last two.
+
+    Raises ValueError for a person with fewer than three clips.
+    """
+    parts = {"train": [], "validation": [], "test": []}
+    for person, own in by_person(clips).items():
         if len(own) < 3:
-            raise ValueError(f'{person} has {len(own)} usable clips; train, validation and test need at least 3')
-        order, held = _rng('clips', seed, person).permutation(len(own)), max(1, round(len(own) / 5))
-        for part, chosen in zip(('validation', 'test', 'train'), np.split(order, [held, 2 * held])):
-            parts[part] += [own[i] for i in sorted(chosen)]
+            raise ValueError(
+                f"{person} has {len(own)} usable clips; train, validation and test need at least 3"
+            )
+        # A person's split does not depend on who else is there.
+        order = rng_of("clips", seed, person).permutation(len(own))
+        fifth = max(1, round(len(own) / 5))
+        chosen = np.split(order, [fifth, 2 * fifth])
+        for part, indices in zip(("validation", "test", "train"), chosen):
+            parts[part] += [own[i] for i in sorted(indices)]
     return parts
 
 
-def _part(clip, start, stop):
-    """Frames `start` to `stop` of a clip, with their sound."""
-    part = lambda values, each: values[each * start:each * stop]
-    return replace(clip, frames=part(clip.frames, 1), audio=part(clip.audio, SAMPLES_PER_FRAME),
-                   mel=part(clip.mel, MELS_PER_FRAME), opening=None if clip.opening is None else part(clip.opening, 1))
-
-
-def cut(clips, seconds):
-    """The clips in pieces of `seconds`; of what is left over, a piece that is at least half as long."""
-    pieces, length = [], max(1, round(seconds * FPS))
+def segment(clips, seconds):
+    """Cut clips into pieces of `seconds`; a rest that is at least half as long is one, too."""
+    pieces = []
+    length = max(1, round(seconds * FPS))
     for clip in clips:
-        for number, start in enumerate(range(0, max(1, len(clip.frames) - length // 2 + 1), length)):
-            pieces.append(replace(_part(clip, start, start + length), name=f'{clip.name}-{number}',
-                                  path=clip.path / str(number)))
+        starts = range(0, max(1, clip.num_frames - length // 2 + 1), length)
+        for number, start in enumerate(starts):
+            changes = {"name": f"{clip.name}-{number}", "path": clip.path / str(number)}
+            pieces.append(slice_clip(clip, start, start + length, **changes))
     return pieces
 
 
 def first_seconds(clips, seconds):
-    """The clips up to `seconds` in all, the last of them cut (or left out: nothing is cut to less than ten frames)."""
-    left, kept = round(seconds * FPS), []
+    """The first clips, of `seconds` in all; the last is cut, or left out if few frames remain.
+
+    Raises ValueError if the clips are shorter than that together.
+    """
+    left = round(seconds * FPS)
+    kept = []
     for clip in clips:
-        n = min(left, len(clip.frames))
-        left -= n
-        if n >= 10:
-            kept.append(_part(clip, 0, n))
+        num_frames = min(left, clip.num_frames)
+        left -= num_frames
+        if num_frames >= MIN_FRAMES:
+            kept.append(slice_clip(clip, 0, num_frames))
     if left:
-        raise ValueError(f'{clips[0].person} has {seconds - left / FPS:g} s of video to train on, not {seconds:g}')
+        raise ValueError(
+            f"{clips[0].person} has {seconds - left / FPS:g} s of video, not {seconds:g}"
+        )
     return kept
 
 
-class View(NamedTuple):
-    """A clip as the motion of one picture [3, h, w], frame `moment` of its own or another clip's (-1)."""
-
-    picture: np.ndarray
-    moment: int
-    motion: torch.Tensor    # f, m, y, x
-    latents: torch.Tensor   # c, y, x, of the picture
-    prompt: str             # of the clip, where the picture does not show it already
-    shown: str              # of the picture, if it has one of its own
+def assign_corruptions(names, share, seed):
+    """{name: fault} of the `share` of clients that are unreliable; a greater share adds to it."""
+    order = rng_of(seed, "faults").permutation(len(names)).tolist()
+    faults = ("shifted sound", "flicker", "noise")
+    return {names[i]: faults[rank % 3] for rank, i in enumerate(order[: round(share * len(names))])}
 
 
-def draw_batch(clips, views, batch_size, num_frames, generator, window=5):
-    """Random windows: frames [b, f, 3, h, w] and reference [b, 3, h, w] in [-1, 1], mel [b, f, 4 window, 40], opening
-    [b, f] (NaN where unknown), person, and out of `views` {path: [View]} motion [b, f, m, y, x], reference_latents
-    [b, c, y, x] and prompt of one picture, the reference. A window does not hold it where there is room beside it."""
-    people = _by_person(clip for clip in clips if len(clip.frames) >= num_frames)
-    if not people:
-        raise ValueError(f'no clip has the {num_frames} frames that a training window needs')
-    pick = lambda options: options[int(torch.randint(len(options), (), generator=generator))]
-    names, rows, drawn = sorted(people), [], []
-    for _ in range(batch_size):
-        clip = pick(people[pick(names)])
-        view = pick(views[clip.path])
-        starts = range(len(clip.frames) - num_frames + 1)
-        start = pick([s for s in starts if not s <= view.moment < s + num_frames] or starts)
-        span = slice(start, start + num_frames)
-        opening = np.full(num_frames, np.nan, np.float32) if clip.opening is None else clip.opening[span]
-        rows.append((clip.frames[span], audio_windows(clip.mel, window)[span], view.picture, opening))
-        drawn.append((clip.person, view.prompt, view.motion[span], view.latents))
-    frames, mel, reference, opening = (torch.from_numpy(np.stack(a)) for a in zip(*rows))
-    frames, reference = (t.float().mul_(1 / 127.5).sub_(1) for t in (frames, reference))
-    person, prompt, motion, latents = zip(*drawn)
-    return dict(frames=frames, mel=mel, reference=reference, opening=opening, person=person, prompt=prompt,
-                motion=torch.stack(motion), reference_latents=torch.stack(latents))
+def corrupt(clip, fault, seed):
+    """The clip with a fault of `assign_corruptions`."""
+    rng = rng_of(seed, clip.person, clip.name, fault)
+    frames, audio = add_fault(rng, clip.frames, clip.audio, fault)
+    return replace(clip, frames=frames, audio=audio, mel=log_mel(audio))
 
 
-# ---- synthetic talkers
-
-# Vowel: mouth opening, lip width (0 rounded .. 1 spread), first and second formant in Hz.
-VOWELS = {'a': (1.0, .55, 850, 1300), 'ae': (.82, .85, 720, 1750), 'e': (.58, .8, 540, 1950),
-          'i': (.32, 1.0, 320, 2400), 'o': (.66, .15, 580, 950), 'u': (.3, .0, 340, 780)}
-# Consonant: mouth opening, voicing, hiss.
-CONSONANTS = {'b': (0, .15, 0), 'm': (0, .25, 0), 'p': (0, 0, .1), 'f': (.08, 0, .5), 's': (.14, 0, 1),
-              'd': (.2, .2, .1), 'l': (.3, .35, 0), 'k': (.25, .05, .3)}
-REST = (0, .5, 500, 1500, 0, 0)
-CONTROL_HZ = 200                    # of the speech plan
-# Expression: smile, brow lift, brow slant, eye opening.
-PROMPTS = {'calm': (0, 0, 0, 1), 'smiling': (1, .3, 0, .9), 'surprised, raised brows': (.1, 2.2, .3, 1.3),
-           'sad': (-.8, .3, 1.2, .85), 'stern, lowered brows': (-.3, -1.2, -1.2, .85)}
-SKINS = [(255, 224, 196), (198, 134, 90), (241, 194, 160), (100, 62, 44), (224, 172, 125), (150, 95, 62), (250, 210, 185)]
-HAIRS = [(28, 22, 22), (70, 42, 26), (150, 150, 155), (120, 72, 36), (196, 150, 84), (150, 58, 28), (232, 205, 140)]
-STYLES = ['bald', 'short', 'parted', 'long', 'bob', 'curly', 'bun']
-EYES = [(70, 45, 25), (60, 110, 170), (70, 130, 80), (120, 90, 50), (35, 25, 20)]
-GLASSES = [None, None, None, (25, 22, 25), (120, 40, 35), (60, 70, 95)]
-
-
-def _person(seed, name):
-    """Looks, voice and habits; clients are another distribution: close, dim, warm, side-lit pictures, livelier heads."""
-    rng, (role, number) = _rng(seed, name), name.split('-')
-    client, index, start = role == 'client', int(number), _rng(seed, role)
-    u, choose = rng.uniform, lambda options: options[rng.integers(len(options))]
-    # Neighbours in number get different looks, so that even a dozen people cover the range.
-    spread = lambda options, step: options[(index * step + index // 7 + start.integers(7)) % 7]
-    skin, hair, style, hue = spread(SKINS, 1), spread(HAIRS, 5), spread(STYLES, 3), index * .618 + start.random()
-    man = style in ('bald', 'short', 'parted', 'curly')
-    p = SimpleNamespace(
-        client=client, style=style, skin=np.add(skin, u(-10, 10)), eyes=choose(EYES), volume=u(.5, 2.5),
-        hair=np.add(hair if sum(skin) > 320 else HAIRS[index % 3], u(-8, 8)), hairline=u(-15, -11), part=u(-1, 1),
-        width=u(15.5, 19), height=u(20, 23), taper=u(0, .2), gap=u(6.3, 7.8), eye=(u(2.9, 3.8), u(1.8, 2.6)),
-        brow=(u(.5, 1.2), u(-.08, .12), u(5.2, 6.6)), nose=(u(2, 3.4), u(3.5, 6)), lips=(u(1, 1.9), u(.9, 1.12)),
-        lip_colour=(u(.72, .95), u(.5, .66), u(.5, .68)), glasses=choose(GLASSES), moustache=man * u() > .75,
-        beard=man * choose([0, 0, .4, .8, .9]), collar=u() < .5, pitch=90 * 2.5 ** u(), tract=u(.9, 1.12),
-        background=_hue(hue, u(.1, .35), u(.75, .95)), clothes=_hue(u(), u(.3, .75), u(.5, .9)), zoom=u(.95, 1.03),
-        light=(u(-.3, .3), -.3), motion=u(.7, 1.1), tempo=1, nod=u(.3, 1), articulation=u(.82, .92), smile=u(-.1, .25),
-        spread=1, blinks=u(.3, .5))
-    if client:
-        p.background, p.clothes, p.zoom = _hue(hue, u(.35, .6), u(.4, .6)), _hue(u(), u(.5, .8), u(.3, .5)), u(1.02, 1.08)
-        p.light, p.motion, p.tempo, p.nod = (choose([-1, 1]) * u(.5, .9), u(-.5, 0)), u(.9, 1.5), u(.7, 1.3), u(.3, 1.4)
-        p.articulation, p.smile, p.spread, p.blinks = u(.78, 1.1), u(-.3, .7), u(.6, 1.5), u(.2, .9)
-    return p
-
-
-def _hue(hue, saturation, value):
-    wheel = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    return 255 * value * (1 - saturation * (1 - wheel))
-
-
-def _speech_plan(rng, seconds):
-    """The syllables, and the curve [200 Hz, 6] of opening, lip width, formants, voicing and hiss that all follows."""
-    keys, said, t = [(-2.0, REST)], [], -rng.uniform(.05, 1.2)
-    while t < seconds + .5:
-        for _ in range(rng.integers(4, 10)):                           # one phrase, then a pause
-            c, v, length = rng.choice(list(CONSONANTS)), rng.choice(list(VOWELS)), 1 / rng.uniform(3, 5)
-            (gap, voicing, hiss), (opening, *vowel) = CONSONANTS[c], VOWELS[v]
-            opening *= rng.uniform(.85, 1)
-            keys += [(t + at * length, (gap, *vowel, voicing, hiss)) for at in (.05, .25)]
-            keys += [(t + at * length, (opening, *vowel, .15 + .85 * opening, 0)) for at in (.5, .82)]
-            said += [c + v] * (0 <= t < seconds)
-            t += length
-        keys += [(t + .1, REST), (t + rng.uniform(.2, .45), REST)]
-        t = keys[-1][0]
-    times, values = zip(*keys)
-    curve = PchipInterpolator(times, np.array(values))(np.arange(round(seconds * CONTROL_HZ) + 1) / CONTROL_HZ)
-    return ' '.join(said).upper(), gaussian_filter1d(curve, .02 * CONTROL_HZ, axis=0)
-
-
-def _speak(rng, curve, p):
-    """Formant synthesis, int16 at 16 kHz: harmonics of a gliding pitch weighted by three resonances, and hiss."""
-    num_samples = (len(curve) - 1) * SAMPLE_RATE // CONTROL_HZ
-    stretch = lambda control: interpolate(control[None], num_samples, mode='linear', align_corners=True)[0]
-    _, _, f1, f2, voicing, hiss = torch.from_numpy(curve.T).float()
-    glide = torch.from_numpy(p.pitch * (1 + .08 * _wander(rng, len(curve), CONTROL_HZ))).float()[None]
-    harmonic = torch.arange(1, int(5000 / p.pitch) + 1)[:, None]
-    gain, f = voicing / harmonic, harmonic * glide                     # [k, t]: a glottal pulse falls off with 1 / k
-    for centre, bandwidth in ((f1, 90), (f2, 120), (torch.tensor(2700), 180)):
-        square = (centre * p.tract) ** 2
-        gain = gain * square / ((square - f ** 2) ** 2 + (bandwidth * f) ** 2).sqrt()
-    turns = stretch(glide).double().cumsum(1) / SAMPLE_RATE
-    voice = (stretch(gain) * torch.sin(2 * torch.pi * (harmonic * turns % 1).float())).sum(0)
-    white = torch.from_numpy(rng.standard_normal(num_samples + 2)).float()
-    sound = .035 * voice + .02 * stretch(hiss[None])[0] * white.diff(n=2) + (.002 if p.client else .0005) * white[2:]
-    return (sound.clamp(-1, 1) * 32767).numpy().astype(np.int16)
-
-
-def _wander(rng, num, hz, tempo=1.0):
-    """A smooth random walk [num] of unit deviation with periods of 1 to 4 seconds, faster by `tempo`."""
-    periods, phases = np.exp(rng.uniform(0, np.log(4), 5)) / tempo, rng.uniform(0, 2 * np.pi, 5)
-    return np.sin(2 * np.pi * np.arange(num)[:, None] / hz / periods + phases).sum(1) / np.sqrt(2.5)
-
-
-def _motion(rng, p, curve, num_frames, prompt):
-    """Everything that moves, each float32 [f, 1, 1]: head, eyes, brows, and the mouth as the speech plan says."""
-    smile, lift, slant, wide = PROMPTS[prompt or 'calm']
-    wander = lambda amplitude: amplitude * _wander(rng, num_frames, FPS, p.tempo)
-    t, lids = (np.arange(num_frames) + .5) / FPS, np.ones(num_frames)
-    opening, spread, voicing = curve[(t * CONTROL_HZ).astype(int)][:, [0, 1, 4]].T
-    stress, blink = gaussian_filter1d(voicing, .15 * FPS) - .4, rng.exponential(1 / p.blinks)
-    while blink < t[-1] + .2:
-        lids *= 1 - np.exp(-((t - blink) / .06) ** 2)
-        blink += .4 + rng.exponential(1 / p.blinks)
-    # Small movements: face tracks, as LRS3 cuts them, follow the head.
-    m = dict(x=wander(.35 * p.motion), y=wander(.25 * p.motion) + .35 * p.nod * stress, roll=wander(.012 * p.motion),
-             yaw=wander(.5 * p.motion), gaze=.9 * np.tanh(wander(1.2)), lids=lids * wide, slant=slant + 0 * t,
-             brows=lift + wander(.25) + .6 * stress, smile=.8 * smile + p.smile + wander(.08),
-             opening=np.clip(opening * p.articulation, 0, 1), spread=.5 + (spread - .5) * p.spread + .25 * max(smile, 0))
-    return SimpleNamespace(**{key: torch.from_numpy(value).float()[:, None, None] for key, value in m.items()})
-
-
-class _Painter:
-    """Paints person p in motion m by signed distances; lengths are in 64ths of the picture, y points down."""
-
-    def __init__(self, p, m, size):
-        self.p, self.m, self.axis = p, m, (torch.arange(size) + .5) * 64 / size - 32
-        self.soft, row, column = 83 / size / p.zoom, self.axis, self.axis[:, None]
-        px, py, cos, sin = row - m.x, column - m.y, torch.cos(m.roll), torch.sin(m.roll)
-        self.x, self.y = (cos * px + sin * py) / p.zoom, (cos * py - sin * px) / p.zoom + 1      # the head's own axes
-        self.bx, self.by = (row - .4 * m.x) / p.zoom, (column - .3 * m.y) / p.zoom + 1           # the body's
-        self.turned = self.x - m.yaw
-        self.bumps = .9 * torch.sin(9 * torch.atan2(self.y + 6, self.x)) * (p.style == 'curly')
-        self.image = (self.rgb(p.background) * (1.08 - .006 * (column + .5 * row))).repeat(len(m.x), 1, 1, 1)
-
-    def rgb(self, colour):
-        return torch.tensor(np.clip(colour, 0, 255), dtype=torch.float32).view(3, 1, 1)
-
-    def paint(self, distance, colour, opacity=1.0, blur=1.0):
-        alpha = (.5 - distance / (self.soft * blur)).clamp(0, 1) * opacity
-        rows = alpha.amax((0, 2)).nonzero().flatten().tolist() or [-1]                # most shapes are small
-        rows = slice(rows[0], rows[-1] + 1)
-        self.image[:, :, rows].lerp_(self.rgb(colour), alpha[:, None, rows])
-
-    def frames(self):
-        """The pictures, uint8 [f, 3, size, size]."""
-        self.body()
-        self.head()
-        if self.p.style != 'bald':
-            self.hair()
-        if self.p.client:                                              # a webcam in the evening
-            row, column = self.axis, self.axis[:, None]
-            vignette = 1 - .15 * (column ** 2 + row ** 2) / 1024 + .18 * self.p.light[0] * row / 32
-            self.image *= vignette * torch.tensor([.95, .82, .66]).view(3, 1, 1)
-        return self.image.clamp(0, 255).round().byte().numpy()
-
-    def body(self):
-        """What is behind the face: neck and clothes, and the back of the hair."""
-        p, x, y, bx, by = self.p, self.x, self.y, self.bx, self.by
-        if p.style in ('long', 'bob'):
-            back = _ellipse(x, (y + 4).clamp_max(0), p.width + 2 + p.volume, p.height - 1 + p.volume)
-            self.paint(_both(back, y - (40 if p.style == 'long' else 15)), p.hair * .75)
-        self.paint(_ellipse(bx, by - 44, 30, 19), p.clothes)
-        self.paint(_both(bx.abs() - .52 * p.width, (by - 19).abs() - 9), p.skin * (.7, .6, .57))
-        self.paint(_ellipse(bx, by - 26, .52 * p.width, 3.5), p.skin * (.75, .65, .62))
-        if p.collar:
-            self.paint(_both(_ellipse(bx, by - 26, .62 * p.width, 5).abs() - 1, 25 - by), p.clothes * 1.4)
-        if p.style == 'curly':
-            self.paint(_ellipse(x, y + 6, p.width + 2.5 + p.volume, p.height - 3 + p.volume) - self.bumps, p.hair * .8)
-        if p.style == 'bun':
-            self.paint(_ellipse(x, y + p.height + 2.5, 6, 5), p.hair * .9)
-
-    def head(self):
-        p, m, x, y, turned, dark = self.p, self.m, self.x, self.y, self.turned, self.p.skin * (.7, .6, .57)
-        jaw = y / (1 + .1 * m.opening * (y > 0))                                      # it drops with the mouth
-        jaw_x = x / (1 - p.taper * (jaw / p.height).clamp(0, 1) ** 2)
-        head = _ellipse(jaw_x, jaw, p.width, p.height)
-        for side in (-1, 1):
-            self.paint(_ellipse(x - side * (p.width - .3) + .5 * m.yaw, y + 1, 2.4, 4), p.skin * .88)
-        self.paint(head, p.skin)
-        around = _ellipse(turned, y - 11.5 - 2 * m.opening, 7.5, 3.5 + 4 * m.opening)
-        self.paint(_both(head - .6, 8.5 - y - .025 * turned ** 2, -around), p.hair * .9, p.beard, 2)
-        for side in (-1, 1):
-            self.eye(turned - side * p.gap, y + 3, side)
-        if p.glasses:
-            self.paint(_both((y + 3.5).abs() - .5, turned.abs() - (p.gap - 5)), p.glasses)
-        (wide, long), nose = p.nose, turned - .5 * m.yaw
-        self.paint(_ellipse(nose + p.light[0] * 1.2 + .8, y - long / 2 + 1.5, 1, long), dark, .4, 2.5)
-        self.paint(_ellipse(nose, y - long, wide, 1.8), p.skin * 1.06, .8, 2)
-        self.paint(_ellipse(nose, y - long - 1.5, wide * .9, .5), dark * .75, .7, 1.5)
-        self.mouth(turned, y - 11.2)
-        # A round head: lit from one side, darker towards its rim.
-        nx, ny = jaw_x / p.width, jaw / p.height
-        shade = .04 - .2 * (nx ** 2 + ny ** 2) ** 2 + (.1 + .1 * p.client) * (nx * p.light[0] + ny * p.light[1])
-        self.image *= 1 + ((.5 - head / self.soft).clamp(0, 1) * shade)[:, None]
-
-    def eye(self, x, y, side):
-        p, m, (rx, ry), (thick, tilt, high), look = self.p, self.m, self.p.eye, self.p.brow, x - self.m.gaze
-        self.paint(_ellipse(x, y + .3, rx + 1.6, ry + 1.6), p.skin * .82, .55, 3)
-        eye = _both(_ellipse(x, y, rx, ry * m.lids.clamp(.12, 2)), x.abs() - rx)                  # no streaks when closed
-        self.paint(eye - .7, p.skin * (.38, .32, .3), .9)
-        self.paint(eye, (248, 246, 242), (m.lids * 2 - .4).clamp(0, 1))
-        self.paint(_both(_ellipse(look, y, 1.9, 1.9), eye), p.eyes)
-        self.paint(_both(_ellipse(look, y, .95, .95), eye), (12, 10, 12))
-        self.paint(_both(_ellipse(look + .6, y + .7, .5, .5), eye), (255, 255, 255), .9)
-        arch = y + high + m.brows + (tilt - .13 * m.slant) * side * x - .06 * (rx ** 2 - x ** 2)
-        self.paint(_both(arch.abs() - thick, x.abs() - rx - 1), p.hair * .7)
-        if p.glasses:
-            self.paint(_ellipse(x, y, 5.3, 4.6).abs() - .45, p.glasses)
-
-    def mouth(self, x, y):
-        """Lips around a dark interior with teeth and tongue; the interior is 9 units high at full opening."""
-        p, m, full = self.p, self.m, self.p.lips[0]
-        u2 = (x / ((5.2 + 1.7 * m.spread) * p.lips[1] * (1 + .1 * m.smile))) ** 2     # 1 at the corners
-        arc, rim, y = 1 - u2, full * (1.15 - u2), y + .9 * m.smile * (u2 - .3)        # a smile lifts the corners
-        top, bottom = -2.2 * m.opening * arc, 6.8 * m.opening * arc
-        inside, lips = _both(top - y, y - bottom), _both(top - y - .9 * rim, y - bottom - 1.3 * rim)
-        colour, ajar = p.skin * p.lip_colour, (4 * m.opening).clamp(0, 1)
-        self.paint(lips - 1.2, p.skin * .9, .4, 2)
-        if p.moustache:
-            self.paint(_both((y - top + 2.9 * full).abs() - 1.8 + u2, 12 * (u2 - 1.2)), p.hair, .9, 1.5)
-        self.paint(lips, colour)
-        self.paint(_both(lips, bottom - y), colour * 1.12, .6)
-        self.paint(y.abs() - .5 + 6 * (u2 - .95).clamp_min(0), colour * .45, 1 - ajar)
-        self.paint(inside, (52, 14, 18), ajar)
-        self.paint(_both(inside, y - top - 2.1 * arc), (240, 236, 226), ajar * .95)
-        self.paint(_both(inside, 1.2 - y + .62 * bottom - .8 * arc), (176, 74, 76), ajar * .9)
-
-    def hair(self):
-        p, side, fall = self.p, self.turned + .3 * self.m.yaw, .06 if self.p.style in ('long', 'bob') else .034
-        line = self.y - p.hairline - .5 * p.part * side * (p.style == 'parted') - fall * side ** 2 + .6 * self.bumps
-        line = line / (1 + (2 * fall * side) ** 2).sqrt()              # steep at the sides: keep it a distance
-        cap = _ellipse(self.x, self.y + .6 * p.volume, p.width + 1 + .4 * p.volume, p.height + .7 * p.volume) - self.bumps
-        self.paint(_both(cap, line), p.hair)
-        self.paint(_both(_ellipse(self.x + 4 * p.light[0] - 3, self.y + p.height - 3, 7, 2.5), cap), p.hair + 35, .5, 4)
-
-
-def _ellipse(x, y, rx, ry):
-    """Signed distance to an ellipse at the origin, to first order."""
-    near, slope = ((x / rx) ** 2 + (y / ry) ** 2).sqrt(), ((x / rx ** 2) ** 2 + (y / ry ** 2) ** 2).sqrt()
-    return near * (near - 1) / slope.clamp_min(1e-4)
-
-
-def _both(*distances):
-    return functools.reduce(torch.maximum, distances)
-
-
-def choose_faults(names, share, seed):
-    """{name: fault} of the `share` of clients that are unreliable; a greater share has the same ones and more."""
-    broken = _rng(seed, 'faults').permutation(len(names))[:round(share * len(names))].tolist()
-    return {names[i]: ('shifted sound', 'flicker', 'noise')[at % 3] for at, i in enumerate(broken)}
-
-
-def _broken(rng, frames, audio, fault):
-    if fault == 'shifted sound':
-        audio = np.roll(audio, int(rng.choice([-1, 1]) * rng.integers(8, 13)) * SAMPLES_PER_FRAME)
-    elif fault == 'flicker':
-        frames = (frames * rng.uniform(.5, 1, (len(frames), 1, 1, 1))).astype(np.uint8)
-    elif fault == 'noise':
+def add_fault(rng, frames, audio, fault):
+    if fault == "shifted sound":
+        shift = rng.choice([-1, 1]) * rng.integers(8, 13)  # frames
+        audio = np.roll(audio, shift * SAMPLES_PER_FRAME)
+    elif fault == "flicker":
+        frames = (frames * rng.uniform(0.5, 1, (len(frames), 1, 1, 1))).astype(np.uint8)
+    elif fault == "noise":
         frames = (frames + rng.normal(0, 30, frames.shape)).clip(0, 255).astype(np.uint8)
     return frames, audio
 
 
-def spoil(clip, fault, seed):
-    """The clip with a fault of `choose_faults`."""
-    frames, audio = _broken(_rng(seed, clip.person, clip.name, fault), clip.frames, clip.audio, fault)
-    return replace(clip, frames=frames, audio=audio, mel=log_mel(audio))
+# ---------------------------------------------------------------- batches
 
 
-def _make_clip(folder, name, index, seconds, size, fault, seed):
-    p, rng, num_frames = _person(seed, name), _rng(seed, name, index), round(seconds * FPS)
-    prompt = str(rng.choice(list(PROMPTS))) if rng.random() < .75 else ''
-    text, curve = _speech_plan(rng, num_frames / FPS)
-    motion = _motion(rng, p, curve, num_frames, prompt)
-    frames, audio = _Painter(p, motion, size).frames(), _speak(rng, curve, p)
-    frames, audio = _broken(rng, frames, audio, fault)
-    opening = ' '.join(f'{o:.3f}' for o in motion.opening.flatten().tolist())
-    notes = dict(Text=text, Conf='1', Prompt=prompt, Opening=opening, Fault=fault)
-    write_video(folder / name / f'{index:05d}.mp4', frames, audio, crf=11)
-    (folder / name / f'{index:05d}.txt').write_text(''.join(f'{k}:  {v}\n' for k, v in notes.items() if v))
+class View(NamedTuple):
+    """A clip as the motion of one reference picture."""
+
+    reference: np.ndarray  # uint8 [3 h w]
+    frame_index: int  # of the reference in the clip, -1 if it comes from another clip
+    motion: torch.Tensor  # f m h w
+    reference_latents: torch.Tensor  # c h w
+    prompt: str  # of the clip, "" where the reference shows it already
+    reference_prompt: str  # of the reference, if it comes from another clip
 
 
-def make_synthetic(root, num_public=96, num_clients=12, num_unseen=8, clips_per_public=2, clips_per_client=10, seconds=2.0,
-                   size=64, unreliable=0.0, seed=0, progress=False):
-    """Write a dataset of synthetic talkers, whole or not at all; `unreliable` is the share of clients with broken clips."""
+def sample_batch(clips, views, batch_size, num_frames, generator, window=5):
+    """Draw windows of clips, with equal probability for all people, and `views` {path: [View]}.
+
+    Returns a dict of tensors frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f (4
+    window) 40], motion [b f m h w], reference_latents [b c h w], opening [b f] (NaN if unknown),
+    and of lists person and prompt. The reference is no frame of the window where there is room
+    beside it. Raises ValueError if no clip is long enough.
+    """
+    people = by_person(clip for clip in clips if clip.num_frames >= num_frames)
+    if not people:
+        raise ValueError(f"no clip has the {num_frames} frames that a training window needs")
+    names = sorted(people)
+
+    def draw(options):
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    rows = []
+    for _ in range(batch_size):
+        clip = draw(people[draw(names)])
+        view = draw(views[clip.path])
+        starts = range(clip.num_frames - num_frames + 1)
+        start = draw(starts)
+        # Windows that hold the reference are drawn again, if there are others.
+        room_beside = view.frame_index >= num_frames or view.frame_index < starts[-1]
+        while room_beside and start <= view.frame_index < start + num_frames:
+            start = draw(starts)
+        stop = start + num_frames
+        opening = np.full(stop, np.nan, np.float32) if clip.opening is None else clip.opening
+        row = {
+            "frames": clip.frames[start:stop],  # f 3 H W
+            "reference": view.reference,  # 3 H W
+            "mel": audio_windows(clip.mel, window, start, stop),  # f (4 window) 40
+            "opening": opening[start:stop],  # f
+            "motion": view.motion[start:stop],  # f m h w
+            "reference_latents": view.reference_latents,  # c h w
+            "person": clip.person,
+            "prompt": view.prompt,
+        }
+        rows.append(row)
+    batch = {key: [row[key] for row in rows] for key in rows[0]}
+    for key in ("frames", "reference"):
+        batch[key] = to_float(np.stack(batch[key]))
+    for key in ("mel", "opening"):
+        batch[key] = torch.from_numpy(np.stack(batch[key]))
+    for key in ("motion", "reference_latents"):
+        batch[key] = torch.stack(batch[key])
+    return batch
+
+
+def reference_frame(clips, most=500):
+    """The frame uint8 [3 H W] of a person's clips that is most like their mean: a typical pose."""
+    step = max(2, sum(clip.num_frames for clip in clips) // most)
+    frames = np.concatenate([clip.frames[::step] for clip in clips])  # n 3 H W
+    distances = np.square(frames - frames.mean(0, np.float32)).mean((1, 2, 3))
+    return frames[distances.argmin()]
+
+
+# How another camera sees a clip. Each column of a view is in [-1, 1], and 0 changes nothing.
+VIEW_NAMES = (
+    "zoom",
+    "shift_x",
+    "shift_y",
+    "roll",
+    "brightness",
+    "gamma",
+    "warmth",
+    "light_x",
+    "light_y",
+    "degradation",  # below 0 blurred, above 0 noisy
+    "mirror",  # below 0 mirrored
+)
+
+
+def augment(clips, view, generator):
+    """Show clips [b f 3 h w] in [0, 1] as other cameras would; `view` [b 11] has VIEW_NAMES."""
+    b, f, _, h, w = clips.shape
+    zoom, shift_x, shift_y, roll, brightness, gamma, warmth, *rest = view.to(clips.device).T  # b
+    light_x, light_y, degradation, mirror = rest
+    scale = torch.exp(-0.3 * zoom.clamp_min(0) - 0.1 * zoom.clamp_max(0))  # 0.74, closer, to 1.1
+    across = torch.where(mirror < 0, -scale, scale)
+    cos, sin = torch.cos(0.15 * roll), torch.sin(0.15 * roll)
+    affine = [across * cos, -scale * sin, 0.1 * shift_x, across * sin, scale * cos, 0.1 * shift_y]
+    affine = torch.stack(affine, 1).view(b, 2, 3)
+    grid = F.affine_grid(affine, (b, 3, h, w), align_corners=False)  # b h w 2
+    x = rearrange(clips, "b f c h w -> b (f c) h w")  # all frames of a clip move alike
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    x = x + 0.6 * gamma.view(b, 1, 1, 1) * x * (1 - x)  # 0 and 1 stay
+    tint = torch.tensor([0.2, 0.0, -0.2]) + 0.08 * torch.randn(b, 3, generator=generator)
+    colour = torch.exp(0.3 * brightness[:, None] + warmth[:, None] * tint.to(x.device))  # b c
+    grid_x, grid_y = grid.unbind(-1)  # b h w, from -1 to 1
+    light = 1 + 0.35 * light_x.view(b, 1, 1) * grid_x + 0.2 * light_y.view(b, 1, 1) * grid_y
+    gain = torch.einsum("b c, b h w -> b c h w", colour, light)
+    x = rearrange(x, "b (f c) h w -> b f c h w", f=f) * gain[:, None]
+    for clip, amount in zip(x, degradation.tolist()):  # f c h w
+        if amount < 0:
+            blurred = F.avg_pool2d(clip, 3, 1, 1, count_include_pad=False)
+            clip.lerp_(blurred, min(1, -1.5 * amount))
+        elif amount > 0:
+            noise = torch.rand(clip.shape, generator=generator) - 0.5
+            clip.add_(noise.to(x.device), alpha=0.2 * amount)
+    return x.clamp(0, 1)
+
+
+# ---------------------------------------------------------------- synthetic talkers: people
+
+# Vowel: mouth opening, mouth width (0 round .. 1 spread), first and second formant in Hz.
+VOWELS = {
+    "a": (1.0, 0.55, 850, 1300),
+    "ae": (0.82, 0.85, 720, 1750),
+    "o": (0.66, 0.15, 580, 950),
+    "e": (0.58, 0.8, 540, 1950),
+    "i": (0.32, 1.0, 320, 2400),
+    "u": (0.3, 0.0, 340, 780),
+}
+# Consonant: mouth opening, voicing, hiss.
+CONSONANTS = {
+    "b": (0, 0.15, 0),
+    "m": (0, 0.25, 0),
+    "p": (0, 0, 0.1),
+    "f": (0.08, 0, 0.5),
+    "s": (0.14, 0, 1),
+    "d": (0.2, 0.2, 0.1),
+    "l": (0.3, 0.35, 0),
+    "k": (0.25, 0.05, 0.3),
+}
+# Prompt: smile, brow lift, brow slant, eye opening.
+PROMPTS = {
+    "calm": (0, 0, 0, 1),
+    "smiling": (1, 0.3, 0, 0.9),
+    "surprised, raised brows": (0.1, 2.2, 0.3, 1.3),
+    "sad": (-0.8, 0.3, 1.2, 0.85),
+    "stern, lowered brows": (-0.3, -1.2, -1.2, 0.85),
+}
+STYLES = ("bald", "short", "long", "bun")
+SKINS = "ffe0c4 c6865a f1c2a0 643e2c e0ac7d 965f3e fad2b9".split()  # hexadecimal RGB
+HAIRS = "1c1616 462a1a 96969b 784824 c49654 963a1c e8cd8c".split()
+EYES = "462d19 3c6eaa 468250 785a32 231914".split()
+GLASSES = ["", "", "", "191619", "782923"]
+# Ranges of what differs between people; lengths are in 64ths of the picture.
+LOOKS = {
+    "width": (15.5, 19),
+    "height": (20, 23),
+    "eye_gap": (6.3, 7.8),
+    "eye_width": (2.9, 3.8),
+    "eye_height": (1.8, 2.6),
+    "brow": (0.5, 1.2),
+    "nose": (3.5, 6),
+    "lips": (1, 1.9),
+    "hairline": (-15, -11),
+    "parting": (-0.4, 0.4),
+    "volume": (0.5, 2.5),  # of the hair
+    "pitch": (90, 225),  # Hz
+    "tract": (0.9, 1.12),  # scales the formants
+}
+# The same for public people and for clients: close, in dim warm light from a side, and livelier.
+HABITS = {
+    "zoom": ((0.95, 1.03), (1.02, 1.08)),
+    "brightness": ((0.75, 0.95), (0.4, 0.6)),
+    "warmth": ((0, 0), (0.25, 0.35)),
+    "light": ((0, 0.3), (0.5, 0.9)),
+    "motion": ((0.7, 1.1), (0.9, 1.5)),
+    "articulation": ((0.82, 0.92), (0.78, 1.1)),
+    "smile": ((-0.1, 0.25), (-0.3, 0.7)),
+    "blinks": ((0.3, 0.5), (0.2, 0.9)),  # per second
+}
+
+
+def rgb(colour):
+    return np.frombuffer(bytes.fromhex(colour), np.uint8).astype(np.float32)
+
+
+def random_colour(rng, value):
+    hue, saturation = rng.uniform((0, 0.1), (1, 0.5))
+    return 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
+
+
+def make_person(seed, name, accent=0.0):
+    """Looks, voice, habits and camera of the synthetic person called <role>-<number>."""
+    rng = rng_of(seed, name)
+    role, number = name.split("-")
+    is_client = role == "client"
+    p = SimpleNamespace()
+    for key, limits in LOOKS.items():
+        setattr(p, key, rng.uniform(*limits))
+    for key, limits in HABITS.items():
+        setattr(p, key, rng.uniform(*limits[is_client]))
+    p.light *= rng.choice([-1, 1])
+    p.background = random_colour(rng, p.brightness)
+    p.clothes = random_colour(rng, 0.9 * p.brightness)
+    # Neighbours in number get different looks, so that even a dozen people cover the range.
+    i = int(number) + 37 * ROLES.index(role) + int(rng_of(seed).integers(100))
+    dark = i % 7 in (3, 5)
+    p.skin = rgb(SKINS[i % 7])
+    p.hair = rgb(HAIRS[i % 3 if dark else (5 * i + i // 7) % 7])
+    p.style = STYLES[(i + i // 4) % 4]
+    p.beard = rng.choice([0, 0.5, 0.9]) if p.style in ("bald", "short") else 0
+    p.lips_colour = p.skin * rng.uniform((0.72, 0.5, 0.5), (0.95, 0.66, 0.68)).astype(np.float32)
+    p.eyes = rgb(rng.choice(EYES))
+    p.glasses = rgb(rng.choice(GLASSES))
+    # With an accent, vowels sound as everybody's, but open the mouth as other vowels do: for three
+    # quarters the same ones for half of the clients, for one quarter the client's own.
+    usual = np.array([shape[:2] for shape in VOWELS.values()])  # v 2
+    shared = usual[::-1] if i % 2 else np.roll(usual, 3, axis=0)
+    other = 0.75 * shared + 0.25 * rng.permutation(usual)
+    p.mouths = dict(zip(VOWELS, usual + accent * is_client * (other - usual)))
+    return p
+
+
+# ---------------------------------------------------------------- synthetic talkers: speech
+
+CONTROL_HZ = 200  # of the curves that sound and picture follow
+REST = (0, 0.5, 500, 1500, 0, 0)  # mouth opening and width, two formants, voicing, hiss
+
+
+def speech_curve(rng, seconds, mouths):
+    """Syllables (str), and the curve float64 [t 6] at 200 Hz of what `REST` lists."""
+    keys = [(-2.0, *REST)]  # (seconds, values), between which the curve is smooth
+    syllables = []
+    t = -rng.uniform(0.05, 1.2)
+    while t < seconds + 0.5:
+        for _ in range(rng.integers(4, 10)):  # one phrase
+            consonant, vowel = rng.choice(list(CONSONANTS)), rng.choice(list(VOWELS))
+            length = 1 / rng.uniform(3, 5)
+            stress = rng.uniform(0.85, 1)
+            narrow, voicing, hiss = CONSONANTS[consonant]
+            usual, _, *formants = VOWELS[vowel]
+            opening, width = mouths[vowel]
+            loudness = 0.15 + 0.85 * stress * usual  # an accent does not change it
+            for at in (0.05, 0.25):
+                keys.append((t + at * length, narrow, width, *formants, voicing, hiss))
+            for at in (0.5, 0.82):
+                keys.append((t + at * length, stress * opening, width, *formants, loudness, 0))
+            if 0 <= t < seconds:
+                syllables.append(consonant + vowel)
+            t += length
+        pause = rng.uniform(0.2, 0.45)
+        keys += [(t + 0.1, *REST), (t + pause, *REST)]
+        t += pause
+    times, *values = np.array(keys).T
+    # PCHIP does not overshoot: a closed mouth stays closed.
+    curve = PchipInterpolator(times, values, axis=1)(np.arange(0, seconds, 1 / CONTROL_HZ)).T
+    return " ".join(syllables).upper(), gaussian_filter1d(curve, 0.02 * CONTROL_HZ, axis=0)
+
+
+def synthesize(rng, p, curve):
+    """Formant synthesis -> int16 at 16 kHz: harmonics weighted by three resonances, and hiss."""
+    _, _, formant1, formant2, voicing, hiss = curve.T
+    pitch = p.pitch * (1 + 0.08 * wander(rng, len(curve), CONTROL_HZ))
+    harmonic = np.arange(1, int(5000 / p.pitch) + 1)[:, None]
+    frequency = harmonic * pitch  # k t
+    gain = voicing / harmonic  # a glottal pulse falls off with 1 / k
+    for centre, bandwidth in ((formant1, 90), (formant2, 120), (2700, 180)):
+        square = (centre * p.tract) ** 2
+        gain = gain * square / np.hypot(square - frequency**2, bandwidth * frequency)
+    controls = torch.from_numpy(np.vstack([gain, hiss, pitch])).float()[None]  # 1 (k + 2) t
+    controls = F.interpolate(controls, scale_factor=SAMPLE_RATE // CONTROL_HZ, mode="linear")
+    *gain, hiss, pitch = controls[0].numpy()
+    turns = np.cumsum(pitch, dtype=np.float64) / SAMPLE_RATE  # [n], of the fundamental
+    phase = (harmonic * turns % 1).astype(np.float32)  # k n
+    voice = (gain * np.sin(2 * np.pi * phase)).sum(0)
+    white = rng.standard_normal(len(voice) + 2)
+    sound = 0.035 * voice + 0.02 * hiss * np.diff(white, 2) + 0.001 * white[2:]
+    return (sound.clip(-1, 1) * 32767).astype(np.int16)
+
+
+def wander(rng, num, hz, tempo=1.0):
+    """A smooth random walk [num] of unit variance; its periods are 1 to 4 seconds at tempo 1."""
+    periods = np.exp(rng.uniform(0, np.log(4), 5)) / tempo
+    phases = rng.uniform(0, 2 * np.pi, 5)
+    t = np.arange(num)[:, None] / hz
+    return np.sin(2 * np.pi * t / periods + phases).sum(1) / np.sqrt(2.5)
+
+
+# ---------------------------------------------------------------- synthetic talkers: pictures
+
+SHADOW = np.array([0.7, 0.6, 0.57], np.float32)  # skin that lies in the shadow, times its colour
+
+
+def make_motion(rng, p, curve, num_frames, prompt):
+    """What moves, each float32 [f 1 1]: head, eyes, brows, and the mouth as in the speech curve."""
+    smile, lift, slant, eye_opening = PROMPTS[prompt or "calm"]
+    t = (np.arange(num_frames) + 0.5) / FPS
+    opening, width, _, _, voicing, _ = curve[(t * CONTROL_HZ).astype(int)].T  # f
+    stress = gaussian_filter1d(voicing, 0.15 * FPS) - 0.4
+    lids = np.full(num_frames, float(eye_opening))  # 0 closed, 1 open
+    blink = rng.exponential(1 / p.blinks)
+    while blink < t[-1] + 0.2:
+        lids *= 1 - np.exp(-(((t - blink) / 0.06) ** 2))
+        blink += 0.4 + rng.exponential(1 / p.blinks)
+    x, y, yaw, gaze, brows = (wander(rng, num_frames, FPS, p.motion) for _ in range(5))
+    motion = {  # small movements: face tracks, as LRS3 cuts them, follow the head
+        "x": 0.4 * p.motion * x,
+        "y": 0.25 * p.motion * (y + stress),
+        "yaw": 0.5 * p.motion * yaw,
+        "gaze": 0.9 * np.tanh(1.2 * gaze),
+        "brows": lift + 0.25 * brows + 0.6 * stress,
+        "slant": np.full(num_frames, slant),
+        "lids": lids,
+        "smile": np.full(num_frames, 0.8 * smile + p.smile),
+        "opening": (opening * p.articulation).clip(0, 1),
+        "width": width + 0.25 * max(smile, 0),
+    }
+    motion = {key: value.astype(np.float32)[:, None, None] for key, value in motion.items()}
+    return SimpleNamespace(**motion)
+
+
+def ellipse(x, y, rx, ry):
+    """Signed distance to an ellipse at the origin, to first order."""
+    slope = 2 * np.sqrt((x / rx**2) ** 2 + (y / ry**2) ** 2)
+    return ((x / rx) ** 2 + (y / ry) ** 2 - 1) / np.maximum(slope, 1e-3)
+
+
+def overlap(*distances):
+    """Signed distance to what several shapes have in common."""
+    return functools.reduce(np.maximum, distances)
+
+
+def draw(p, m, size):
+    """Pictures uint8 [f 3 size size] of person `p` in motion `m`.
+
+    Shapes are signed distances, negative inside, in 64ths of the picture; y points down.
+    """
+    across = (np.arange(size, dtype=np.float32) + 0.5) * 64 / size - 32
+    down = across[:, None]
+    image = np.empty((3, len(m.x), size, size), np.float32)  # 3 f h w
+    image[:] = p.background[:, None, None, None] * (1.08 - 0.006 * (down + 0.5 * across))
+
+    def paint(distance, colour, opacity=1.0, blur=1.0):
+        # Edges are about a pixel wide.
+        alpha = (0.5 - distance * (p.zoom * size / 83 / blur)).clip(0, 1) * opacity
+        for channel, value in zip(image, colour):
+            channel += alpha * (value - channel)
+
+    # Behind the face: hair, neck, clothes. The body moves less than the head.
+    x = (across - m.x) / p.zoom  # f 1 w
+    y = (down - m.y) / p.zoom + 1
+    body = x + 0.6 * m.x
+    if p.style == "long":
+        paint(ellipse(x, np.minimum(y + 4, 0), p.width + 2 + p.volume, p.height + 1), p.hair * 0.75)
+    if p.style == "bun":
+        paint(ellipse(x, y + p.height + 2.5, 6, 5), p.hair * 0.9)
+    paint(ellipse(body, y - 44, 30, 19), p.clothes)
+    paint(ellipse(body, y - 20, 0.52 * p.width, 10), p.skin * SHADOW)
+
+    # Head: the jaw drops with the mouth.
+    paint(ellipse(np.abs(x + 0.5 * m.yaw) - p.width, y + 1, 2.4, 4), p.skin * 0.88)  # ears
+    jaw = y / (1 + 0.1 * m.opening * (y > 0))  # f h 1
+    face = ellipse(x, jaw, p.width, p.height)  # f h w
+    paint(face, p.skin)
+    turned = x - m.yaw
+    if p.beard:
+        mouth = ellipse(turned, y - 11.5 - 2 * m.opening, 7.5, 3.5 + 4 * m.opening)
+        beard = overlap(face - 0.6, 8.5 - y - 0.025 * turned**2, -mouth)
+        paint(beard, p.hair * 0.9, p.beard, blur=2)
+
+    # Both eyes at once: `outward` is the way from the middle of an eye, away from the nose.
+    outward = np.abs(turned) - p.eye_gap
+    height = y + 3
+    lids = ellipse(outward, height, p.eye_width, p.eye_height * m.lids.clip(0.12, 2))
+    eye = overlap(lids, np.abs(outward) - p.eye_width)
+    iris = outward - m.gaze * np.sign(turned)
+    arch = 0.13 * m.slant * outward + 0.06 * (p.eye_width**2 - outward**2)
+    paint(eye - 0.7, p.skin * 0.35, 0.9)
+    paint(eye, (248, 246, 242), (2 * m.lids - 0.4).clip(0, 1))
+    paint(overlap(ellipse(iris, height, 1.9, 1.9), eye), p.eyes)
+    paint(overlap(ellipse(iris, height, 0.95, 0.95), eye), (12, 10, 12))
+    brow = np.abs(height + 6 + m.brows - arch) - p.brow
+    paint(overlap(brow, np.abs(outward) - p.eye_width - 1), p.hair * 0.7)
+    if len(p.glasses):
+        paint(np.abs(ellipse(outward, height, 5.3, 4.6)) - 0.45, p.glasses)
+        paint(overlap(np.abs(height + 0.5) - 0.5, outward + 5), p.glasses)  # the bridge
+
+    # Nose: the shadows beside it and below it.
+    nose = turned - 0.5 * m.yaw
+    paint(ellipse(nose + p.light, y - p.nose / 2, 1, p.nose), p.skin * SHADOW, 0.4, blur=2.5)
+    paint(ellipse(nose, y - p.nose - 1.5, p.nose / 2, 0.5), p.skin * SHADOW, 0.8, blur=2)
+
+    # Mouth: lips around a dark inside with teeth and tongue, 9 units high at full opening.
+    corner = (turned / ((3.8 + 3.2 * m.width) * (1 + 0.1 * m.smile))) ** 2  # 1 at the corners
+    height = y - 11.2 + 0.9 * m.smile * (corner - 0.3)  # a smile lifts the corners
+    top = -2.2 * m.opening * (1 - corner) - height
+    bottom = height - 6.8 * m.opening * (1 - corner)
+    inside = overlap(top, bottom)
+    rim = p.lips * (1.25 - 0.25 * m.width) * (1.15 - corner)  # round lips are full
+    line = np.abs(height) - 0.5 + 6 * np.maximum(corner - 0.95, 0)  # between closed lips
+    teeth = -top - (1 + 1.3 * m.width) * (1 - corner)
+    ajar = (4 * m.opening).clip(0, 1)
+    paint(overlap(top - 0.9 * rim, bottom - 1.3 * rim), p.lips_colour)
+    paint(line, p.lips_colour * 0.45, 1 - ajar)
+    paint(inside, (52, 14, 18), ajar)
+    paint(overlap(inside, teeth), (240, 236, 226), ajar)
+    paint(overlap(inside, 0.5 - bottom - 2.6 * m.opening), (176, 74, 76), ajar)  # tongue
+
+    # The head is round: lit from one side, darker towards its edge.
+    light = 0.2 * p.light * x / p.width - 0.06 * jaw / p.height
+    edge = (x / p.width) ** 2 + (jaw / p.height) ** 2
+    image *= 1 + (0.5 - face).clip(0, 1) * (0.04 + light - 0.2 * edge**2)
+    if p.style != "bald":
+        side = turned + 0.3 * m.yaw
+        fall = 0.06 if p.style == "long" else 0.034  # how far it comes down at the sides
+        front = y - p.hairline - p.parting * side - fall * side**2
+        top = p.height + 0.7 * p.volume
+        cap = ellipse(x, y + 0.6 * p.volume, p.width + 1 + 0.4 * p.volume, top)
+        paint(overlap(cap, front / np.sqrt(1 + (2 * fall * side) ** 2)), p.hair)
+    tint = 1 - p.warmth * np.array([0.15, 0.55, 1], np.float32)
+    image *= tint[:, None, None, None] * (1 + 0.006 * p.light * across)
+    return rearrange(image.clip(0, 255).round().astype(np.uint8), "c f h w -> f c h w")
+
+
+# ---------------------------------------------------------------- synthetic talkers: files
+
+
+def make_clip(stem, seed, seconds, size, accent, faults):
+    """Write <stem>.mp4 and <stem>.txt of the synthetic person who is the last folder in `stem`."""
+    name = stem.parent.name
+    person = make_person(seed, name, accent)
+    rng = rng_of(seed, name, stem.name)
+    num_frames = round(seconds * FPS)
+    prompt = str(rng.choice(["", *PROMPTS]))
+    text, curve = speech_curve(rng, num_frames / FPS, person.mouths)
+    motion = make_motion(rng, person, curve, num_frames, prompt)
+    audio = synthesize(rng, person, curve)
+    frames, audio = add_fault(rng, draw(person, motion, size), audio, faults.get(name))
+    # AAC would take longer than all the rest.
+    write_video(stem.with_suffix(".mp4"), frames, audio, crf=11, sound_codec="libmp3lame")
+    notes = {"Text": text, "Conf": "1", "Prompt": prompt, "Fault": faults.get(name)}
+    notes["Opening"] = " ".join(f"{opening:.3f}" for opening in motion.opening.flat)
+    lines = [f"{key}:  {value}\n" for key, value in notes.items() if value]
+    stem.with_suffix(".txt").write_text("".join(lines))
+
+
+def make_synthetic(
+    root,
+    num_public=96,
+    num_clients=12,
+    num_unseen=8,
+    clips_per_public=2,
+    clips_per_client=10,
+    seconds=2.0,
+    size=64,
+    unreliable=0.0,
+    seed=0,
+    progress=False,
+    accent=0.0,
+):
+    """Write a dataset of synthetic talkers, whole or not at all.
+
+    `unreliable` is the share of clients whose clips are faulty; `accent` in [0, 1] is how far the
+    mouths of clients differ from those of public people for the same sound. Raises ValueError for
+    values out of range, and if `root` is not empty.
+    """
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f'{root} exists already; remove it to make it anew')
-    if not 0 <= unreliable <= 1 or seconds < .4 or size < 16 or size % 2 or num_public + num_clients + num_unseen < 1:
-        raise ValueError('synthetic talkers need people, unreliable in 0..1, 0.4 seconds or more and an even size from 16')
-    faults = choose_faults([f'client-{i:03d}' for i in range(num_clients)], unreliable, seed)
-    plan = zip(ROLES, (num_public, num_clients, num_unseen), (clips_per_public, clips_per_client, clips_per_public))
-    jobs = [(f'{role}-{i:03d}', clip) for role, people, clips in plan for i in range(people) for clip in range(clips)]
+        raise ValueError(f"{root} exists already; remove it to make it anew")
+    if min(num_public, num_clients, num_unseen, clips_per_public - 1, clips_per_client - 1) < 0:
+        raise ValueError("numbers of synthetic people must not be negative, and each needs a clip")
+    if not 0 <= unreliable <= 1 or not 0 <= accent <= 1:
+        raise ValueError("unreliable and accent must lie in 0..1")
+    if seconds < MIN_FRAMES / FPS or size < 16 or size % 2:
+        raise ValueError("synthetic talkers need 0.4 seconds or more and an even size from 16 on")
+    people = {f"public-{i:03d}": clips_per_public for i in range(num_public)}
+    people |= {f"client-{i:03d}": clips_per_client for i in range(num_clients)}
+    people |= {f"unseen-{i:03d}": clips_per_public for i in range(num_unseen)}
+    clients = [name for name in people if name.startswith("client")]
+    options = {"seed": seed, "seconds": seconds, "size": size, "accent": accent}
+    options["faults"] = assign_corruptions(clients, unreliable, seed)
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as folder:
-        work = lambda job: _make_clip(Path(folder, 'new'), *job, seconds, size, faults.get(job[0], ''), seed)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+        new = Path(folder, "new")
+        new.mkdir()
+        stems = [new / name / f"{i:05d}" for name, clips in people.items() for i in range(clips)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(tqdm(pool.map(work, jobs), 'making talkers', len(jobs), disable=None if progress else True))
-        Path(folder, 'new').replace(root)
+            jobs = pool.map(functools.partial(make_clip, **options), stems)
+            list(tqdm(jobs, "making talkers", len(stems), disable=None if progress else True))
+        new.replace(root)
 
 
-# ---- command line
+# ---------------------------------------------------------------- command line
+
 
 def check(root):
-    """Print a table of the people, clips and seconds in a dataset, and what was skipped and why."""
-    data = TalkingHeads(root, progress=True)
-    for person, clips in [*data.people.items(), (f'{len(data.people)} people', data.clips)]:
-        print(f'{person:24} {len(clips):6} clips {sum(len(c.frames) for c in clips) / FPS:8.1f} seconds')
-    print(f'{len(data.skipped)} clips skipped', *(f'{path}: {reason}' for path, reason in data.skipped), sep='\n  ')
+    """Print the people, clips and seconds of a dataset, and which files are not used and why."""
+    dataset = TalkingHeads(root, progress=True)
+    everybody = {f"{len(dataset.people)} people": dataset.clips}
+    for person, clips in (dataset.people | everybody).items():
+        seconds = sum(clip.num_frames for clip in clips) / FPS
+        print(f"{person:24} {len(clips):6} clips {seconds:8.1f} seconds")
+    print_troubles(dataset)
 
 
-def look(root, output, rows=12, columns=10, size=96):
-    """Write a contact sheet: a row a person, from every role in turn, and frames over one clip's time."""
+def contact_sheet(root, output, rows=12, columns=10, size=96):
+    """Write a picture of a dataset: a row of frames for a clip of each of some people."""
+    check_output(output, (".png",))
     people = TalkingHeads(root, progress=True).people
-    chosen = sorted(people, key=lambda name: (re.sub(r'\D', '', name), name))[:rows]
-    sheet = Image.new('RGB', (columns * size, len(chosen) * (size + 14)), 'white')
-    for top, name in zip(range(0, sheet.height, size + 14), chosen):
+    spread = np.unique(np.linspace(0, len(people) - 1, rows).astype(int))
+    names = [sorted(people)[i] for i in spread]
+    sheet = Image.new("RGB", (columns * size, len(names) * (size + 14)), "white")
+    for row, name in enumerate(names):
+        top = row * (size + 14)
         clip = people[name][-1]
-        ImageDraw.Draw(sheet).text((2, top), f'{name}/{clip.name}  {clip.prompt}', 'black')
+        ImageDraw.Draw(sheet).text((2, top), f"{name}/{clip.name}  {clip.prompt}", "black")
         for column, i in enumerate(np.linspace(0, len(clip.frames) - 1, columns).astype(int)):
-            picture = Image.fromarray(clip.frames[i].transpose(1, 2, 0)).resize((size, size), Image.Resampling.BICUBIC)
+            picture = Image.fromarray(rearrange(clip.frames[i], "c h w -> h w c"))
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
             sheet.paste(picture, (column * size, top + 14))
-    sheet.save(output)
+    with atomic_write(output) as temporary:
+        sheet.save(temporary)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Make, check and look at a dataset of talking heads.')
+    parser = argparse.ArgumentParser(description="Make, check and look at talking heads.")
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument('--make', metavar='DIR', help='write the synthetic talkers there')
-    task.add_argument('--check', metavar='DIR', help='decode it; print people, clips, seconds, what was skipped and why')
-    task.add_argument('--look', nargs=2, metavar=('DIR', 'PNG'), help='write a contact sheet of a dataset')
-    options = {k: v.default for k, v in inspect.signature(make_synthetic).parameters.items() if k not in ('root', 'progress')}
-    for key, default in options.items():
-        parser.add_argument('--' + key.replace('_', '-'), type=type(default), default=default, help=f'of --make: {default}')
+    task.add_argument("--make", metavar="DIR", help="write the synthetic talkers there")
+    task.add_argument(
+        "--check", metavar="DIR", help="print who has how many clips, what is skipped"
+    )
+    task.add_argument("--look", nargs=2, metavar=("DIR", "PNG"), help="write a contact sheet")
+    for name in ("public", "clients", "unseen"):
+        parser.add_argument(f"--num-{name}", type=int, help="people that --make makes")
+    for name in ("clips-per-public", "clips-per-client", "size", "seed"):
+        parser.add_argument(f"--{name}", type=int, help="for --make")
+    for name in ("seconds", "unreliable", "accent"):
+        parser.add_argument(f"--{name}", type=float, help="for --make")
     args = parser.parse_args(argv)
+    options = {key: value for key, value in vars(args).items() if value is not None}
     try:
-        if args.make:
-            make_synthetic(args.make, progress=True, **{key: getattr(args, key) for key in options})
-        elif args.check:
+        if args.check:
             check(args.check)
+        elif args.look:
+            contact_sheet(*args.look)
         else:
-            look(*args.look)
+            make_synthetic(options.pop("make"), progress=True, **options)
     except (ValueError, OSError) as error:
-        print(f'data.py: {error}', file=sys.stderr)
+        print(f"data.py: {error}", file=sys.stderr)
         return 2
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     sys.exit(main())

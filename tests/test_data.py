@@ -1,7 +1,11 @@
-"""The loader on real mp4 files with sound, the splits and batches, and the synthetic talkers' truth."""
+"""Files of every kind, layouts, splits and batches, and the truth of synthetic talkers."""
+
+import os
+import re
 import shutil
 import subprocess
-import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,346 +13,1154 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from data import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TalkingHeads, get_ffmpeg_exe
 
-REAL_FACES = Path(__file__).resolve().parents[2] / 'shared' / 'real_faces'
-torch.set_num_threads(1)
+REAL_FACES = Path(__file__).resolve().parents[2] / "shared" / "real_faces"
 
 
 def ffmpeg(*arguments):
-    subprocess.run([get_ffmpeg_exe(), '-v', 'error', '-y', *map(str, arguments)], check=True)
+    subprocess.run([get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
+
+
+def load(root, **options):
+    """A dataset whose cache lies beside it."""
+    options = {"size": 32, "cache": Path(root).parent / "cache"} | options
+    return TalkingHeads(root, **options)
+
+
+def reasons(dataset):
+    return {path.name: reason for path, reason in dataset.skipped}
 
 
 def flash_and_click(num_frames=40, at=17, size=32):
-    """A dark video that is white in one frame, and silence with one click in the middle of that frame."""
-    frames, audio = np.zeros((num_frames, 3, size, size), np.uint8), np.zeros(num_frames * SAMPLES_PER_FRAME, np.int16)
+    """A dark video, white in one frame, and silence with a click in the middle of that frame."""
+    frames = np.zeros((num_frames, 3, size, size), np.uint8)
     frames[at] = 255
-    audio[at * SAMPLES_PER_FRAME + 300:at * SAMPLES_PER_FRAME + 340] = 20000
+    audio = np.zeros(num_frames * SAMPLES_PER_FRAME, np.int16)
+    audio[at * SAMPLES_PER_FRAME + 300 : at * SAMPLES_PER_FRAME + 340] = 20000
     return frames, audio
 
 
+def tone(num_frames=16):
+    return (8000 * np.sin(np.arange(num_frames * SAMPLES_PER_FRAME) / 5)).astype(np.int16)
+
+
 def write_clip(path, num_frames=16, level=100, size=32):
-    tone = 8000 * np.sin(np.arange(num_frames * SAMPLES_PER_FRAME) / 5)
-    data.write_video(path, np.full((num_frames, 3, size, size), level, np.uint8), tone.astype(np.int16))
+    data.write_video(path, np.full((num_frames, 3, size, size), level, np.uint8), tone(num_frames))
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
+def one_clip(tmp_path_factory):
+    """A small grey video with a tone, to be copied."""
+    path = tmp_path_factory.mktemp("one") / "clip.mp4"
+    write_clip(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mute_clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mute") / "clip.mp4"
+    data.write_video(path, np.full((16, 3, 32, 32), 100, np.uint8))
+    return path
+
+
+@pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
-    root = tmp_path_factory.mktemp('made') / 'people'
+    root = tmp_path_factory.mktemp("made") / "people"
     data.make_synthetic(root, num_public=3, num_clients=2, num_unseen=1, clips_per_client=3, seed=3)
-    return TalkingHeads(root)
+    return load(root, size=64)
 
 
-# ---- sound
+def copy(source, *paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, path)
 
-@pytest.mark.parametrize('second', [0.0, 0.3999, 0.4, 0.7777, 1.1999])
-def test_an_impulse_lands_in_the_frame_of_its_second(second):
+
+# ---------------------------------------------------------------- spectrograms
+
+
+@pytest.mark.parametrize("second", [0.0, 0.3999, 0.4, 0.7777, 1.1999])
+def test_an_impulse_is_strongest_in_the_frame_of_its_second(second):
     audio = np.zeros(30 * SAMPLES_PER_FRAME, np.int16)
     sample = int(second * SAMPLE_RATE)
     audio[sample] = 30000
     mel = data.log_mel(audio)
+    frame = int(FPS * second)
     assert mel.shape == (120, 40)
-    assert mel.sum(1).argmax() == sample // 160 and mel.sum(1).argmax() // 4 == int(FPS * second)
-    windows, frame = data.audio_windows(mel, 5), int(FPS * second)
+    assert mel.sum(1).argmax() == sample // 160 and mel.sum(1).argmax() // 4 == frame
+    windows = data.audio_windows(mel, 5)
     assert windows.shape == (30, 20, 40)
-    np.testing.assert_array_equal(windows[frame, 8:12], mel[4 * frame:4 * frame + 4])        # its own four, in the middle
+    np.testing.assert_array_equal(
+        windows[frame, 8:12], mel[4 * frame : 4 * frame + 4]
+    )  # its own, in the middle
+    np.testing.assert_array_equal(data.audio_windows(mel, 5, 1, 29), windows[1:29])
 
 
 def test_windows_are_padded_with_silence_and_refuse_an_even_width():
     mel = data.log_mel(np.zeros(6 * SAMPLES_PER_FRAME, np.int16))
     np.testing.assert_allclose(data.audio_windows(mel, 3), data.SILENCE, rtol=1e-6)
-    with pytest.raises(ValueError, match='odd'):
+    with pytest.raises(ValueError, match="odd"):
         data.audio_windows(mel, 4)
 
 
+def test_a_long_spectrogram_is_made_in_pieces_without_seams():
+    audio = np.random.default_rng(0).integers(-9999, 9999, 90 * SAMPLES_PER_FRAME).astype(np.int16)
+    whole = data.log_mel(audio)
+    np.testing.assert_allclose(data.log_mel(audio, chunk_seconds=1), whole, atol=1e-5)
+    with pytest.raises(ValueError, match="no sound"):
+        data.log_mel(audio[:0])
+
+
+# ---------------------------------------------------------------- picture and sound together
+
+
 def test_flash_and_click_share_a_frame_through_a_real_file(tmp_path):
-    data.write_video(tmp_path / 'anna' / '1.mp4', *flash_and_click())
-    clip = TalkingHeads(tmp_path, size=32).clips[0]
-    assert len(clip.frames) == 40 and len(clip.audio) == 40 * SAMPLES_PER_FRAME and len(clip.mel) == 160
+    data.write_video(tmp_path / "anna" / "1.mp4", *flash_and_click())
+    clip = load(tmp_path / "anna").clips[0]
+    assert clip.person == "anna" and clip.name == "1"
+    assert clip.num_frames == len(clip.frames) == 40
+    assert len(clip.audio) == 40 * SAMPLES_PER_FRAME and len(clip.mel) == 160
     assert clip.frames.mean((1, 2, 3)).argmax() == 17
-    assert np.abs(clip.audio).argmax() // SAMPLES_PER_FRAME == 17 and clip.mel.sum(1).argmax() // 4 == 17
+    assert (
+        np.abs(clip.audio).argmax() // SAMPLES_PER_FRAME == 17
+        and clip.mel.sum(1).argmax() // 4 == 17
+    )
+
+
+WHITE_AND_TONE_AT_ONE_SECOND = (
+    "-f lavfi -i color=black:s=50x38:r={rate}:d=2,drawbox=c=white:t=fill:enable='gte(t,1)' "
+    "-f lavfi -i aevalsrc=0.5*sin(6283*t)*gte(t\\,1)|0.5*sin(6283*t)*gte(t\\,1):s=44100:d=2 "
+    "-pix_fmt yuv420p -c:a aac"
+)
+
+
+def onset(frames, audio):
+    """Seconds at which the picture turns white and the tone begins."""
+    white = np.flatnonzero(frames.mean((1, 2, 3)) > 128)[0] / FPS
+    return white, np.flatnonzero(np.abs(audio.astype(int)) > 3000)[0] / SAMPLE_RATE
+
+
+@pytest.mark.parametrize("rate", ["10", "24000/1001", "30", "60000/1001"])
+def test_other_rates_and_sizes_are_resampled_in_time(tmp_path, rate):
+    ffmpeg(*WHITE_AND_TONE_AT_ONE_SECOND.format(rate=rate).split(), tmp_path / "1.mp4")
+    frames, audio = data.read_video(tmp_path / "1.mp4", 24)
+    assert frames.shape[1:] == (3, 24, 24) and abs(len(frames) - 50) <= 2
+    assert len(audio) == len(frames) * SAMPLES_PER_FRAME
+    white, sound = onset(frames, audio)
+    assert abs(white - 1) <= 1 / FPS and abs(sound - 1) < 0.015
+    spectrum = np.abs(np.fft.rfft(audio[18000:28000].astype(float)))
+    assert abs(spectrum.argmax() * SAMPLE_RATE / 10000 - 1000) < 3
+
+
+def test_late_sound_an_edit_list_and_a_changing_rate_keep_their_time(tmp_path):
+    ffmpeg(*WHITE_AND_TONE_AT_ONE_SECOND.format(rate=25).split(), tmp_path / "1.mp4")
+    source = tmp_path / "1.mp4"
+    ffmpeg(
+        "-i",
+        source,
+        "-itsoffset",
+        0.4,
+        "-i",
+        source,
+        *"-map 0:v -map 1:a -c copy".split(),
+        tmp_path / "late.mp4",
+    )
+    ffmpeg("-ss", 0.52, "-i", source, "-c", "copy", tmp_path / "edited.mp4")
+    varied = "select='lt(t,0.5)+gte(t,0.5)*not(mod(n,3))'"
+    ffmpeg("-i", source, "-vf", varied, "-fps_mode", "vfr", "-c:a", "copy", tmp_path / "varied.mp4")
+    assert onset(*data.read_video(tmp_path / "late.mp4")) == pytest.approx((1, 1.4), abs=0.02)
+    assert onset(*data.read_video(tmp_path / "edited.mp4")) == pytest.approx((0.48, 0.48), abs=0.03)
+    assert onset(*data.read_video(tmp_path / "varied.mp4")) == pytest.approx((1.08, 1), abs=0.02)
 
 
 def test_a_video_written_in_blocks_is_the_same_and_a_failing_writer_leaves_nothing(tmp_path):
     frames, audio = flash_and_click()
-    data.write_video(tmp_path / 'whole.mp4', frames, audio)
-    data.write_video(tmp_path / 'blocks.mp4', iter([frames[:7], frames[7:]]), audio)
-    assert (tmp_path / 'whole.mp4').read_bytes() == (tmp_path / 'blocks.mp4').read_bytes()
+    data.write_video(tmp_path / "whole.mp4", frames, audio)
+    data.write_video(tmp_path / "blocks.mp4", iter([frames[:7], frames[7:]]), audio)
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "blocks.mp4").read_bytes()
 
     def fails():
         yield frames
-        raise ValueError('no more')
+        raise ValueError("no more")
 
-    with pytest.raises(ValueError, match='no more'):
-        data.write_video(tmp_path / 'half.mp4', fails(), audio)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['blocks.mp4', 'whole.mp4']
+    with pytest.raises(ValueError, match="no more"):
+        data.write_video(tmp_path / "half.mp4", fails(), audio)
+    with pytest.raises(ValueError, match="no frames"):
+        data.write_video(tmp_path / "none.mp4", iter([]), audio)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["blocks.mp4", "whole.mp4"]
 
 
-@pytest.mark.parametrize('late', [0, 1600])
-def test_the_lag_of_a_sound_is_found(tmp_path, late):
+def test_an_output_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+
+    def work():
+        raise AssertionError("nothing should be asked of the writer")
+        yield
+
+    for path, words in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "t.gif", "must end in .mp4"),
+        (tmp_path / "t", "must end in"),
+        (tmp_path / "file" / "t.mp4", "cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            data.check_output(path)
+        with pytest.raises(ValueError, match=words):
+            data.write_video(path, work())
+    data.check_output(tmp_path / "new folder" / "T.MP4")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("late", [0, 1600])
+def test_the_offset_of_a_sound_is_found(tmp_path, late):
     frames, audio = flash_and_click()
-    data.write_video(tmp_path / 'a.mp4', frames, np.roll(audio, late))
-    assert data.sound_lag(tmp_path / 'a.mp4', audio) == pytest.approx(late / SAMPLE_RATE, abs=0.005)
+    data.write_video(tmp_path / "a.mp4", frames, np.roll(audio, late))
+    assert data.sound_offset(tmp_path / "a.mp4", audio) == pytest.approx(
+        late / SAMPLE_RATE, abs=0.005
+    )
+    assert np.isnan(data.sound_offset(tmp_path / "a.mp4", 0 * audio))
 
 
-def test_other_rates_and_sizes_are_resampled(tmp_path):
-    """30 fps, 50x38 pixels, 44.1 kHz stereo: one second in, the picture turns white and a tone starts."""
-    (tmp_path / 'anna').mkdir()
-    ffmpeg('-f', 'lavfi', '-i', "color=black:s=50x38:r=30:d=2,drawbox=c=white:t=fill:enable='gte(t,1)'",
-           '-f', 'lavfi', '-i', 'aevalsrc=0.5*sin(2*PI*1000*t)*gte(t\\,1)|0.5*sin(2*PI*1000*t)*gte(t\\,1):s=44100:d=2',
-           '-pix_fmt', 'yuv420p', '-c:a', 'aac', tmp_path / 'anna' / '1.mp4')
-    clip = TalkingHeads(tmp_path, size=24).clips[0]
-    assert clip.frames.shape == (50, 3, 24, 24) and len(clip.audio) == 50 * SAMPLES_PER_FRAME
-    assert np.flatnonzero(clip.frames.mean((1, 2, 3)) > 128)[0] == 25
-    assert abs(np.flatnonzero(np.abs(clip.audio.astype(int)) > 3000)[0] - SAMPLE_RATE) < SAMPLES_PER_FRAME / 2
-    spectrum = np.abs(np.fft.rfft(clip.audio[20000:30000].astype(float)))
-    assert abs(spectrum.argmax() * SAMPLE_RATE / 10000 - 1000) < 3
+# ---------------------------------------------------------------- kinds of sound
 
 
-def test_speech_of_any_format_and_none(tmp_path):
-    ffmpeg('-f', 'lavfi', '-i', 'sine=f=500:r=44100:d=1', '-ac', 2, tmp_path / 'a.wav')
-    assert abs(len(data.load_speech(tmp_path / 'a.wav')) - SAMPLE_RATE) < 20
-    (tmp_path / 'empty.wav').write_bytes((tmp_path / 'a.wav').read_bytes()[:78])
-    (tmp_path / 'text.wav').write_text('hello')
-    for name, reason in (('empty.wav', 'empty.wav'), ('text.wav', 'no sound could be read'), ('none.wav', 'no such')):
+def test_speech_of_any_format_and_none(tmp_path, mute_clip):
+    ffmpeg("-f", "lavfi", "-i", "sine=f=500:r=44100:d=1", "-ac", 2, tmp_path / "a.wav")
+    ffmpeg("-i", tmp_path / "a.wav", tmp_path / "a.ogg")
+    for name in ("a.wav", "a.ogg"):
+        assert abs(len(data.read_speech(tmp_path / name)) - SAMPLE_RATE) < 20
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:78])
+    (tmp_path / "text.wav").write_text("hello")
+    (tmp_path / "folder.wav").mkdir()
+    ffmpeg("-f", "lavfi", "-i", "anullsrc=d=1", tmp_path / "silent.wav")
+    copy(mute_clip, tmp_path / "mute.mp4")
+    for name, reason in (
+        ("cut.wav", "cut.wav"),
+        ("text.wav", "text file"),
+        ("none.wav", "no such file"),
+        ("folder.wav", "not a regular file"),
+        ("silent.wav", "silent"),
+        ("mute.mp4", "no sound"),
+    ):
         with pytest.raises(ValueError, match=reason):
-            data.load_speech(tmp_path / name)
+            data.read_speech(tmp_path / name)
 
 
-# ---- files
+@pytest.mark.parametrize("length", [0, 0x7FFFF000, 0xFFFFFFFF])
+def test_a_streamed_wav_is_read_whatever_length_its_header_gives(tmp_path, length):
+    ffmpeg("-f", "lavfi", "-i", "sine=r=22050:d=1", "-fflags", "+bitexact", tmp_path / "a.wav")
+    wav = bytearray((tmp_path / "a.wav").read_bytes())
+    at = wav.index(b"data") + 4
+    wav[4:8] = wav[at : at + 4] = length.to_bytes(4, "little")
+    (tmp_path / "stream.wav").write_bytes(wav)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        audio = data.read_speech(tmp_path / "stream.wav")
+    assert abs(len(audio) - SAMPLE_RATE) < 20
 
-@pytest.mark.parametrize('mode', ['L', 'RGBA', 'P', 'RGB', '1', 'I;16'])
-def test_images_of_any_mode(tmp_path, mode):
-    grey = np.full((30, 50), 200, np.uint8)
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == 'I;16' else Image.fromarray(grey).convert(mode)
-    image.save(tmp_path / 'a.png')
-    picture, cropped = data.load_image(tmp_path / 'a.png', 16)
-    assert cropped
-    assert picture.shape == (3, 16, 16) and picture.dtype == np.uint8
-    if mode != '1':
-        assert np.abs(picture.astype(int) - 200).max() <= 3
+
+def test_the_default_track_is_used_and_channels_that_cancel_are_not_mixed(tmp_path, mute_clip):
+    tones = "-f lavfi -i sine=f=400:d=0.64 -f lavfi -i sine=f=2000:d=0.64".split()
+    tracks = "-map 0:v -map 1:a -map 2:a -disposition:a:0 0 -disposition:a:1 default".split()
+    ffmpeg("-i", mute_clip, *tones, *tracks, "-c:v", "copy", tmp_path / "two.mkv")
+    against = [
+        "-f",
+        "lavfi",
+        "-i",
+        "aevalsrc=0.5*sin(2513*t)|-0.5*sin(2513*t):d=0.64",
+        "-c:v",
+        "copy",
+    ]
+    ffmpeg("-i", mute_clip, *against, tmp_path / "cancel.mov")
+    for name, hz in (("two.mkv", 2000), ("cancel.mov", 400)):
+        _, audio = data.read_video(tmp_path / name, 16)
+        spectrum = np.abs(np.fft.rfft(audio[1000:9000].astype(float)))
+        assert abs(2 * spectrum.argmax() - hz) <= 4
+        assert np.array_equal(audio[:9000], data.read_speech(tmp_path / name)[:9000])
+
+
+def test_sound_in_a_file_beside_a_mute_video_is_found(tmp_path, mute_clip):
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.64", tmp_path / "tone.wav")
+    ffmpeg("-i", tmp_path / "tone.wav", tmp_path / "tone.m4a")
+    for video, sound in (
+        ("HDTF/WDA_Name0_000.mp4", "HDTF/WDA_Name0_000.WAV"),
+        ("vox/dev/mp4/id00012/abc/00001.mp4", "vox/dev/aac/id00012/abc/00001.m4a"),
+        ("MEAD/M003/video/front/angry/level_1/001.mp4", "MEAD/M003/audio/angry/level_1/001.m4a"),
+        ("own/anna/none.mp4", "own/anna/other.wav"),
+    ):
+        copy(mute_clip, tmp_path / video)
+        copy(tmp_path / ("tone" + sound[-4:].lower()), tmp_path / sound)
+    for root, person in (("HDTF", "Name"), ("vox/dev/mp4", "id00012"), ("MEAD", "M003")):
+        clip = load(tmp_path / root).clips[0]
+        assert clip.person == person and len(clip.frames) == 16 and np.abs(clip.audio).max() > 1000
+    with pytest.raises(ValueError, match="no sound, in it or in a file beside it"):
+        load(tmp_path / "own")
+    copy(tmp_path / "tone.wav", tmp_path / "own" / "anna" / "none.flac")  # whatever is in it
+    assert len(load(tmp_path / "own").clips) == 1
+
+
+def test_a_changed_sound_file_is_read_again(tmp_path, mute_clip):
+    copy(mute_clip, tmp_path / "anna" / "1.mp4")
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.64", tmp_path / "anna" / "1.wav")
+    first = load(tmp_path / "anna").clips[0].audio.copy()
+    ffmpeg("-f", "lavfi", "-i", "sine=f=3000:d=0.64", tmp_path / "anna" / "1.wav")
+    assert not np.array_equal(load(tmp_path / "anna").clips[0].audio, first)
+
+
+# ---------------------------------------------------------------- kinds of video
+
+
+def test_every_container_is_read_whatever_the_case_of_its_suffix(tmp_path, one_clip):
+    copy(one_clip, tmp_path / "in" / "a" / "1.MP4")
+    for name in ("b/1.MOV", "c/1.m4v", "d/1.mkv", "e/1.ts", "f/1.3gp"):
+        (tmp_path / "in" / name).parent.mkdir()
+        ffmpeg("-i", one_clip, "-c", "copy", tmp_path / "in" / name)
+    for name in ("g/1.avi", "h/1.mpg", "i/1.WMV", "j/1.flv", "k/1.webm"):
+        (tmp_path / "in" / name).parent.mkdir()
+        ffmpeg(
+            "-i", one_clip, "-ar", 48000 if name.endswith("webm") else 44100, tmp_path / "in" / name
+        )
+    dataset = load(tmp_path / "in")
+    assert "".join(sorted(dataset.people)) == "abcdefghijk" and dataset.skipped == []
+    assert all(14 <= len(clip.frames) <= 18 for clip in dataset.clips)
+    assert all(abs(clip.frames.mean() - 100) < 8 for clip in dataset.clips)
+    alone = load(tmp_path / "in" / "a" / "1.MP4")
+    assert [clip.person for clip in alone.clips] == ["a"]
+
+
+def colour_of(path, **options):
+    frames, _ = data.read_video(path, **options)
+    return frames[0, :, 8, 8].astype(int)
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path):
+    """A square of 24 x 24 on the screen, stored as 18 x 24 pixels of 4:3."""
+    box = "color=black:s=48x64:d=0.2,drawbox=x=15:y=20:w=18:h=24:c=white:t=fill,setsar=4/3"
+    ffmpeg("-f", "lavfi", "-i", box, "-pix_fmt", "yuv444p", "-crf", 1, tmp_path / "a.mp4")
+    for size in (None, 64):
+        frames, _ = data.read_video(tmp_path / "a.mp4", size)
+        assert frames.shape[2:] == (64, 64)
+        bright = frames[0, 1] > 128
+        assert abs(bright.any(0).sum() - 24) <= 1 and abs(bright.any(1).sum() - 24) <= 1
+
+
+def test_rotation_and_mirror_flags_are_obeyed(tmp_path):
+    box = "color=black:s=64x32:d=0.2,drawbox=w=20:h=10:c=white:t=fill"  # at the top left
+    ffmpeg("-f", "lavfi", "-i", box, "-pix_fmt", "yuv420p", tmp_path / "a.mp4")
+    ffmpeg("-display_rotation", 90, "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    ffmpeg("-display_hflip", "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "mirrored.mp4")
+    turned, _ = data.read_video(tmp_path / "turned.mp4")
+    mirrored, _ = data.read_video(tmp_path / "mirrored.mp4")
+    assert turned.shape[2:] == (64, 32) and turned[0, 1, -8, 3] > 200 > 50 > turned[0, 1, 8, 3]
+    assert (
+        mirrored.shape[2:] == (32, 64) and mirrored[0, 1, 3, -8] > 200 > 50 > mirrored[0, 1, 3, 8]
+    )
+
+
+def test_untagged_hd_is_read_with_the_matrix_of_hd(tmp_path):
+    for name, size, matrix in (("hd.mp4", "1280x720", "bt709"), ("sd.mp4", "320x240", "bt601")):
+        make = f"color=0xDC1E1E:s={size}:d=0.1,scale=out_color_matrix={matrix},format=yuv420p"
+        ffmpeg(
+            "-f",
+            "lavfi",
+            "-i",
+            make + ",setparams=colorspace=unknown",
+            "-preset",
+            "ultrafast",
+            tmp_path / name,
+        )
+        assert np.abs(colour_of(tmp_path / name, size=16) - (220, 30, 30)).max() <= 4
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+@pytest.mark.parametrize("tags", ["all", "transfer"])
+def test_hdr_is_tone_mapped_or_refused_by_a_line_that_helps(tmp_path, monkeypatch, transfer, tags):
+    if not data.can_tone_map():
+        pytest.skip("this ffmpeg cannot make HDR")
+    make = (
+        "color=0xDC1E1E:s=64x64:d=0.1,format=gbrp,setparams=color_primaries=bt709:color_trc=bt709:colorspace=gbr,"
+        "zscale=t=linear:npl=203,format=gbrpf32le,"
+        f"zscale=p=bt2020:t={transfer}:m=bt2020nc:r=tv:npl=203,format=yuv420p10le"
+    )
+    if tags == "transfer":
+        make += ",setparams=color_primaries=unknown:colorspace=unknown"
+    ffmpeg("-f", "lavfi", "-i", make, "-c:v", "libx264", tmp_path / "a.mp4")
+    assert np.abs(colour_of(tmp_path / "a.mp4", size=16) - (220, 30, 30)).max() <= 5
+    monkeypatch.setattr(data, "can_tone_map", lambda: False)
+    with pytest.raises(ValueError, match="HDR video.*export it as SDR.*ffmpeg -i IN -vf .*tonemap"):
+        data.read_video(tmp_path / "a.mp4")
 
 
 def test_crop_keeps_the_middle_of_clips_and_pictures_alike(tmp_path):
     """Red in the middle 32 of 64 pixels, blue around: half of each side is all red."""
-    frames, audio = np.zeros((12, 64, 64, 3), np.uint8), np.zeros(12 * SAMPLES_PER_FRAME, np.int16)
-    frames[..., 2], frames[:, 16:48, 16:48] = 255, (255, 0, 0)
-    data.write_video(tmp_path / 'anna' / '1.mp4', frames, audio, crf=1)
-    Image.fromarray(frames[0]).resize((96, 96), Image.Resampling.NEAREST).save(tmp_path / 'a.png')
+    frames = np.zeros((12, 64, 64, 3), np.uint8)
+    frames[..., 2] = 255
+    frames[:, 16:48, 16:48] = (255, 0, 0)
+    data.write_video(tmp_path / "anna" / "1.mp4", frames, tone(12), crf=1)
+    Image.fromarray(frames[0]).resize((96, 96), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     for crop, blue in ((1.0, 192), (0.5, 0)):
-        picture, _ = data.load_image(tmp_path / 'a.png', 16, crop)
-        for shown in (picture, TalkingHeads(tmp_path, size=16, crop=crop).clips[0].frames[5]):
-            assert abs(int((shown[2] > shown[0]).sum()) - blue) <= 4 and shown.shape == (3, 16, 16)
+        picture = data.read_image(tmp_path / "a.png", 16, crop)
+        for image in (picture, load(tmp_path / "anna", size=16, crop=crop).clips[0].frames[5]):
+            assert image.shape == (3, 16, 16) and abs(int((image[2] > image[0]).sum()) - blue) <= 4
 
 
-def test_no_image_is_named(tmp_path):
-    (tmp_path / 'a.png').write_text('no picture')
-    with pytest.raises(ValueError, match='a.png'):
-        data.load_image(tmp_path / 'a.png', 16)
-    with pytest.raises(ValueError, match='b.png'):
-        data.load_image(tmp_path / 'b.png', 16)
+# ---------------------------------------------------------------- kinds of pictures
 
 
-def test_bad_clips_are_skipped_with_their_reason(tmp_path):
-    folder = tmp_path / 'anna'
-    write_clip(folder / 'good.mp4')
-    write_clip(folder / 'short.mp4', num_frames=2)
-    data.write_video(folder / 'mute.mp4', np.zeros((16, 3, 32, 32), np.uint8))
-    (folder / 'text.mp4').write_text('I am not a video.\n')
-    (folder / 'empty.mp4').touch()
-    noise = np.random.default_rng(0).integers(0, 255, (40, 3, 32, 32), dtype=np.uint8)
-    data.write_video(folder / 'cut.mp4', noise, np.zeros(40 * SAMPLES_PER_FRAME, np.int16))
-    (folder / 'cut.mp4').write_bytes((folder / 'cut.mp4').read_bytes()[:20000])              # its index comes first
-    ffmpeg('-i', folder / 'good.mp4', '-c', 'copy', folder / 'late.mp4')                      # its index comes last
-    (folder / 'late.mp4').write_bytes((folder / 'late.mp4').read_bytes()[:-300])
-    heads = TalkingHeads(tmp_path, size=32)
-    reasons = {path.name: reason for path, reason in heads.skipped}
-    assert [clip.name for clip in heads.clips] == ['good']
-    assert sorted(reasons) == ['cut.mp4', 'empty.mp4', 'late.mp4', 'mute.mp4', 'short.mp4', 'text.mp4']
-    assert '2 frames' in reasons['short.mp4'] and reasons['mute.mp4'] == 'no sound'
-    assert all(reason and '\n' not in reason for reason in reasons.values())
-    (folder / 'good.mp4').unlink()
-    with pytest.raises(ValueError, match='no usable clip.*6 of 6'):
-        TalkingHeads(tmp_path, size=32)
+MODES = ["L", "RGBA", "P", "RGB", "1", "I;16", "CMYK", "F", "float 0..1", "16-bit RGB", "float RGB"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_of_any_mode(tmp_path, mode):
+    grey = np.full((30, 50), 200, np.uint8)
+    path = tmp_path / "a.tiff"
+    if mode == "I;16":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif mode == "F":
+        Image.fromarray(grey.astype(np.float32)).save(path)
+    elif mode == "float 0..1":
+        Image.fromarray(grey.astype(np.float32) / 255).save(path)
+    elif mode == "16-bit RGB":
+        path = tmp_path / "a.png"
+        ffmpeg("-f", "lavfi", "-i", "color=0xC8C8C8:s=50x30,format=rgb48", "-frames:v", 1, path)
+    elif mode == "float RGB":  # which PIL cannot read
+        path = tmp_path / "a.exr"
+        ffmpeg("-f", "lavfi", "-i", "color=0xC8C8C8:s=50x30,format=gbrpf32", "-frames:v", 1, path)
+    else:
+        Image.fromarray(grey).convert(mode).save(path)
+    picture = data.read_image(path, 16)
+    assert picture.shape == (3, 16, 16) and picture.dtype == np.uint8
+    if mode != "1":
+        assert np.abs(picture.astype(int) - 200).max() <= 3
+    assert data.read_image(path).shape == (3, 30, 50)
+
+
+def test_a_picture_is_turned_as_its_camera_was(tmp_path):
+    image = Image.new("RGB", (40, 20))
+    image.paste("white", (0, 0, 10, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees to the right
+    image.save(tmp_path / "a.jpg", exif=exif)
+    picture = data.read_image(tmp_path / "a.jpg")
+    assert picture.shape == (3, 40, 20) and picture[:, 4].mean() > 200 > 50 > picture[:, 30].mean()
+
+
+def test_a_picture_that_cannot_be_read_is_named_with_its_reason(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>")
+    (tmp_path / "empty.png").touch()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    for name in ("cut.png", "cut.jpg"):
+        Image.fromarray(noise).save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1500])
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in (
+        ("text.png", "text file"),
+        ("page.jpg", "web page"),
+        ("empty.png", "empty"),
+        ("cut.png", "cut off"),
+        ("cut.jpg", "cut off"),
+        ("a.heic", "save it as JPEG"),
+        ("pipe.png", "not a regular file"),
+        ("none.png", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: .*{reason}"):
+            data.read_image(tmp_path / name, 16)
+
+
+# ---------------------------------------------------------------- bad files
+
+
+def test_bad_files_cost_only_themselves_and_their_reasons_help(tmp_path, one_clip, mute_clip):
+    folder = tmp_path / "anna"
+    copy(one_clip, folder / "good.mp4", folder / "late.mp4")
+    write_clip(folder / "short.mp4", num_frames=2)
+    copy(mute_clip, folder / "mute.mp4")
+    ffmpeg(
+        "-i",
+        mute_clip,
+        "-f",
+        "lavfi",
+        "-i",
+        "anullsrc=d=0.64",
+        "-c:v",
+        "copy",
+        folder / "silent.mkv",
+    )
+    ffmpeg("-i", one_clip, "-vn", "-c", "copy", folder / "sound.m4v")
+    (folder / "text.mp4").write_text("I am not a video.\n")
+    (folder / "page.mp4").write_text("<html><body>404</body></html>")
+    (folder / "pointer.mov").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
+    )
+    (folder / "zeros.mp4").write_bytes(bytes(9999))
+    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(9999))
+    (folder / "empty.mp4").touch()
+    (folder / "dangling.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (folder / "itself.mp4").symlink_to(folder / "itself.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    ffmpeg("-i", one_clip, "-c", "copy", folder / "late.mp4")  # its index comes last
+    (folder / "late.mp4").write_bytes((folder / "late.mp4").read_bytes()[:-2000])
+    dataset = load(tmp_path / "anna")
+    assert [clip.name for clip in dataset.clips] == ["good"]
+    found = reasons(dataset)
+    for name, words in {
+        "short.mp4": "2 frames",
+        "mute.mp4": "no sound",
+        "silent.mkv": "silent",
+        "sound.m4v": "no picture",
+        "text.mp4": "text file",
+        "page.mp4": "web page",
+        "pointer.mov": "git lfs pull",
+        "zeros.mp4": "download did not finish",
+        "noise.mp4": "",
+        "empty.mp4": "empty: copy or download it again",
+        "dangling.mp4": "link to nothing",
+        "itself.mp4": "symbolic links",
+        "pipe.mp4": "not a regular file",
+        "late.mp4": "the file's end, and its index with it, is missing: copy or download it again",
+    }.items():
+        assert re.search(words, found[name]) and "\n" not in found.pop(name)
+    assert not found
+    (folder / "good.mp4").unlink()
+    with pytest.raises(ValueError, match="no usable clip in .*, 14 skipped: "):
+        load(tmp_path / "anna")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_what_there_is_of_a_file_that_ends_early_is_used_and_said(tmp_path, suffix):
+    path = tmp_path / "anna" / f"1{suffix}"
+    path.parent.mkdir()
+    source = "-f lavfi -i testsrc2=s=320x240:r=25:d=3 -f lavfi -i sine=d=3"
+    source += " -pix_fmt yuv420p -bf 0 -movflags +faststart"
+    ffmpeg(*source.split(), path)
+    whole, _ = data.read_video(path, 32)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    dataset = load(tmp_path / "anna")
+    clip = dataset.clips[0]
+    assert 20 < len(clip.frames) < 60 and len(clip.audio) == len(clip.frames) * SAMPLES_PER_FRAME
+    difference = np.abs(clip.frames.astype(int) - whole[: len(clip.frames)]).mean((1, 2, 3))
+    assert difference.max() < 1  # no picture is damaged
+    ((noted, note),) = dataset.notes
+    assert noted == path and note.startswith(f"{len(clip.frames) / FPS:.1f} of ")
+    assert load(tmp_path / "anna").notes == dataset.notes  # out of the cache, too
+    with pytest.warns(UserWarning, match="s are used"):
+        data.read_video(path, 32)
+
+
+def test_the_text_beside_a_clip_may_be_wrong_but_costs_only_itself(tmp_path, one_clip):
+    texts = {
+        "good": "Text:  HELLO\nPrompt:  sad\nOpening:  " + "0.5 " * 16,
+        "words": "Prompt: sad\nOpening:  a b c\n",
+        "few": "Opening:  0.1 0.2\n",
+        "large": "Opening: " + "7 " * 16,
+        "binary": "\udcff\udcfe",
+    }
+    for name, text in texts.items():
+        copy(one_clip, tmp_path / "anna" / f"{name}.mp4")
+        (tmp_path / "anna" / f"{name}.txt").write_text(text, errors="surrogateescape")
+    copy(one_clip, tmp_path / "anna" / "none.mp4", tmp_path / "anna" / "pipe.mp4")
+    os.mkfifo(tmp_path / "anna" / "pipe.txt")
+    dataset = load(tmp_path / "anna")
+    clips = {clip.name: clip for clip in dataset.clips}
+    assert len(clips) == 7 and dataset.skipped == []
+    assert clips["good"].prompt == clips["words"].prompt == "sad" and clips["none"].prompt == ""
+    np.testing.assert_array_equal(clips["good"].opening, np.full(16, 0.5, np.float32))
+    assert all(clips[name].opening is None for name in clips if name != "good")
+    assert sorted(path.stem for path, _ in dataset.notes) == ["few", "large", "words"]
+
+
+def test_a_clip_is_not_kept_where_ffmpeg_was_stopped(tmp_path, one_clip, monkeypatch):
+    """Ctrl-C reaches ffmpeg, too, which then ends its output as if the file ended there."""
+    copy(one_clip, tmp_path / "anna" / "1.mp4")
+    whole = get_ffmpeg_exe()
+    for status in ("kill -9 $$", "exit 255"):
+        script = tmp_path / "ffmpeg"
+        script.write_text(f'#!/bin/sh\n{whole} "$@"\ncase "$*" in *rawvideo*) {status};; esac\n')
+        script.chmod(0o755)
+        monkeypatch.setattr(data, "get_ffmpeg_exe", lambda: str(script))
+        with pytest.raises(ValueError, match="ffmpeg was stopped"):
+            load(tmp_path / "anna")
+    monkeypatch.undo()
+    assert len(load(tmp_path / "anna").clips) == 1
+
+
+def test_links_in_a_circle_neither_hang_nor_make_copies(tmp_path, one_clip):
+    root = tmp_path / "people"
+    for person in ("anna", "bob"):
+        copy(one_clip, root / person / "1.mp4")
+        (root / person / "loop").symlink_to("..")
+    (root / "anna" / "friend").symlink_to("../bob")
+    copy(one_clip, tmp_path / "elsewhere" / "1.mp4")
+    (root / "carl").symlink_to(tmp_path / "elsewhere")
+    dataset = load(root)
+    assert {name: [clip.name for clip in clips] for name, clips in dataset.people.items()} == {
+        name: ["1"] for name in ("anna", "bob", "carl")
+    }
+    assert reasons(dataset).keys() == {"loop", "friend"}
 
 
 def test_a_missing_dataset_names_its_neighbour(tmp_path):
-    (tmp_path / 'synthetic').mkdir()
-    with pytest.raises(ValueError, match='no dataset at .*sinthetic; did you mean .*synthetic'):
-        TalkingHeads(tmp_path / 'sinthetic')
+    (tmp_path / "synthetic").mkdir()
+    with pytest.raises(ValueError, match="no dataset at .*sinthetic; did you mean .*synthetic"):
+        load(tmp_path / "sinthetic")
+    with pytest.raises(ValueError, match="no video .* in "):
+        load(tmp_path / "synthetic")
 
 
-def test_a_file_is_decoded_once_until_it_changes(tmp_path, monkeypatch):
-    decoded, decode = [], data._decode
-    monkeypatch.setattr(data, '_decode', lambda path, *how: decoded.append(path.name) or decode(path, *how))
-    write_clip(tmp_path / 'anna' / '1.mp4', level=50)
-    write_clip(tmp_path / 'anna' / '2.mp4', level=50)
-    TalkingHeads(tmp_path, size=32)
-    first = TalkingHeads(tmp_path, size=32)
-    assert sorted(decoded) == ['1.mp4', '2.mp4'] and abs(first.clips[1].frames.mean() - 50) < 4
-    write_clip(tmp_path / 'anna' / '2.mp4', level=200)
-    second = TalkingHeads(tmp_path, size=32)
-    assert decoded[2:] == ['2.mp4'] and abs(second.clips[1].frames.mean() - 200) < 4
-    assert len(list((tmp_path / '.cache').iterdir())) == 2                                    # the stale one is gone
-    assert len(TalkingHeads(tmp_path, size=32, max_frames=12).clips[0].mel) == 48 and len(decoded) == 3
+# ---------------------------------------------------------------- whose clip is it?
 
 
-def test_lrs3_nesting_and_hdtf_names(tmp_path):
-    write_clip(tmp_path / 'one.mp4')
-    for place in ('lrs3/pretrain/id1/00001', 'lrs3/test/id1/00001', 'lrs3/trainval/id2/50001', 'hdtf/RD_Radio1_000',
-                  'hdtf/RD_Radio1_001', 'hdtf/WDA_Someone0_000'):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(tmp_path / 'one.mp4', tmp_path / f'{place}.mp4')
-    lrs3 = TalkingHeads(tmp_path / 'lrs3', size=16).people
-    assert {p: [c.name for c in clips] for p, clips in lrs3.items()} == {
-        'id1': ['pretrain-00001', 'test-00001'], 'id2': ['trainval-50001']}
-    hdtf = TalkingHeads(tmp_path / 'hdtf', size=16).people
-    assert {p: len(clips) for p, clips in hdtf.items()} == {'RD_Radio1': 2, 'WDA_Someone0': 1}
-    assert hdtf['RD_Radio1'][0].prompt == '' and hdtf['RD_Radio1'][0].opening is None
+LAYOUTS = {  # {person: paths of clips}
+    "LRS3": {"id1": "pretrain/id1/00001.mp4 test/id1/00001.mp4", "id2": "trainval/id2/50001.mp4"},
+    "LRS2": {"553541569906": "main/553541569906/00001.mp4", "633155": "main/633155/00002.mp4"},
+    "LRS2 with two parts": {"55": "mvlrs_v1/main/55/1.mp4 mvlrs_v1/pretrain/55/1.mp4"},
+    "VoxCeleb2": {
+        "id00012": "dev/mp4/id00012/ab-c/00001.mp4 dev/mp4/id00012/xyz/00001.mp4",
+        "id00017": "test/mp4/id00017/xyz/00001.mp4",
+    },
+    "HDTF": {
+        "RD_Radio1": "RD_Radio1_000.mp4 RD_Radio1_001.mp4",
+        "RD_Radio10": "RD_Radio10_000.mp4",
+        "Some": "WDA_Some1_000.mp4 WRA_Some2_003.mp4",
+    },
+    "CREMA-D": {
+        "1001": "1001_DFA_ANG_XX.flv 1001_ITH_SAD_X.flv",
+        "1002": "1002_DFA_HAP_HI.flv",
+    },
+    "CREMA-D in a folder": {
+        "1001": "VideoFlash/1001_DFA_ANG_XX.flv",
+        "1002": "VideoFlash/1002_DFA_ANG_XX.flv",
+    },
+    "GRID": {"s1": "s1/bbaf2n.mpg s1/bbaf3s.mpg", "s2": "s2/bbaf2n.mpg"},
+    "GRID with its folders": {
+        "s1": "s1/video/mpg_6000/bbaf2n.mpg",
+        "s2": "s2/video/mpg_6000/bbaf2n.mpg",
+    },
+    "MEAD": {
+        "M003": "M003/video/front/angry/level_1/001.mp4 M003/video/left_30/sad/level_1/001.mp4",
+        "W009": "W009/video/front/angry/level_2/001.mp4",
+    },
+    "RAVDESS": {"01": "Actor_01/01-01-01-01-01-01-01.mp4", "02": "01-01-01-01-01-01-02.mp4"},
+    "CelebV-HQ": {
+        "2A5tWbHxc3k": "2A5tWbHxc3k_0.mp4 2A5tWbHxc3k_1.mp4",
+        "--cL39MXZ9g": "--cL39MXZ9g_0.mp4",
+    },
+    "a folder per person": {"anna": "anna/1.mp4 anna/holiday.mov", "bob": "bob/anna_1.mp4"},
+    "one person": {
+        "me": "IMG_1234.MOV IMG_1235.MOV VID_20240105_1.mp4 VID_20240106_2.mp4 talk.mp4 x.mp4"
+    },
+}
 
 
-# ---- splits and batches
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("above", ["me", "lrs3_v0.4/me", "data/test/me"])
+def test_people_of_known_layouts_are_found_at_any_depth(layout, above):
+    expected = {}
+    for person, paths in LAYOUTS[layout].items():
+        expected |= {f"/d/{above}/{path}": person for path in paths.split()}
+    assigned, left_out = data.assign_people(list(expected))
+    assert {path: person for path, (person, _) in assigned.items()} == expected
+    assert left_out == [] and len(set(assigned.values())) == len(assigned)
+
+
+KNOWN = ["LRS3", "LRS2", "VoxCeleb2", "HDTF", "CREMA-D", "MEAD", "GRID", "a folder per person"]
+
+
+@pytest.mark.parametrize("layout", KNOWN)
+def test_one_person_alone_has_the_same_name(layout):
+    for person, paths in LAYOUTS[layout].items():
+        assigned, _ = data.assign_people([f"/d/{path}" for path in paths.split()])
+        assert {name for name, _ in assigned.values()} == {person}
+
+
+@pytest.mark.parametrize(
+    "paths, words",
+    [
+        (
+            "corpus1/anna/1.mp4 corpus2/anna/1.mp4 corpus2/bob/1.mp4",
+            "unclear who the person in corpus1/anna",
+        ),
+        ("train/1.mp4 test/2.mp4", "unclear who the person in train"),
+        ("2024-01-05/1.mp4 2024-01-06/1.mp4", "unclear who the person in 2024-01-05"),
+        ("ABOUT/train/ABOUT_00001.mp4 AFTER/train/AFTER_00001.mp4", "unclear"),
+        ("anna_1.mp4 anna_2.mp4 bob_1.mp4 bob_2.mp4", "several people .anna, bob"),
+        ("anna1.mp4 anna2.mp4 bob1.mp4 bob2.mp4", "several people .anna, bob"),
+        ("sub01-a.mp4 sub01-b.mp4 sub02-a.mp4 sub02-b.mp4", "several people .sub01, sub02"),
+    ],
+)
+def test_where_people_may_be_mixed_up_clips_are_refused(paths, words):
+    assigned, left_out = data.assign_people([f"/d/{path}" for path in paths.split()])
+    assert assigned == {} and re.search(words, left_out[0][1])
+
+
+def test_clips_beside_the_folders_of_people_and_copies_are_left_out():
+    paths = ["/d/anna/1.mp4", "/d/anna/1.MOV", "/d/bob/1.mp4", "/d/stray.mp4"]
+    assigned, left_out = data.assign_people(paths)
+    assert assigned == {"/d/anna/1.mp4": ("anna", "1"), "/d/bob/1.mp4": ("bob", "1")}
+    assert [(path.name, reason.split(":")[0]) for path, reason in left_out] == [
+        ("1.MOV", "only the suffix tells it from /d/anna/1.mp4"),
+        ("stray.mp4", "it lies beside the folders of people"),
+    ]
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def count_decoding(monkeypatch):
+    decoded = []
+    decode = data.decode_video
+
+    def counted(path, *arguments):
+        decoded.append(Path(path).name)
+        return decode(path, *arguments)
+
+    monkeypatch.setattr(data, "decode_video", counted)
+    return decoded
+
+
+def test_a_file_is_decoded_once_until_it_changes_and_nothing_is_written_beside_it(
+    tmp_path, monkeypatch
+):
+    decoded = count_decoding(monkeypatch)
+    root = tmp_path / "people"
+    write_clip(root / "anna" / "1.mp4", level=50)
+    write_clip(root / "anna" / "2.mp4", level=50)
+    load(root)
+    first = load(root)
+    assert sorted(decoded) == ["1.mp4", "2.mp4"] and abs(first.clips[1].frames.mean() - 50) < 4
+    write_clip(root / "anna" / "2.mp4", level=200)
+    second = load(root)
+    assert decoded[2:] == ["2.mp4"] and abs(second.clips[1].frames.mean() - 200) < 4
+    assert len(list((tmp_path / "cache").rglob("*.clip"))) == 2  # the stale one is gone
+    load(root, size=16)
+    assert len(list((tmp_path / "cache").rglob("*.clip"))) == 4
+    (root / "anna" / "1.mp4").unlink()
+    load(root, size=16)
+    assert len(list((tmp_path / "cache").rglob("*.clip"))) == 3
+    assert sorted(p.name for p in root.rglob("*")) == ["2.mp4", "anna"]
+
+
+def damage_end(content):
+    return content[:-1000]
+
+
+def damage_records(content):
+    """A whole number of frames less, with their sound and spectrogram."""
+    return content[: -3 * (3 * 32 * 32 + 1280 + 640)]
+
+
+def damage_middle(content):
+    return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+
+
+def damage_all(content):
+    return b"something else\n{}"
+
+
+@pytest.mark.parametrize("damage", [damage_end, damage_records, damage_middle, damage_all])
+def test_a_damaged_cache_file_is_made_anew(tmp_path, one_clip, damage):
+    copy(one_clip, tmp_path / "anna" / "1.mp4")
+    clip = load(tmp_path / "anna").clips[0]
+    frames, audio, mel = clip.frames.copy(), clip.audio.copy(), clip.mel.copy()
+    cached = next((tmp_path / "cache").rglob("*.clip"))
+    content = cached.read_bytes()
+    cached.write_bytes(damage(content))
+    again = load(tmp_path / "anna").clips[0]
+    assert np.array_equal(again.frames, frames) and np.array_equal(again.audio, audio)
+    assert np.array_equal(again.mel, mel) and cached.read_bytes() == content
+
+
+def test_a_cache_that_disappears_while_it_is_used_is_made_anew(tmp_path, one_clip):
+    copy(one_clip, tmp_path / "anna" / "1.mp4")
+    clip = load(tmp_path / "anna").clips[0]
+    shutil.rmtree(tmp_path / "cache")
+    assert clip.frames.shape == (16, 3, 32, 32) and clip.mel.shape == (64, 40)
+
+
+def test_caches_that_nobody_uses_are_deleted_but_no_other_folder(tmp_path, one_clip):
+    copy(one_clip, tmp_path / "anna" / "1.mp4", tmp_path / "bob" / "1.mp4")
+    load(tmp_path / "bob")
+    old = next((tmp_path / "cache").iterdir())
+    mine = tmp_path / "cache" / "mine.clips"
+    mine.mkdir()
+    for folder in (old, mine):
+        os.utime(folder, (0, time.time() - 31 * 86400))
+    load(tmp_path / "anna")
+    assert not old.exists() and mine.exists() and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_refused_or_replaced(tmp_path, one_clip, monkeypatch):
+    copy(one_clip, tmp_path / "anna" / "1.mp4")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="no cache .* can be written .*: name another folder"):
+        load(tmp_path / "anna", cache=tmp_path / "file")
+    monkeypatch.setattr(
+        data, "__file__", str(tmp_path / "file" / "data.py")
+    )  # as if it could not be written
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert len(TalkingHeads(tmp_path / "anna", 16).clips) == 1
+    assert list((tmp_path / "user" / "privfedtalk").rglob("*.clip"))
+
+
+def test_thousands_of_links_are_decoded_once_and_opened_one_at_a_time(
+    tmp_path, one_clip, monkeypatch
+):
+    decoded = count_decoding(monkeypatch)
+    for i in range(3):
+        copy(one_clip, tmp_path / "files" / f"{i}.mp4")
+    for i in range(3000):
+        person = tmp_path / "people" / f"p{i // 100:03d}"
+        person.mkdir(parents=True, exist_ok=True)
+        (person / f"{i}.mp4").symlink_to(f"../../files/{i % 3}.mp4")
+    dataset = load(tmp_path / "people")
+    assert len(dataset.clips) == 3000 and len(dataset.people) == 30 and len(decoded) == 3
+    started = time.perf_counter()
+    dataset = load(tmp_path / "people")
+    assert len(dataset.clips) == 3000 and time.perf_counter() - started < 2
+    assert len({id(clip.frames) for clip in dataset.clips}) <= 3
+
+
+def test_more_clips_than_memory_maps_are_kept(tmp_path, one_clip):
+    copy(one_clip, tmp_path / "anna" / "1.mp4")
+    file = load(tmp_path / "anna").clips[0].__dict__["_frames"]
+    data.CacheFile.arrays.cache_clear()
+    for _ in range(1500):
+        twin = data.CacheFile(file.path, file.source, file.size, file.crop)
+        twin.verified = True
+        twin.read("frames")
+    assert data.CacheFile.arrays.cache_info().currsize == 1024
+
+
+# ---------------------------------------------------------------- people, splits and batches
+
 
 def test_people_are_disjoint_and_keep_their_roles():
-    names = [f'speaker{i}' for i in range(20)]
+    names = [f"speaker{i}" for i in range(20)]
     public, clients, unseen = data.split_people(names, 6, 4, seed=1)
-    assert (len(clients), len(unseen)) == (6, 4) and sorted(public + clients + unseen) == sorted(names)
-    assert data.split_people(names[::-1], 6, 4, seed=1) == (public, clients, unseen) != data.split_people(names, 6, 4, 2)
-    roles = ['public-0', 'public-1', 'client-0', 'client-1', 'client-2', 'unseen-0']
-    assert data.split_people(roles, 2, 1, 0) == (['public-0', 'public-1'], ['client-0', 'client-1'], ['unseen-0'])
-    for few in (['anna'], roles):
-        with pytest.raises(ValueError, match='cannot be split'):
+    assert (len(clients), len(unseen)) == (6, 4) and sorted(public + clients + unseen) == sorted(
+        names
+    )
+    assert data.split_people(names[::-1], 6, 4, seed=1) == (public, clients, unseen)
+    assert data.split_people(names, 6, 4, seed=2) != (public, clients, unseen)
+    roles = ["public-0", "public-1", "client-0", "client-1", "client-2", "unseen-0"]
+    assert data.split_people(roles, 2, 1, 0) == (
+        ["public-0", "public-1"],
+        ["client-0", "client-1"],
+        ["unseen-0"],
+    )
+    for few in (["anna"], roles):
+        with pytest.raises(ValueError, match="cannot be split"):
             data.split_people(few, 4, 1, 0)
 
 
+def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, capsys):
+    talkers = {
+        "public_people": 4,
+        "clips_per_public": 1,
+        "clips_per_client": 1,
+        "seconds": 0.4,
+        "unreliable": 0.0,
+    }
+    options = {
+        "size": 16,
+        "crop": 1.0,
+        "num_unseen": 1,
+        "seed": 0,
+        "cache": tmp_path / "cache",
+        "synthetic": talkers,
+    }
+    people = data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)
+    assert [len(role) for role in people] == [4, 2, 1] and set(people.clients) == {
+        "client-000",
+        "client-001",
+    }
+    assert people.unseen["unseen-000"][0].frames.shape == (10, 3, 16, 16)
+    (tmp_path / "synthetic-small" / "public-000" / "bad.mp4").write_text("text")
+    capsys.readouterr()
+    data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)
+    assert "public-000/bad.mp4: a text file" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="cannot be split into 3 clients"):
+        data.load_people(tmp_path / "synthetic-small", num_clients=3, **options)
+    with pytest.raises(ValueError, match="no dataset"):
+        data.load_people(tmp_path / "other", num_clients=2, **options)
+
+
 def clip_of(person, name, num_frames=30):
-    """A clip whose every pixel tells its name and whose brightness falls with time."""
+    """A clip whose pixels give its name (red) and the time (green)."""
     frames = np.zeros((num_frames, 3, 8, 8), np.uint8)
-    frames[:, 0], frames[:, 1] = int(name), np.arange(num_frames)[:, None, None]
+    frames[:, 0] = int(name)
+    frames[:, 1] = np.arange(num_frames)[:, None, None]
     mel = np.repeat(np.arange(4 * num_frames, dtype=np.float32)[:, None], 40, 1)
-    return data.Clip(person, name, Path(person, name), frames, np.zeros(num_frames * 640, np.int16), mel, '', None)
+    return data.Clip(
+        person, name, Path(person, name), frames, np.zeros(num_frames * 640, np.int16), mel
+    )
 
 
 def test_clips_are_split_per_person():
-    clips = [clip_of(p, str(i)) for p in 'ab' for i in range(10)] + [clip_of('c', str(i)) for i in range(3)]
+    clips = [clip_of(p, str(i)) for p in "ab" for i in range(10)] + [
+        clip_of("c", str(i)) for i in range(3)
+    ]
     parts = data.split_clips(clips, seed=0)
     assert sorted(id(c) for part in parts.values() for c in part) == sorted(id(c) for c in clips)
-    count = lambda part: [sum(c.person == p for c in parts[part]) for p in 'abc']
-    assert (count('train'), count('validation'), count('test')) == ([6, 6, 1], [2, 2, 1], [2, 2, 1])
-    alone = data.split_clips([c for c in clips if c.person == 'b'], seed=0)
-    assert alone['test'] == [c for c in parts['test'] if c.person == 'b']
-    with pytest.raises(ValueError, match='dora has 2'):
-        data.split_clips([clip_of('dora', '1'), clip_of('dora', '2')], 0)
+    counts = {
+        name: [sum(c.person == p for c in part) for p in "abc"] for name, part in parts.items()
+    }
+    assert counts == {"train": [6, 6, 1], "validation": [2, 2, 1], "test": [2, 2, 1]}
+    alone = data.split_clips([c for c in clips if c.person == "b"], seed=0)
+    assert alone["test"] == [c for c in parts["test"] if c.person == "b"]
+    with pytest.raises(ValueError, match="dora has 2"):
+        data.split_clips([clip_of("dora", "1"), clip_of("dora", "2")], 0)
 
 
 def test_pieces_of_a_clip_stay_aligned():
-    clip = clip_of('a', '1')                                                              # of 30 frames
-    pieces = data.cut([clip], 0.48)
+    clip = clip_of("a", "1")  # of 30 frames
+    pieces = data.segment([clip], 0.48)
     assert [len(p.frames) for p in pieces] == [12, 12, 6] and len({p.path for p in pieces}) == 3
     for number, piece in enumerate(pieces):
         start = 12 * number
-        assert np.array_equal(piece.frames, clip.frames[start:start + 12]) and len(piece.audio) == 640 * len(piece.frames)
-        assert np.array_equal(piece.mel, clip.mel[4 * start:4 * start + 48])
-    assert [len(p.frames) for p in data.cut([clip], 2.0)] == [30] and [len(p.frames) for p in data.cut([clip], 1.0)] == [25]
+        assert np.array_equal(piece.frames, clip.frames[start : start + 12])
+        assert len(piece.audio) == 640 * len(piece.frames)
+        assert np.array_equal(piece.mel, clip.mel[4 * start : 4 * start + 48])
+    assert [len(p.frames) for p in data.segment([clip], 2.0)] == [30]
+    assert [len(p.frames) for p in data.segment([clip], 1.0)] == [25]
 
 
 def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
-    clips = [clip_of('a', str(i)) for i in range(3)] + [clip_of('b', '7')]
-    level = lambda t: ((t + 1) * 127.5).round()
-    number = {clip.path: k for k, clip in enumerate(clips)}
-    views = {clip.path: [data.View(clip.frames[moment], moment,
-                                   1000 * moment + 100 * number[clip.path] + torch.arange(30.)[:, None, None, None],
-                                   torch.full((1, 1, 1), float(moment)), '', '') for moment in (5, 15)] for clip in clips}
-    batch = data.draw_batch(clips, views, 64, 8, torch.Generator().manual_seed(0))
-    assert batch['frames'].shape == (64, 8, 3, 8, 8) and batch['mel'].shape == (64, 8, 20, 40)
-    assert batch['opening'].isnan().all() and set(batch['person']) == {'a', 'b'}
-    name, time = level(batch['frames'][:, 0, 0, 0, 0]), level(batch['frames'][:, :, 1, 0, 0])
-    torch.testing.assert_close(batch['mel'][:, :, 8, 0], 4 * time)                            # frame i hears mel 4 i
-    moment = level(batch['reference'][:, 1, 0, 0])
-    assert torch.equal(level(batch['reference'][:, 0, 0, 0]), name)                           # of the same clip
-    assert set(moment.tolist()) == {5, 15} and ((moment[:, None] != time).all(1)).all()
-    assert (time[:, 0] < 5).any() and (time[:, 0] > 15).any()
-    torch.testing.assert_close(batch['reference_latents'].flatten(), moment)                  # all of the same moment
-    torch.testing.assert_close((batch['motion'].flatten(1) - 1000 * moment[:, None]) % 100, time)
-    again = data.draw_batch(clips, views, 64, 8, torch.Generator().manual_seed(0))
-    assert all(torch.equal(batch[k], again[k]) for k in ('frames', 'mel', 'reference', 'motion'))
-    with pytest.raises(ValueError, match='31 frames'):
-        data.draw_batch(clips, views, 2, 31, torch.Generator())
+    clips = [clip_of("a", str(i)) for i in range(3)] + [clip_of("b", "7")]
+    views = {}
+    for number, clip in enumerate(clips):
+        views[clip.path] = []
+        for index in (5, 15):
+            motion = 1000 * index + 100 * number + torch.arange(30.0)[:, None, None, None]
+            view = data.View(
+                clip.frames[index], index, motion, torch.full((1, 1, 1), float(index)), "", ""
+            )
+            views[clip.path].append(view)
+
+    def level(values):
+        return ((values + 1) * 127.5).round()
+
+    batch = data.sample_batch(clips, views, 64, 8, torch.Generator().manual_seed(0))
+    assert batch["frames"].shape == (64, 8, 3, 8, 8) and batch["mel"].shape == (64, 8, 20, 40)
+    assert batch["opening"].isnan().all() and set(batch["person"]) == {"a", "b"}
+    name, time_of = level(batch["frames"][:, 0, 0, 0, 0]), level(batch["frames"][:, :, 1, 0, 0])
+    torch.testing.assert_close(batch["mel"][:, :, 8, 0], 4 * time_of)  # frame i and mel 4 i
+    index = level(batch["reference"][:, 1, 0, 0])
+    assert torch.equal(level(batch["reference"][:, 0, 0, 0]), name)  # of the same clip
+    assert set(index.tolist()) == {5, 15} and ((index[:, None] != time_of).all(1)).all()
+    assert (time_of[:, 0] < 5).any() and (time_of[:, 0] > 15).any()
+    torch.testing.assert_close(batch["reference_latents"].flatten(), index)  # all of the same view
+    torch.testing.assert_close((batch["motion"].flatten(1) - 1000 * index[:, None]) % 100, time_of)
+    again = data.sample_batch(clips, views, 64, 8, torch.Generator().manual_seed(0))
+    assert all(torch.equal(batch[k], again[k]) for k in ("frames", "mel", "reference", "motion"))
+    whole = data.sample_batch(
+        clips, views, 4, 30, torch.Generator().manual_seed(0)
+    )  # no room beside it
+    assert whole["frames"].shape == (4, 30, 3, 8, 8)
+    with pytest.raises(ValueError, match="31 frames"):
+        data.sample_batch(clips, views, 2, 31, torch.Generator())
 
 
-# ---- synthetic talkers
+def test_frames_become_tensors_and_back():
+    frames = np.array([0, 51, 255], np.uint8).reshape(1, 3, 1, 1)
+    torch.testing.assert_close(data.to_float(frames).flatten(), torch.tensor([-1, -0.6, 1]))
+    torch.testing.assert_close(
+        data.to_unit(data.to_float(frames)).flatten(), torch.tensor([0, 0.2, 1])
+    )
+    torch.testing.assert_close(data.to_unit(torch.tensor([-3.0, 3.0])), torch.tensor([0.0, 1.0]))
 
-def test_the_truth_is_heard_and_seen(synthetic):
-    """Opening follows the loudness of the sound and the dark area of the decoded mouth; other speech tells nothing."""
-    heard, seen, other, widest = [], [], [], []
+
+def test_the_reference_frame_is_a_typical_one():
+    clips = [clip_of("a", "1"), clip_of("a", "1")]
+    assert 13 <= data.reference_frame(clips)[1, 0, 0] <= 16  # the middle of the time
+
+
+def test_each_column_of_a_view_changes_what_it_should():
+    generator = torch.Generator().manual_seed(0)
+    clips = (
+        torch.rand(2, 3, 3, 8, 8, generator=generator)
+        .repeat_interleave(4, 3)
+        .repeat_interleave(4, 4)
+    )  # 32 x 32
+
+    def seen(**columns):
+        view = torch.zeros(2, 11)
+        for name, value in columns.items():
+            view[1, data.VIEW_NAMES.index(name)] = value
+        return data.augment(clips, view, generator)
+
+    torch.testing.assert_close(seen(), clips, atol=1e-5, rtol=0)
+    for name in data.VIEW_NAMES:
+        for value in (-1.0, 1.0):
+            x = seen(**{name: value})
+            assert x.shape == clips.shape and 0 <= x.min() and x.max() <= 1
+            torch.testing.assert_close(x[0], clips[0], atol=1e-5, rtol=0)
+            assert (name == "mirror" and value > 0) != bool((x[1] - clips[1]).abs().max() > 0.05)
+    torch.testing.assert_close(seen(mirror=-1.0)[1], clips[1].flip(-1), atol=1e-5, rtol=0)
+    assert seen(brightness=1.0)[1].mean() > clips[1].mean() > seen(brightness=-1.0)[1].mean()
+    warm, cold = seen(warmth=1.0)[1].mean((0, 2, 3)), seen(warmth=-1.0)[1].mean((0, 2, 3))
+    assert warm[0] / warm[2] > cold[0] / cold[2]
+    lit = seen(light_x=1.0)[1] - clips[1]
+    assert lit[..., 16:].mean() > 0 > lit[..., :16].mean()
+
+
+# ---------------------------------------------------------------- synthetic talkers
+
+
+def test_sound_and_picture_follow_the_true_opening(synthetic):
+    """The opening follows loudness and picture; other speech says nothing about it."""
+    by_sound, by_picture, by_other = [], [], []
     for clip, next_clip in zip(synthetic.clips, synthetic.clips[1:] + synthetic.clips[:1]):
-        loudness = lambda c: c.mel.reshape(len(c.frames), 4, 40)[:, :, :25].mean((1, 2))
-        red, green, _ = clip.frames[:, :, 32:62, 16:48].astype(int).transpose(1, 0, 2, 3)
-        dark = ((green < 32) & (red > 1.5 * green)).mean((1, 2))                              # not hair, nor skin
-        heard.append(np.corrcoef(loudness(clip), clip.opening)[0, 1])
-        other.append(np.corrcoef(loudness(next_clip), clip.opening)[0, 1])
-        seen.append(np.corrcoef(dark, clip.opening)[0, 1])
-        widest.append(clip.opening.max())
-        assert 0 <= clip.opening.min() < .1 and clip.opening.max() <= 1
-    assert np.mean(heard) > .7 and np.mean(seen) > .6 and abs(np.mean(other)) < .3
+        loudness, other = (
+            c.mel.reshape(len(c.frames), 4, 40)[:, :, :25].mean((1, 2)) for c in (clip, next_clip)
+        )
+        mouth = clip.frames[:, :, 36:58, 16:48].astype(float)
+        change = np.abs(mouth - mouth[clip.opening.argmin()]).mean((1, 2, 3))
+        by_sound.append(np.corrcoef(loudness, clip.opening)[0, 1])
+        by_other.append(np.corrcoef(other, clip.opening)[0, 1])
+        by_picture.append(np.corrcoef(change, clip.opening)[0, 1])
+        assert 0 <= clip.opening.min() < 0.1 and clip.opening.max() <= 1
+    assert np.mean(by_sound) > 0.8 and np.mean(by_picture) > 0.8 and abs(np.mean(by_other)) < 0.3
+
+
+def draw_vowel(person, opening, width):
+    curve = np.tile([opening, width, 500, 1500, 1, 0], (60, 1))
+    motion = data.make_motion(np.random.default_rng(0), person, curve, 5, "calm")
+    return data.draw(person, motion, 64)[2, :, 34:58, 18:46].astype(int)
+
+
+def test_every_vowel_has_a_mouth_of_its_own():
+    person = data.make_person(0, "public-000")
+    mouths = [draw_vowel(person, *person.mouths[vowel]) for vowel in data.VOWELS]
+    for i, mouth in enumerate(mouths):
+        for other in mouths[:i]:
+            assert np.abs(mouth - other).mean() > 3
+
+
+def test_an_accent_moves_the_mouths_of_clients_but_not_their_sound(tmp_path):
+    options = {
+        "num_public": 1,
+        "num_clients": 2,
+        "num_unseen": 0,
+        "clips_per_public": 1,
+        "clips_per_client": 1,
+    }
+    plain, accented = tmp_path / "plain", tmp_path / "accented"
+    data.make_synthetic(plain, seconds=4, size=16, **options)
+    data.make_synthetic(accented, seconds=4, size=16, accent=1.0, **options)
+    correlations = []
+    for one, other in zip(load(plain).clips, load(accented).clips):
+        assert np.array_equal(one.audio, other.audio)
+        assert np.array_equal(one.opening, other.opening) == (one.person == "public-000")
+        correlations.append(np.corrcoef(one.opening, other.opening)[0, 1])
+    assert [name for name in load(plain).people] == ["client-000", "client-001", "public-000"]
+    assert max(correlations[:2]) < 0.7 and np.mean(correlations[:2]) < 0.6
+    mouths = [
+        np.array(list(data.make_person(0, f"client-{i:03d}", 1.0).mouths.values()))[:, 0]
+        for i in range(4)
+    ]
+    assert np.corrcoef(mouths[0], mouths[2])[0, 1] > 0.7 > np.corrcoef(mouths[0], mouths[1])[0, 1]
 
 
 def test_the_same_seed_makes_the_same_frames(tmp_path, synthetic):
-    data.make_synthetic(tmp_path / 'again', num_public=1, num_clients=0, num_unseen=0, seed=3)
-    data.make_synthetic(tmp_path / 'other', num_public=1, num_clients=0, num_unseen=0, seed=4)
-    again, other = TalkingHeads(tmp_path / 'again').clips[0], TalkingHeads(tmp_path / 'other').clips[0]
-    assert np.array_equal(again.frames, synthetic.people['public-000'][0].frames)
+    data.make_synthetic(tmp_path / "again", num_public=1, num_clients=0, num_unseen=0, seed=3)
+    data.make_synthetic(tmp_path / "other", num_public=1, num_clients=0, num_unseen=0, seed=4)
+    again, other = (load(tmp_path / name, size=64).clips[0] for name in ("again", "other"))
+    assert np.array_equal(again.frames, synthetic.people["public-000"][0].frames)
     assert not np.array_equal(again.frames, other.frames)
 
 
-def test_unreliable_clients_are_marked(tmp_path):
-    data.make_synthetic(tmp_path / 'd', num_public=0, num_clients=4, num_unseen=0, clips_per_client=1, seconds=.5,
-                        size=32, unreliable=.5)
-    assert sum('Fault:' in path.read_text() for path in (tmp_path / 'd').rglob('*.txt')) == 2
-    with pytest.raises(ValueError, match='exists already'):
-        data.make_synthetic(tmp_path / 'd')
+def test_unreliable_clients_are_marked_and_bad_numbers_refused(tmp_path):
+    data.make_synthetic(
+        tmp_path / "d",
+        num_public=0,
+        num_clients=4,
+        num_unseen=0,
+        clips_per_client=1,
+        seconds=0.5,
+        size=32,
+        unreliable=0.5,
+    )
+    assert sum("Fault:" in path.read_text() for path in (tmp_path / "d").rglob("*.txt")) == 2
+    for options in (
+        {},
+        {"num_public": -1},
+        {"accent": 1.5},
+        {"unreliable": 2},
+        {"size": 33},
+        {"seconds": 0.1},
+    ):
+        with pytest.raises(ValueError):
+            data.make_synthetic(tmp_path / ("e" if options else "d"), **options)
+    assert not (tmp_path / "e").exists()
 
 
-def test_clips_are_spoiled_as_unreliable_clients_are(synthetic):
-    faults = data.choose_faults(['a', 'b', 'c', 'd', 'e', 'f'], .5, 0)
-    assert sorted(faults.values()) == ['flicker', 'noise', 'shifted sound']
-    assert faults.items() <= data.choose_faults(['a', 'b', 'c', 'd', 'e', 'f'], 1, 0).items()
-    clip = synthetic.people['client-000'][0]
-    late, dark, noisy = (data.spoil(clip, fault, 0) for fault in ('shifted sound', 'flicker', 'noise'))
+def test_clips_are_corrupted_as_those_of_unreliable_clients_are(synthetic):
+    faults = data.assign_corruptions(["a", "b", "c", "d", "e", "f"], 0.5, 0)
+    assert sorted(faults.values()) == ["flicker", "noise", "shifted sound"]
+    assert faults.items() <= data.assign_corruptions(["a", "b", "c", "d", "e", "f"], 1, 0).items()
+    clip = synthetic.people["client-000"][0]
+    late, dark, noisy = (
+        data.corrupt(clip, fault, 0) for fault in ("shifted sound", "flicker", "noise")
+    )
     assert np.array_equal(late.frames, clip.frames) and not np.array_equal(late.mel, clip.mel)
     assert np.array_equal(np.sort(late.audio), np.sort(clip.audio))
     assert (dark.frames <= clip.frames).all() and np.array_equal(dark.audio, clip.audio)
     assert 20 < np.std(noisy.frames.astype(int) - clip.frames) < 30
-    assert np.array_equal(noisy.frames, data.spoil(clip, 'noise', 0).frames)
+    assert np.array_equal(noisy.frames, data.corrupt(clip, "noise", 0).frames)
 
 
 def test_first_seconds_cuts_the_last_clip(synthetic):
-    clips = synthetic.people['client-000']
+    clips = synthetic.people["client-000"]
     kept = data.first_seconds(clips, 3.0)
-    assert [len(c.frames) for c in kept] == [50, 25] and [c.path for c in kept] == [c.path for c in clips[:2]]
-    assert (len(kept[1].audio), len(kept[1].mel), len(kept[1].opening)) == (25 * SAMPLES_PER_FRAME, 100, 25)
+    assert [len(c.frames) for c in kept] == [50, 25] and [c.path for c in kept] == [
+        c.path for c in clips[:2]
+    ]
+    assert (len(kept[1].audio), len(kept[1].mel), len(kept[1].opening)) == (
+        25 * SAMPLES_PER_FRAME,
+        100,
+        25,
+    )
     assert [len(c.frames) for c in data.first_seconds(clips, 2.2)] == [50]
-    with pytest.raises(ValueError, match='has 6 s of video'):
+    with pytest.raises(ValueError, match="has 6 s of video"):
         data.first_seconds(clips, 7.0)
 
 
-# ---- command line
-
-def test_command_line(tmp_path, synthetic, capsys):
-    assert not data.main(['--check', str(synthetic.root)])
-    assert '6 people' in capsys.readouterr().out
-    assert not data.main(['--look', str(synthetic.root), str(tmp_path / 'look.png')])
-    assert Image.open(tmp_path / 'look.png').width == 960
-    assert data.main(['--check', str(tmp_path / 'nowhere')]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith('data.py: no dataset at')
+# ---------------------------------------------------------------- command line
 
 
-@pytest.mark.skipif(not REAL_FACES.is_dir(), reason='../shared/real_faces is not there')
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))  # for its cache
+    few = "--num-public 1 --num-clients 1 --num-unseen 1 --clips-per-client 2 --seconds 0.5"
+    assert not data.main(["--make", str(tmp_path / "people"), *few.split(), "--size", "32"])
+    assert not data.main(["--check", str(tmp_path / "people")])
+    out = capsys.readouterr().out
+    assert (
+        "client-000                    2 clips" in out
+        and "3 people                      6 clips" in out
+    )
+    assert not data.main(["--look", str(tmp_path / "people"), str(tmp_path / "look.png")])
+    assert Image.open(tmp_path / "look.png").size == (960, 3 * 110)
+    for arguments in (
+        ["--check", str(tmp_path / "nowhere")],
+        ["--make", str(tmp_path / "people")],
+        ["--look", str(tmp_path / "people"), str(tmp_path / "look.gif")],
+    ):
+        capsys.readouterr()
+        assert data.main(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("data.py: ") and len(error.splitlines()) == 1
+
+
+@pytest.mark.skipif(not REAL_FACES.is_dir(), reason="../shared/real_faces is not there")
 def test_real_faces_load(tmp_path):
-    for person in sorted(p for p in REAL_FACES.iterdir() if p.is_dir())[:6]:
-        (tmp_path / person.name).symlink_to(person.resolve())
-    heads = TalkingHeads(tmp_path, cache=tmp_path / '.cache')
-    assert len(heads.people) == 6 and len(heads.clips) >= 12 and heads.skipped == []
-    assert all(c.frames.std() > 10 and np.abs(c.audio).max() > .01 for c in heads.clips)     # a picture, and a voice
+    for person in sorted(p for p in REAL_FACES.iterdir() if p.is_dir())[:3]:
+        (tmp_path / "in" / person.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / person.name).symlink_to(person.resolve())
+    dataset = load(tmp_path / "in", size=64)
+    assert len(dataset.people) == 3 and len(dataset.clips) >= 9 and dataset.skipped == []
+    assert all(c.frames.std() > 10 and np.abs(c.audio).max() > 300 for c in dataset.clips)

@@ -1,344 +1,456 @@
-"""Metrics for talking heads, the standard networks that judge, and the small judges that are trained here.
+"""Metrics of talking heads, the standard networks, and small judges that are trained here.
 
-Frames are float tensors in [0, 1] at 25 Hz, clips `b f c h w` and pictures `n c h w`; speech is 16 kHz. No network
-judges before it is trained: the standard ones read the standard files (`load_standard`), and `train_judges` makes the
-stand-ins, which tables mark with a star.
+Frames are floating-point tensors in [0, 1] at 25 fps: pictures `n c h w`, clips `f c h w`, batches
+`b f c h w`. Sound is int16 at 16 kHz. Metrics with a star are computed by `Judges`, which
+`train_judges` trains on public people; the other networks read the published files
+(`load_standard`). `METRICS` lists what each metric needs.
 
     python metrics.py real/ fake/ --weights DIR --judges runs/NAME/backbone.pt --json out.json
+    python metrics.py --list
 """
+
 import argparse
 import hashlib
 import json
 import math
-import pickle
-import subprocess
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
 import scipy.fft
 import torch
 import torch.nn.functional as F
-import torchaudio
 import torchvision
 from einops import rearrange
-from imageio_ffmpeg import get_ffmpeg_exe
-from PIL import Image
 from scipy import stats
-from scipy.ndimage import gaussian_filter1d
 from torch import nn
 from torchvision.models import inception
-from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-# ---------------------------------------------------------------- pictures and clips
+import data
 
-def _check(x, y):
-    if x.shape != y.shape:
-        raise ValueError(f"the frames to compare differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
-    if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("the frames hold NaN or infinite pixels")
+# ---------------------------------------------------------------- frames and clips
+
+
+def check_frames(*clips):
+    """Raise ValueError unless all clips have one shape and floating-point values in [0, 1]."""
+    for clip in clips:
+        if not clip.is_floating_point():
+            raise ValueError(f"frames must be floating-point numbers in [0, 1], not {clip.dtype}")
+        if clip.shape != clips[0].shape or not clip.numel():
+            shapes = " and ".join(str(list(clip.shape)) for clip in clips)
+            raise ValueError(f"frames to compare must have one shape, not {shapes}")
+        low, high = clip.detach().aminmax()
+        if not (low > -1e-3 and high < 1 + 1e-3):  # NaN is refused, too
+            raise ValueError(
+                f"frames must lie in [0, 1], not {low.item():.3g} ... {high.item():.3g}"
+            )
+
+
+def unit_frames(frames):
+    """Return uint8 frames as a float32 tensor in [0, 1]."""
+    return torch.from_numpy(np.array(frames, dtype=np.float32)).div_(255)
+
+
+def per_frame(function, *clips):
+    """Apply a function of frames [n c h w] to clips [... c h w], in chunks of bounded memory.
+
+    A chunk has at most 32 frames and 2^18 pixels (one frame of 512 x 512), but at least one frame.
+    """
+    shape = clips[0].shape
+    size = max(1, min(32, 2**18 // (shape[-2] * shape[-1])))
+    clips = [clip.reshape(-1, *shape[-3:]) for clip in clips]
+    results = None
+    for start in range(0, len(clips[0]), size):
+        part = function(*(clip[start : start + size] for clip in clips))
+        if results is None:  # kept parts would lie between the freed memory of the chunks
+            results = part.new_empty(len(clips[0]), *part.shape[1:])
+        results[start : start + size] = part
+    return results.reshape((*shape[:-3], *results.shape[1:]))
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of each frame [..., c, h, w] -> [...]; equal frames give 100, a finite cap."""
-    _check(x, y)
-    return -10 * torch.log10((x - y).square().mean((-3, -2, -1), dtype=torch.float64).clamp(min=1e-10))
+    """Return the peak signal-to-noise ratio in dB of each frame, [... c h w] twice -> [...].
+
+    Equal frames give 100. Raises ValueError for frames that `check_frames` refuses, as all metrics
+    of frames do.
+    """
+    check_frames(x, y)
+    return per_frame(_psnr, x, y)
 
 
-def _gaussian(n, device):
-    """Matrix [n - 10, n] that weighs every valid run of 11 pixels with a Gaussian of sigma 1.5."""
-    distance = torch.arange(n, device=device) - torch.arange(5, n - 5, device=device)[:, None]
-    weights = torch.exp(-distance.double().square() / (2 * 1.5 ** 2)) * (distance.abs() <= 5)
-    return weights / weights.sum(1, keepdim=True)
+def _psnr(x, y):
+    error = (x - y).square().mean((-3, -2, -1), dtype=torch.float64)
+    return -10 * torch.log10(error.clamp(min=1e-10))
 
 
 def ssim(x, y):
-    """Structural similarity of each frame [..., c, h, w] -> [...] (Wang et al. 2004): 11 x 11 Gaussian of sigma 1.5,
-    valid region, population covariance, data range 1, mean over channels; ValueError below 11 pixels."""
-    _check(x, y)
+    """Return the structural similarity of each frame, [... c h w] twice -> [...].
+
+    Wang et al. 2004: Gaussian window of 11 x 11 pixels with sigma 1.5, valid region, population
+    covariance, mean over the channels. Raises ValueError for frames of less than 11 pixels.
+    """
+    check_frames(x, y)
     if min(x.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs frames of at least 11 x 11 pixels, not {tuple(x.shape[-2:])}")
-    # float64: E[x^2] - E[x]^2 would cancel in flat regions
-    a, b = (v.double().reshape(-1, 1, *v.shape[-2:]) for v in (x, y))                     # [(n c), 1, h, w]
-    moments = torch.cat([a, b, a * a, b * b, a * b], dim=1)                               # [(n c), 5, h, w]
-    moments = _gaussian(a.shape[-2], a.device) @ moments @ _gaussian(a.shape[-1], a.device).T
-    mean_a, mean_b, aa, bb, ab = moments.unbind(1)                                        # [(n c), h - 10, w - 10]
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    score = (2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2)
-    score = score / ((mean_a ** 2 + mean_b ** 2 + c1) * (aa - mean_a ** 2 + bb - mean_b ** 2 + c2))
-    return score.mean((-2, -1)).view(x.shape[:-2]).mean(-1)
+        raise ValueError(f"SSIM needs at least 11 x 11 pixels, not {list(x.shape[-2:])}")
+    return per_frame(_ssim, x, y)
 
 
-def _changes(frames):
-    """Mean absolute difference of consecutive frames [..., f, c, h, w] -> [..., f - 1]; ValueError for one frame."""
-    if frames.shape[-4] < 2:
-        raise ValueError("motion needs at least two frames")
-    return frames.diff(dim=-4).abs().mean((-3, -2, -1))
+def _ssim(x, y):
+    x = x.double()  # float32 would lose E[x^2] - E[x]^2 in flat regions
+    y = y.double()
+    moments = torch.stack([x, y, x * x, y * y, x * y])  # 5 n c h w
+    rows = _gaussian_windows(x.shape[-2], x.device)
+    columns = _gaussian_windows(x.shape[-1], x.device)
+    mean_x, mean_y, xx, yy, xy = rows @ moments @ columns.T  # n c h-10 w-10 each
+    c1 = 0.01**2
+    c2 = 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    variances = xx - mean_x**2 + yy - mean_y**2
+    structure = (2 * (xy - mean_x * mean_y) + c2) / (variances + c2)
+    return (luminance * structure).mean((-3, -2, -1))
+
+
+def _gaussian_windows(size, device):
+    """Return the matrix [size - 10, size] whose rows are the Gaussian windows of SSIM."""
+    centers = torch.arange(5, size - 5, device=device)
+    distance = torch.arange(size, device=device) - centers[:, None]
+    weights = torch.exp(-distance.double().square() / (2 * 1.5**2)) * (distance.abs() <= 5)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def temporal_jitter(frames):
-    """Mean absolute difference of consecutive frames [..., f, c, h, w] -> [...], in units of the pixel range."""
-    return _changes(frames).mean(-1)
+    """Return the mean absolute difference of consecutive frames, [... f c h w] -> [...].
+
+    Raises ValueError for a single frame.
+    """
+    check_frames(frames)
+    if frames.shape[-4] < 2:
+        raise ValueError("jitter needs at least two frames")
+    before = frames[..., :-1, :, :, :]
+    after = frames[..., 1:, :, :, :]
+    return per_frame(_mean_difference, before, after).mean(-1)
+
+
+def _mean_difference(x, y):
+    return (x - y).abs().mean((-3, -2, -1))
 
 
 def jitter_ratio(generated, truth):
-    """Temporal jitter of generated clips over that of the true ones, [..., f, c, h, w] -> [...]; 1 is best."""
+    """Return the temporal jitter of generated clips over that of the true ones; 1 is best."""
     return temporal_jitter(generated) / temporal_jitter(truth).clamp(min=1e-8)
 
 
+def mean_jitter(clips):
+    """Return the mean temporal jitter of a list of data.Clip."""
+    return float(np.mean([float(temporal_jitter(unit_frames(clip.frames))) for clip in clips]))
+
+
 def tlp(distance, generated, truth):
-    """Flow-free flicker of a clip [f, c, h, w] -> scalar (tLP, Chu et al. 2020): mean difference between the perceptual
-    `distance(x, y) -> [n]` of consecutive generated frames and that of the true ones; ValueError for one frame."""
-    _check(generated, truth)
+    """Return the flicker of a clip [f c h w] as a scalar (tLP, Chu et al. 2020).
+
+    It is the mean difference between the perceptual `distance(x, y) -> [n]` of consecutive
+    generated frames and that of the true ones. Raises ValueError for a single frame.
+    """
+    check_frames(generated, truth)
     if len(truth) < 2:
-        raise ValueError("motion needs at least two frames")
-    return (distance(generated[:-1], generated[1:]) - distance(truth[:-1], truth[1:])).abs().mean()
+        raise ValueError("tLP needs at least two frames")
+    change = distance(generated[:-1], generated[1:]) - distance(truth[:-1], truth[1:])
+    return change.abs().mean()
 
 
 def mouth_region(frames):
-    """The middle of face tracks [..., h, w] below the centre, where the mouth is: 7/16 of the height and the width."""
+    """Return the mouth's part of face tracks [... h w]: 7/16 of each side, below the centre."""
     h, w = frames.shape[-2:]
-    return frames[..., 13 * h // 32:27 * h // 32, 9 * w // 32:23 * w // 32]
-
-
-def mouth_motion(frames):
-    """Mean absolute change of the mouth region, [..., f, c, h, w] -> [..., f - 1]; no network, no landmarks."""
-    return _changes(mouth_region(frames))
+    return frames[..., 13 * h // 32 : 27 * h // 32, 9 * w // 32 : 23 * w // 32]
 
 
 def mouth_correlation(predicted, true):
-    """Pearson correlation over time [..., f] -> [...] in [-1, 1]; a mouth that never moves gives 0."""
-    p, t = (torch.as_tensor(v).double() for v in (predicted, true))
-    p, t = (v - v.mean(-1, keepdim=True) for v in (p, t))
+    """Return Pearson's correlation of two mouth openings, [... f] twice -> [...]; 0 if one is
+    still.
+    """
+    p = torch.as_tensor(predicted).double()
+    t = torch.as_tensor(true).double()
+    p = p - p.mean(-1, keepdim=True)
+    t = t - t.mean(-1, keepdim=True)
     return (p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1)).clamp(min=1e-12)
 
 
-def mean_ci(values, seed=0, num_resamples=2000):
-    """Mean over clips [n] with its 95 % percentile-bootstrap interval: {"mean", "ci95": [low, high], "n"}; `ci95` is
-    None for a single clip; ValueError for none."""
+# ---------------------------------------------------------------- means and their intervals
+
+
+def mean_ci(values, groups=None):
+    """Return {"mean", "ci95", "n"} of `values` [n]: the mean and its 95 % t interval, or None.
+
+    With `groups` [n], for example the person of each clip, mean and interval are those of the
+    groups' means, since the values of one group are not independent; "groups" is their number.
+    Raises ValueError for no or infinite values.
+    """
     values = np.asarray(values, dtype=np.float64).ravel()
     if not len(values) or not np.isfinite(values).all():
-        raise ValueError("a mean needs at least one value, all of them finite")
-    picks = np.random.default_rng(seed).integers(0, len(values), (num_resamples, len(values)))
-    interval = np.percentile(values[picks].mean(1), [2.5, 97.5]).tolist()
-    return {"mean": float(values.mean()), "ci95": interval if len(values) > 1 else None, "n": len(values)}
+        raise ValueError("a mean needs at least one value, and finite ones")
+    result = {"n": len(values)}
+    units = values
+    if groups is not None:
+        groups = np.asarray(groups)
+        units = np.array([values[groups == group].mean() for group in np.unique(groups)])
+        result["groups"] = len(units)
+    mean = float(units.mean())
+    interval = None
+    if len(units) > 1:
+        interval = _t_interval(mean, units.var(ddof=1) / len(units), len(units) - 1)
+    return {"mean": mean, "ci95": interval} | result
+
+
+def _t_interval(mean, variance, degrees_of_freedom):
+    half = stats.t.ppf(0.975, degrees_of_freedom) * math.sqrt(variance)
+    return [float(mean - half), float(mean + half)]
 
 
 def crossed_ci(values):
-    """Mean over seeds and people [s, p], both drawn at random and each seed with each person, with its 95 % t interval.
+    """Return the mean and 95 % t interval over seeds and people [s p], both random and crossed.
 
-    The variance of the mean is (MS_s + MS_p - MS_e) / (s p), the mean squares being those of the two-way table, but not
-    less than what seeds alone or people alone would give; its degrees of freedom are Satterthwaite's (1946), but not
-    less than those of the fewer. One seed or one person says nothing of others: the interval is then over the rest.
+    The variance of the mean is (MS_s + MS_p - MS_e) / (s p), from the mean squares of the two-way
+    table, but at least what seeds alone or people alone give. Its degrees of freedom are
+    Satterthwaite's (1946), but at least those of the fewer. With one seed or one person the
+    interval is over the others.
     """
     values = np.asarray(values, dtype=np.float64)
-    (s, p), mean, seeds, people = values.shape, values.mean(), values.mean(1), values.mean(0)
+    s, p = values.shape
     if min(s, p) == 1:
-        squares, freedom = [values.var(ddof=1) if s * p > 1 else math.nan], [s * p - 1]
-    else:
-        residual = values - seeds[:, None] - people + mean
-        squares = [p * seeds.var(ddof=1), s * people.var(ddof=1), np.square(residual).sum() / ((s - 1) * (p - 1))]
-        freedom = [s - 1, p - 1, (s - 1) * (p - 1)]
-    total = max(sum(squares[:2]) - sum(squares[2:]), *squares[:2], 0.0)
-    table = {"mean": float(mean), "ci95": None, "n": p, "seeds": s}
-    if s * p > 1:
-        spread = sum(m ** 2 / f for m, f in zip(squares, freedom))
-        degrees = max(total ** 2 / spread, min(freedom)) if spread else math.inf
-        half = stats.t.ppf(0.975, degrees) * math.sqrt(total / (s * p))
-        table["ci95"] = [float(mean - half), float(mean + half)]
-    return table
+        return mean_ci(values) | {"n": p, "seeds": s}
+    mean = float(values.mean())
+    seeds = values.mean(1)
+    people = values.mean(0)
+    residual = values - seeds[:, None] - people + mean
+    squares = np.array([p * seeds.var(ddof=1), s * people.var(ddof=1), 0.0])
+    freedom = np.array([s - 1, p - 1, (s - 1) * (p - 1)])
+    squares[2] = np.square(residual).sum() / freedom[2]
+    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    denominator = (squares**2 / freedom).sum()
+    degrees = min(freedom)
+    if denominator > 0:
+        degrees = max(degrees, total**2 / denominator)
+    return {"mean": mean, "ci95": _t_interval(mean, total / (s * p), degrees), "n": p, "seeds": s}
 
 
 def auc(high, low):
-    """How often one of `high` [n] is above one of `low` [m], ties counting half: 1 where they separate, 0.5 by chance."""
-    high, low = np.asarray(high, dtype=np.float64)[:, None], np.asarray(low, dtype=np.float64)
-    return float(((high > low) + 0.5 * (high == low)).mean())
+    """Return how often one of `high` [n] is above one of `low` [m]; ties count half."""
+    n = len(high)
+    ranks = stats.rankdata([*high, *low])[:n]
+    return float((ranks.sum() - n * (n + 1) / 2) / (n * len(low)))
+
+
+def equal_error_rate(high, low):
+    """Return the error rate at the threshold that as many of `high` miss as of `low` reach."""
+    cuts = np.unique([*high, *low])
+    missed = np.searchsorted(np.sort(high), cuts) / len(high)
+    accepted = 1 - np.searchsorted(np.sort(low), cuts) / len(low)
+    best = np.abs(missed - accepted).argmin()
+    return float(missed[best] + accepted[best]) / 2
 
 
 # ---------------------------------------------------------------- distributions of features
 
+
 class FeatureStatistics:
-    """Features of any number of frames in bounded memory: float64 sums for the Frechet distance, and a uniform sample
-    of at most `capacity` rows (Vitter 1985, Algorithm R), which holds all of them while they are few."""
+    """Mean, covariance and a sample of any number of feature rows in bounded memory.
+
+    The sums are of float64; the sample of at most `capacity` rows is uniform (Vitter 1985,
+    Algorithm R).
+    """
 
     def __init__(self, capacity=5000, seed=0):
-        self.n, self.capacity, self.generator = 0, capacity, torch.Generator().manual_seed(seed)
+        self.n = 0
+        self.capacity = capacity
+        self.generator = torch.Generator().manual_seed(seed)
 
     def update(self, features):
-        """Add the features [n, d] of some frames; ValueError if they are not finite."""
+        """Add features [n d] and return self. Raises ValueError if they are not finite."""
         features = torch.as_tensor(features).detach().cpu().double()
         if features.ndim != 2 or not features.isfinite().all():
             raise ValueError("features must be a finite matrix [n, d]")
         if self.n == 0:
             d = features.shape[1]
-            self.shift = features.mean(0)            # sums about a point near the mean lose no digits
-            self.sum, self.outer = features.new_zeros(d), features.new_zeros(d, d)
+            self.shift = features.mean(0)  # sums about a point near the mean lose no digits
+            self.sum = features.new_zeros(d)
+            self.outer = features.new_zeros(d, d)
             self.rows = features.new_empty(self.capacity, d)
-        centred = features - self.shift
-        self.sum += centred.sum(0)
-        self.outer.addmm_(centred.T, centred)
-        place = torch.arange(self.n, self.n + len(features))
-        draws = (torch.rand(len(features), generator=self.generator, dtype=torch.float64) * (place + 1)).long()
-        for row, place in enumerate(torch.where(place < self.capacity, place, draws).tolist()):
-            if place < self.capacity:
-                self.rows[place] = features[row]
-        self.n += len(features)
-        self.sample = self.rows[:self.n]                                                   # [min(n, capacity), d]
-        self.mean = self.shift + self.sum / self.n
+        centered = features - self.shift
+        self.sum += centered.sum(0)
+        self.outer.addmm_(centered.T, centered)
+        draws = torch.rand(len(features), generator=self.generator, dtype=torch.float64)
+        for row, draw in zip(features, draws.tolist()):
+            slot = self.n if self.n < self.capacity else int(draw * (self.n + 1))
+            if slot < self.capacity:
+                self.rows[slot] = row
+            self.n += 1
+        self.mean = self.shift + self.sum / self.n  # d
+        self.sample = self.rows[: self.n]  # min(n, capacity) d
         return self
 
     def covariance(self):
-        """Unbiased covariance [d, d] (n - 1)."""
+        """Return the unbiased covariance [d d]."""
         return (self.outer - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
 
-    def factor(self):
-        """A matrix M with M^T M = covariance: the centred features [n, d] while they are few, else [d, d]."""
-        if self.n <= min(self.capacity, len(self.mean)):
-            return (self.sample - self.mean) / (self.n - 1) ** 0.5
+    def covariance_factor(self):
+        """Return a matrix M [d d] with M^T M = covariance."""
         values, vectors = torch.linalg.eigh(self.covariance())
         return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
-def _two_sides(*sides):
-    sides = [s if isinstance(s, FeatureStatistics) else FeatureStatistics(len(s)).update(s) for s in sides]
-    if min(side.n for side in sides) < 2:
+def _statistics(features):
+    if not isinstance(features, FeatureStatistics):
+        features = FeatureStatistics(len(features)).update(features)
+    if features.n < 2:
         raise ValueError("a distance of distributions needs at least two frames on each side")
-    return sides
+    return features
 
 
 def frechet_distance(real_features, fake_features):
-    """Frechet distance (FID, Heusel et al. 2017) of two feature matrices [n, d] or FeatureStatistics -> float; warns
-    where frames are fewer than dimensions, ValueError below two."""
-    real, fake = _two_sides(real_features, fake_features)
-    if min(real.n, fake.n) < len(real.mean):
-        warnings.warn(f"FID of {min(real.n, fake.n)} frames in {len(real.mean)} dimensions is biased upwards: "
-                      "compare only values of equal n")
-    # tr (S1 S2)^(1/2) is the nuclear norm of M1 M2^T: exact, and a small matrix where frames are few
-    cross = torch.linalg.svdvals(real.factor() @ fake.factor().T).sum()
+    """Return the Frechet distance (FID) of two matrices [n d] or FeatureStatistics.
+
+    Heusel et al. 2017. Warns where there are fewer frames than dimensions: the distance is then
+    mostly bias. Raises ValueError below two.
+    """
+    real = _statistics(real_features)
+    fake = _statistics(fake_features)
+    n = min(real.n, fake.n)
+    d = len(real.mean)
+    if n < d:
+        warnings.warn(f"FID of {n} frames in {d} dimensions is biased: compare equal n only")
+    # tr (S1 S2)^(1/2) is the nuclear norm of M1 M2^T
+    cross = torch.linalg.svdvals(real.covariance_factor() @ fake.covariance_factor().T).sum()
     trace = real.covariance().trace() + fake.covariance().trace() - 2 * cross
     return max(0.0, float((real.mean - fake.mean).square().sum() + trace))
 
 
 def kernel_distance(real_features, fake_features, num_subsets=100, subset_size=1000, seed=0):
-    """Kernel distance (KID, Binkowski et al. 2018) of [n, d] features or FeatureStatistics -> (mean, deviation) over
-    subsets of the unbiased squared MMD, kernel (x.y/d + 1)^3; below `subset_size` frames it warns and takes half."""
-    sides = [side.sample for side in _two_sides(real_features, fake_features)]
-    fewest = min(map(len, sides))
-    if fewest < subset_size:
-        subset_size = max(2, fewest // 2)
-        warnings.warn(f"KID from {fewest} frames only, in subsets of {subset_size}")
+    """Return mean and std over subsets of the kernel distance (KID, Binkowski et al. 2018).
+
+    It is the unbiased squared MMD with the kernel (x.y/d + 1)^3 of two matrices [n d] or
+    FeatureStatistics. With fewer than `subset_size` rows a subset holds half of them.
+    """
+    real = _statistics(real_features).sample
+    fake = _statistics(fake_features).sample
+    n = min(len(real), len(fake))
+    m = subset_size if n >= subset_size else max(2, n // 2)
+    rows = torch.cat([real, fake])
+    kernel = (rows @ rows.T).div_(rows.shape[1]).add_(1).pow_(3)
+    kernel.fill_diagonal_(0)  # unbiased: without the pairs of a frame and itself
     generator = torch.Generator().manual_seed(seed)
-    picks = [[torch.randperm(len(s), generator=generator)[:subset_size] for s in sides] for _ in range(num_subsets)]
-    scores = torch.zeros(num_subsets, dtype=torch.float64)
-    for a, b in ((0, 0), (1, 1), (0, 1)):            # one kernel matrix at a time bounds the memory
-        kernel = (sides[a] @ sides[b].T / sides[a].shape[1] + 1) ** 3
-        weight = -2 / subset_size ** 2
-        if a == b:                                   # unbiased: no pair of a frame with itself
-            kernel.fill_diagonal_(0)
-            weight = 1 / (subset_size * (subset_size - 1))
-        scores += weight * torch.stack([kernel[pick[a]][:, pick[b]].sum() for pick in picks])
-    return float(scores.mean()), float(scores.std(correction=0))
+    distances = []
+    for _ in range(num_subsets):
+        i = torch.randperm(len(real), generator=generator)[:m]
+        j = torch.randperm(len(fake), generator=generator)[:m] + len(real)
+        within = kernel[i[:, None], i].sum() + kernel[j[:, None], j].sum()
+        across = kernel[i[:, None], j].sum()
+        distances.append(float(within / (m * (m - 1)) - 2 * across / m**2))
+    return float(np.mean(distances)), float(np.std(distances))
 
 
 # ---------------------------------------------------------------- the standard networks
 
+
+def resize(frames, size):
+    """Return frames [n c h w] at `size` x `size` pixels, with antialiasing."""
+    if frames.shape[-2:] == (size, size):
+        return frames
+    return F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
+
+
 def squared_distance(x, y):
-    """Squared Euclidean distance of rows, [n, d] twice -> [n]."""
+    """Return the squared Euclidean distance of rows, [n d] twice -> [n]."""
     return (x - y).square().sum(1)
 
 
-def _resize(frames, size):
-    if frames.shape[-2:] == (size, size):
-        return frames
-    return F.interpolate(frames, (size, size), mode="bilinear", align_corners=False, antialias=True)
-
-
-def _sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _load_file(path):
-    """The dict in a file of weights; ValueError if the file is none."""
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a file of weights ({type(error).__name__})") from None
-
-
-def load_weights(module, path, prefix=""):
-    """Load the tensors below `prefix` of a standard weight file, unchanged -> the file's SHA-256; ValueError for a file
-    that is none, or naming the first key that does not fit."""
-    state, own = _load_file(path), module.state_dict()
-    state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
-    for key in [*own, *state]:
-        if key not in state and key.endswith("num_batches_tracked"):               # older files lack these counters
-            state[key] = own[key]
-        if key not in state or key not in own or state[key].shape != own[key].shape:
-            raise ValueError(f"{path} does not fit {type(module).__name__}: first misfit {prefix}{key}")
-    module.load_state_dict(state)
-    module.eval().requires_grad_(False)
-    return _sha256(path)
-
-
 class _FIDPool:
-    """Pooled branches of the 2015-12-05 graph: averages leave the padding out."""
-    pool = staticmethod(partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False))
+    """The pooled branch of the graph of 2015-12-05: averages leave the padding out."""
 
     def _forward(self, x):
         return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
 
+    def pool(self, x):
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
-class _BlockA(_FIDPool, inception.InceptionA): pass
-class _BlockC(_FIDPool, inception.InceptionC): pass
-class _BlockE(_FIDPool, inception.InceptionE): pass
+
+class _BlockA(_FIDPool, inception.InceptionA):
+    pass
+
+
+class _BlockC(_FIDPool, inception.InceptionC):
+    pass
+
+
+class _BlockE(_FIDPool, inception.InceptionE):
+    pass
+
+
+class _LastBlock(_BlockE):
+    def pool(self, x):  # here alone the published graph takes the maximum
+        return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
 class InceptionFID(inception.Inception3):
-    """FID's Inception: frames [n, 3, h, w] -> pool3 features [n, 2048]; reads pt_inception-2015-12-05-6726825d.pth."""
+    """FID's Inception: frames [n 3 h w] -> features [n 2048] of its last pooling layer."""
 
     def __init__(self):
-        blocks = [inception.BasicConv2d, _BlockA, inception.InceptionB, _BlockC, inception.InceptionD, _BlockE, None]
+        a, b, c, d, e = _BlockA, inception.InceptionB, _BlockC, inception.InceptionD, _BlockE
+        blocks = [inception.BasicConv2d, a, b, c, d, e, None]
         super().__init__(1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
-        self.Mixed_7c.pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)     # the graph's own oddity
-        self.eval().to(memory_format=torch.channels_last)                                  # 1.5 times faster on a CPU
+        self.Mixed_7c = _LastBlock(2048)
+        self.eval().to(memory_format=torch.channels_last)  # 1.5 times faster on CPUs
 
     def forward(self, frames):
-        x = F.interpolate(frames.contiguous(memory_format=torch.channels_last), (299, 299), mode="bilinear") * 2 - 1
+        check_frames(frames)
+        x = frames.contiguous(memory_format=torch.channels_last)
+        x = F.interpolate(x, (299, 299), mode="bilinear")  # published without antialiasing
+        x = 2 * x - 1
         for name, layer in self.named_children():
             if name == "avgpool":
-                return x.mean((-2, -1))
+                break
             x = layer(x)
+        return x.mean((-2, -1))  # n 2048
 
 
 class LPIPS(nn.Module):
-    """LPIPS v0.1 (Zhang et al. 2018), net "alex" or "vgg": frames [n, 3, h, w] twice -> distance [n]; torchvision's
-    backbone file goes into `features` (prefix "features."), LPIPS's own alex.pth or vgg.pth into `lins`."""
+    """LPIPS v0.1 (Zhang et al. 2018) of `net` alex or vgg: frames [n 3 h w] twice -> distance [n].
 
-    taps = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}                   # the ReLUs that are compared
-    channels = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
+    torchvision's file of the backbone goes into `features`, LPIPS's own alex.pth or vgg.pth into
+    `lins`.
+    """
 
     def __init__(self, net="alex"):
         super().__init__()
-        with torch.device("meta"):                   # no time on random numbers that the files replace
+        if net not in ("alex", "vgg"):
+            raise ValueError(f"LPIPS has the nets alex and vgg, not {net!r}")
+        self.compared = (1, 4, 7, 9, 11) if net == "alex" else (3, 8, 15, 22, 29)  # ReLU layers
+        with torch.device("meta"):  # no time for random numbers that the files replace
             backbone = torchvision.models.alexnet() if net == "alex" else torchvision.models.vgg16()
-        self.tapped, self.features = self.taps[net], backbone.features.to_empty(device="cpu")
-        self.lins = nn.ModuleDict({f"lin{i}": nn.ModuleDict({"model": nn.Sequential(
-            nn.Dropout(), nn.Conv2d(c, 1, 1, bias=False))}) for i, c in enumerate(self.channels[net])})
+        self.features = backbone.features.to_empty(device="cpu")
+        self.lins = nn.ModuleDict()
+        for i, layer in enumerate(self.compared):
+            channels = self.features[layer - 1].out_channels
+            lin = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))
+            self.lins[f"lin{i}"] = nn.ModuleDict({"model": lin})
         self.eval()
 
     def embed(self, frames):
-        """Frames [n, 3, h, w] -> [n, d], between which LPIPS is the squared Euclidean distance."""
-        shift, scale = (frames.new_tensor(v).view(3, 1, 1) for v in ([-.030, -.088, -.188], [.458, .448, .450]))
-        x, parts = (2 * frames - 1 - shift) / scale, []
-        for i, layer in enumerate(self.features[:self.tapped[-1] + 1]):
-            x = layer(x)
-            if i in self.tapped:
-                weight = self.lins[f"lin{len(parts)}"]["model"][1].weight / x[0, 0].numel()   # [1, c, 1, 1], never < 0
+        """Return the vectors [n d] whose squared distance LPIPS is, of frames [n 3 h w]."""
+        check_frames(frames)
+        shift = frames.new_tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+        scale = frames.new_tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        x = (2 * frames - 1 - shift) / scale
+        parts = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)  # n c h w
+            if i in self.compared:
+                weight = self.lins[f"lin{len(parts)}"]["model"][1].weight  # 1 c 1 1, never negative
+                weight = weight / x[0, 0].numel()
                 parts.append((F.normalize(x, eps=1e-10) * weight.sqrt()).flatten(1))
         return torch.cat(parts, 1)
 
@@ -349,682 +461,1034 @@ class LPIPS(nn.Module):
 class _FaceBlock(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
-        self.bn2, self.prelu = nn.BatchNorm2d(outputs), nn.PReLU(outputs)
-        self.conv2, self.bn3 = nn.Conv2d(outputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        self.downsample = shortcut if stride == 2 else nn.Identity()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.prelu = nn.PReLU(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = nn.Identity()
+        if stride == 2:
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
 
     def forward(self, x):
-        return self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x)))))) + self.downsample(x)
+        y = self.conv1(self.bn1(x))
+        y = self.conv2(self.prelu(self.bn2(y)))
+        return self.bn3(y) + self.downsample(x)
 
 
 class ArcFace(nn.Module):
-    """ArcFace's iresnet (Deng et al. 2019), depth 50 or 100: faces [n, 3, h, w] -> [n, 512] of unit norm.
+    """ArcFace's iresnet50 or iresnet100 (Deng et al. 2019): faces [n 3 h w] -> unit [n 512].
 
-    Published similarities are of faces aligned by five landmarks to 112 x 112 pixels; nothing here finds landmarks, so
-    the whole frame counts, resized: loose face tracks, cut alike on both sides, keep the order of methods, not the
-    published scale. Frames that were aligned to 112 x 112 beforehand are taken as they are and give the standard value.
+    Published similarities are of faces aligned by five landmarks to 112 x 112 pixels. Nothing here
+    finds landmarks: the whole frame is resized. Face tracks that are cut alike keep the order of
+    methods, but not the published scale.
     """
 
     def __init__(self, depth=50):
         super().__init__()
-        self.conv1, self.bn1, self.prelu = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
-        for i, blocks in enumerate({50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}[depth]):
-            c = 64 * 2 ** i
-            layer = [_FaceBlock(max(64, c // 2), c, 2), *(_FaceBlock(c, c, 1) for _ in range(blocks - 1))]
-            self.add_module(f"layer{i + 1}", nn.Sequential(*layer))
-        self.bn2, self.fc, self.features = nn.BatchNorm2d(512), nn.Linear(512 * 49, 512), nn.BatchNorm1d(512)
+        if depth not in (50, 100):
+            raise ValueError(f"ArcFace has depth 50 or 100, not {depth!r}")
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.prelu = nn.PReLU(64)
+        num_blocks = (3, 4, 14, 3) if depth == 50 else (3, 13, 30, 3)
+        inputs = 64
+        for i, num in enumerate(num_blocks):
+            c = 64 * 2**i
+            blocks = [_FaceBlock(inputs, c, 2)] + [_FaceBlock(c, c, 1) for _ in range(num - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            inputs = c
+        self.bn2 = nn.BatchNorm2d(512)
+        self.fc = nn.Linear(512 * 7 * 7, 512)
+        self.features = nn.BatchNorm1d(512)
         self.eval()
 
     def forward(self, frames):
-        x = self.prelu(self.bn1(self.conv1(2 * _resize(frames, 112) - 1)))
-        x = self.bn2(self.layer4(self.layer3(self.layer2(self.layer1(x)))))                # [n, 512, 7, 7]
-        return F.normalize(self.features(self.fc(x.flatten(1))), dim=-1)
+        check_frames(frames)
+        x = 2 * resize(frames, 112) - 1
+        x = self.prelu(self.bn1(self.conv1(x)))  # n 64 112 112
+        x = self.layer2(self.layer1(x))  # n 128 28 28
+        x = self.layer4(self.layer3(x))  # n 512 7 7
+        x = self.fc(self.bn2(x).flatten(1))
+        return F.normalize(self.features(x), dim=-1)  # n 512
 
 
 def mfcc(audio):
-    """13 MFCC at 100 Hz of 16 kHz samples on the int16 scale, [n] -> float64 [t, 13] (python_speech_features' ways:
-    rectangular 25 ms frames, 26 HTK-mel triangles on whole FFT bins, lifter 22, log energy first)."""
+    """Return 13 MFCC at 100 Hz, float64 [t 13], of sound [n] at 16 kHz on the scale of int16.
+
+    As python_speech_features does: pre-emphasis, rectangular windows of 25 ms, 26 triangular mel
+    filters between whole FFT bins, liftering by 22, and the log energy in place of the first
+    coefficient.
+    """
     audio = np.asarray(audio, dtype=np.float64)
     audio = np.append(audio[:1], audio[1:] - 0.97 * audio[:-1])
     audio = np.pad(audio, (0, max(400 - len(audio), -(len(audio) - 400) % 160)))
-    frames = np.lib.stride_tricks.sliding_window_view(audio, 400)[::160]
-    power = np.abs(np.fft.rfft(frames, 512)) ** 2 / 512                                    # [t, 257]
+    windows = np.lib.stride_tricks.sliding_window_view(audio, 400)[::160]
+    power = np.abs(np.fft.rfft(windows, 512)) ** 2 / 512  # t 257
     mels = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)
-    edges = np.floor(513 * 700 * (10 ** (mels / 2595) - 1) / 16000)
-    low, peak, high = (edges[i:i + 26, None] for i in range(3))
+    edges = np.floor(513 * 700 * (10 ** (mels / 2595) - 1) / 16000)[:, None]
+    low = edges[:-2]
+    peak = edges[1:-1]
+    high = edges[2:]
     bins = np.arange(257)
-    rising, falling = (bins - low) / np.maximum(peak - low, 1), (high - bins) / np.maximum(high - peak, 1)
-    triangles = np.where(bins < peak, rising, falling).clip(0)                             # [26, 257]
-    bank, energy = power @ triangles.T, power.sum(1)
-    floor = lambda x: np.log(np.where(x == 0, np.finfo(float).eps, x))
-    cepstra = scipy.fft.dct(floor(bank), norm="ortho")[:, :13] * (1 + 11 * np.sin(np.pi * np.arange(13) / 22))
-    cepstra[:, 0] = floor(energy)
+    rising = (bins - low) / np.maximum(peak - low, 1)
+    falling = (high - bins) / np.maximum(high - peak, 1)
+    filters = np.where(bins < peak, rising, falling).clip(0)  # 26 257
+    smallest = np.finfo(float).eps  # in place of zeros
+    bands = power @ filters.T  # t 26
+    energy = power.sum(1)
+    cepstra = scipy.fft.dct(np.log(np.where(bands == 0, smallest, bands)), norm="ortho")[:, :13]
+    cepstra *= 1 + 11 * np.sin(np.pi * np.arange(13) / 22)
+    cepstra[:, 0] = np.log(np.where(energy == 0, smallest, energy))
     return cepstra
 
 
+def _conv_unit(conv, norm):
+    return [conv, norm(conv.out_channels), nn.ReLU()]
+
+
+def _audio_unit(*args):
+    return _conv_unit(nn.Conv2d(*args), nn.BatchNorm2d)
+
+
+def _video_unit(*args):
+    return _conv_unit(nn.Conv3d(*args), nn.BatchNorm3d)
+
+
+def _sync_head():
+    return nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
+
+
+class SyncNet(nn.Module):
+    """SyncNet v2 (Chung & Zisserman 2016)."""
+
+    def __init__(self):
+        super().__init__()
+        self.netcnnaud = nn.Sequential(
+            *_audio_unit(1, 64, 3, 1, 1),
+            nn.Identity(),  # a pooling of 1 x 1 in the published graph
+            *_audio_unit(64, 192, 3, 1, 1),
+            nn.MaxPool2d(3, (1, 2)),
+            *_audio_unit(192, 384, 3, 1, 1),
+            *_audio_unit(384, 256, 3, 1, 1),
+            *_audio_unit(256, 256, 3, 1, 1),
+            nn.MaxPool2d(3, 2),
+            *_audio_unit(256, 512, (5, 4)),
+        )
+        self.netcnnlip = nn.Sequential(
+            *_video_unit(3, 96, (5, 7, 7), (1, 2, 2)),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
+            *_video_unit(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+            *_video_unit(256, 256, (1, 3, 3), 1, (0, 1, 1)),
+            *_video_unit(256, 256, (1, 3, 3), 1, (0, 1, 1)),
+            *_video_unit(256, 256, (1, 3, 3), 1, (0, 1, 1)),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
+            *_video_unit(256, 512, (1, 6, 6)),
+        )
+        self.netfcaud = _sync_head()
+        self.netfclip = _sync_head()
+        self.eval()
+
+    def forward(self, frames, cepstra):
+        """Return embeddings [f-4 1024] of the video and of the sound in windows of 5 frames.
+
+        Takes frames [f 3 h w] and their MFCC [4f 13].
+        """
+        check_frames(frames)
+        x = 255 * resize(frames, 224).flip(1)  # BGR
+        x = rearrange(x, "f c h w -> 1 c f h w")
+        x = self.netcnnlip(x)  # 1 512 f-4 1 1: the first layer sees 5 frames, the others one
+        video = self.netfclip(rearrange(x, "1 c t 1 1 -> t c"))
+        windows = cepstra.unfold(0, 20, 4)[:, None]  # f-4 1 13 20
+        audio = self.netfcaud(self.netcnnaud(windows).flatten(1))
+        return video, audio
+
+
+MAX_SHIFT = 15  # frames by which the sound is moved to find the best match
+LEAST_FOR_SYNC = 2 * MAX_SHIFT + 5  # with fewer frames, most shifts compare with padding
+
+
 def sync_offset(video, audio):
-    """LSE of window embeddings [t, d] -> {"lse_d", "lse_c", "offset"} (Chung & Zisserman 2016): mean distance at the
-    best of all shifts within +-15, median minus that minimum, and by how many frames the sound must move to fit; beyond
-    the clip the audio counts as 0."""
-    shifted = F.pad(audio[:len(video)], (0, 0, 15, 15)).unfold(0, 31, 1).mT                # [t, shifts, d]
-    distance = (video[:, None] - shifted + 1e-6).norm(dim=-1).mean(0)         # 1e-6: as torch's pairwise_distance
-    return _best_shift(distance)
+    """Return {"lse_d", "lse_c", "offset"} of embeddings [t d] twice (Chung & Zisserman 2016).
+
+    LSE-D is the mean distance at the best shift of the sound within 15 frames, LSE-C the median
+    over the shifts minus that, the offset by how many frames the sound has to move. The sound is
+    zero beyond the clip.
+    """
+    t = len(video)
+    padded = F.pad(audio[:t], (0, 0, MAX_SHIFT, MAX_SHIFT))
+    distances = []
+    for shift in range(2 * MAX_SHIFT + 1):
+        difference = video - padded[shift : shift + t] + 1e-6  # as torch's pairwise_distance
+        distances.append(difference.norm(dim=-1).mean())
+    return _best_shift(torch.stack(distances))
 
 
 def _best_shift(distance):
     best = int(distance.argmin())
-    return {"lse_d": float(distance[best]), "lse_c": float(distance.median() - distance[best]), "offset": 15 - best}
-
-
-class SyncNet(nn.Module):
-    """SyncNet v2 (Chung & Zisserman 2016); reads syncnet_v2.model."""
-
-    def __init__(self):
-        super().__init__()
-        unit = lambda conv, norm: (conv, norm(conv.weight.shape[0]), nn.ReLU())
-        sound = lambda i, o, *k: unit(nn.Conv2d(i, o, *k), nn.BatchNorm2d)
-        sight = lambda i, o, *k: unit(nn.Conv3d(i, o, *k), nn.BatchNorm3d)
-        pool = lambda pad=0: nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, pad, pad))
-        head = lambda: nn.Sequential(*unit(nn.Linear(512, 512), nn.BatchNorm1d), nn.Linear(512, 1024))
-        self.netcnnaud = nn.Sequential(
-            *sound(1, 64, 3, 1, 1), nn.Identity(), *sound(64, 192, 3, 1, 1), nn.MaxPool2d(3, (1, 2)),
-            *sound(192, 384, 3, 1, 1), *sound(384, 256, 3, 1, 1), *sound(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2),
-            *sound(256, 512, (5, 4)))
-        self.netcnnlip = nn.Sequential(
-            *sight(3, 96, (5, 7, 7), (1, 2, 2)), pool(), *sight(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), pool(1),
-            *(layer for _ in range(3) for layer in sight(256, 256, (1, 3, 3), 1, (0, 1, 1))), pool(),
-            *sight(256, 512, (1, 6, 6)))
-        self.netfcaud, self.netfclip = head(), head()
-        self.eval()
-
-    def forward(self, frames, cepstra):
-        """Frames [f, 3, h, w] and their MFCC [4 f, 13] -> embeddings of picture and sound, [f - 4, 1024] each."""
-        x = 255 * _resize(frames, 224).flip(1)[None].transpose(1, 2)                       # BGR, [1, 3, f, 224, 224]
-        lips = self.netcnnlip(x)[0, :, :, 0, 0].T        # later layers see single times: every window in one pass
-        windows = cepstra.unfold(0, 20, 4)[:, None]                                        # [f - 4, 1, 13, 20]
-        return self.netfclip(lips), self.netfcaud(self.netcnnaud(windows).flatten(1))
+    smallest = float(distance[best])
+    return {
+        "lse_d": smallest,
+        "lse_c": float(distance.median()) - smallest,
+        "offset": MAX_SHIFT - best,
+    }
 
 
 @torch.no_grad()
-def lse(syncnet, video_frames, audio):
-    """LSE-D, LSE-C and AV offset of frames [f, 3, h, w] at 25 Hz and int16 audio [n] at 16 kHz -> as `sync_offset`;
-    ValueError below 6 frames with sound."""
-    num_windows = min(len(video_frames), len(audio) // 640) - 5                            # SyncNet leaves out the last
-    if num_windows < 1:
-        raise ValueError("lip sync needs at least 6 frames with their sound")
-    cepstra = torch.from_numpy(mfcc(audio)).to(video_frames)
+def lse(syncnet, frames, audio):
+    """Return `sync_offset` of frames [f 3 h w] at 25 fps and int16 sound [n] at 16 kHz.
+
+    Raises ValueError below 35 frames with sound.
+    """
+    num_frames = min(len(frames), len(audio) // data.SAMPLES_PER_FRAME)
+    if num_frames < LEAST_FOR_SYNC:
+        raise ValueError(f"LSE needs {LEAST_FOR_SYNC} frames with sound, not {num_frames}")
+    num_windows = num_frames - 5  # the published script leaves the last one out
+    cepstra = torch.from_numpy(mfcc(audio)).to(frames)
     cepstra = F.pad(cepstra, (0, 0, 0, max(0, 4 * (num_windows + 4) - len(cepstra))))
-    spans = [(i, min(i + 20, num_windows) + 4) for i in range(0, num_windows, 20)]         # bounds the memory
-    sides = zip(*(syncnet(video_frames[i:j], cepstra[4 * i:4 * j]) for i, j in spans))
-    return sync_offset(*(torch.cat(side) for side in sides))
+    parts = []
+    for start in range(0, num_windows, 20):  # bounds the memory
+        stop = min(start + 20, num_windows) + 4
+        parts.append(syncnet(frames[start:stop], cepstra[4 * start : 4 * stop]))
+    video, sound = [torch.cat(side) for side in zip(*parts)]
+    return sync_offset(video, sound)
 
 
-# ---------------------------------------------------------------- the small judges that train here
+# ---------------------------------------------------------------- metrics and their files
 
-def _conv(inputs, outputs, stride=2):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+METRICS_TABLE = """
+| metric | network | file | crop | resize | fps | least |
+|---|---|---|---|---|---|---|
+| psnr | – | – | none | none | any | 1 frame |
+| mouth_psnr | – | – | mouth region | none | any | 1 frame |
+| ssim | – | – | none | none | any | 1 frame of 11 x 11 pixels |
+| lpips | lpips | alexnet-owt-7be5be79.pth, alex.pth | none | none | any | 1 frame |
+| lpips_vgg | lpips_vgg | vgg16-397923af.pth, vgg.pth | none | none | any | 1 frame |
+| lpips* | judges | backbone.pt | none | 64 x 64 | any | 1 frame |
+| tlp | lpips | alexnet-owt-7be5be79.pth, alex.pth | none | none | 25 | 2 frames |
+| tlp_vgg | lpips_vgg | vgg16-397923af.pth, vgg.pth | none | none | 25 | 2 frames |
+| tlp* | judges | backbone.pt | none | 64 x 64 | 25 | 2 frames |
+| kid | inception | pt_inception-2015-12-05-6726825d.pth | none | 299 x 299 | any | 50 in all |
+| kid* | judges | backbone.pt | none | 64 x 64 | any | 50 in all |
+| fid | inception | pt_inception-2015-12-05-6726825d.pth | none | 299 x 299 | any | 2048 in all |
+| fid* | judges | backbone.pt | none | 64 x 64 | any | 960 in all |
+| id_similarity | arcface | r50/backbone.pth | as given | 112 x 112 | any | 1 frame |
+| id_similarity_r100 | arcface_r100 | r100/backbone.pth | as given | 112 x 112 | any | 1 frame |
+| id_similarity* | judges | backbone.pt | as given | 64 x 64 | any | 1 frame |
+| right_person* | judges | backbone.pt | as given | 64 x 64 | any | 2 people in training clips |
+| temporal_jitter | – | – | none | none | 25 | 2 frames |
+| jitter_ratio | – | – | none | none | 25 | 2 frames |
+| lse_c | syncnet | syncnet_v2.model | as given | 224 x 224 | 25 | 35 frames with sound |
+| lse_d | syncnet | syncnet_v2.model | as given | 224 x 224 | 25 | 35 frames with sound |
+| offset_found | syncnet | syncnet_v2.model | as given | 224 x 224 | 25 | 35 frames with sound |
+| lse_c* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 35 frames with sound |
+| lse_d* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 35 frames with sound |
+| offset_found* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 35 frames with sound |
+| sync* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 35 frames with sound |
+| right_speech* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 35 frames, other speech |
+| mouth_correlation* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 2 frames, openings |
+| mouth_std_ratio* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 2 frames, openings |
+| silence_ratio* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 5 silent frames, openings |
+"""
 
 
-def _mouth_net(channels, outputs, width=24):
-    return nn.Sequential(_conv(channels, width), _conv(width, 2 * width), _conv(2 * width, 4 * width), nn.Flatten(),
-                         nn.Dropout(0.2), nn.Linear(4 * width * 16, 128), nn.BatchNorm1d(128), nn.ReLU(),
-                         nn.Linear(128, outputs)).to(memory_format=torch.channels_last)
+def _read_table(text):
+    """Return {first cell: {column: cell}} of a Markdown table."""
+    lines = [line[2:-2].split(" | ") for line in text.strip().split("\n")]
+    return {cells[0]: dict(zip(lines[0], cells)) for cells in lines[2:]}
+
+
+METRICS = _read_table(METRICS_TABLE)
+
+# network -> class and files; of a file: patterns of its path, as it has in public repositories,
+# the module that it fills, and the prefix of its keys
+NETWORKS = {
+    "inception": (InceptionFID, [(["*inception-2015-12-05*.pth"], "", "")]),
+    "lpips": (
+        LPIPS,
+        [
+            (["alexnet-owt-*.pth"], "features", "features."),
+            (["alex.pth", "*lpips*alex*.pth"], "lins", ""),
+        ],
+    ),
+    "lpips_vgg": (
+        partial(LPIPS, "vgg"),
+        [
+            (["vgg16-*.pth"], "features", "features."),
+            (["vgg.pth", "*lpips*vgg*.pth"], "lins", ""),
+        ],
+    ),
+    "arcface": (ArcFace, [(["*r50*.pth", "*r50*/backbone.pth", "iresnet50*.pth"], "", "")]),
+    "arcface_r100": (
+        partial(ArcFace, 100),
+        [(["*r100*.pth", "*r100*/backbone.pth", "iresnet100*.pth"], "", "")],
+    ),
+    "syncnet": (SyncNet, [(["syncnet_v2*"], "", "")]),
+}
+
+
+def _load_file(path):
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for files that are none of its own
+        reason = type(error).__name__
+        raise ValueError(f"{path} is not a file of weights ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a file of weights (it holds no dict)")
+    return content
+
+
+def _sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def load_weights(module, path, prefix=""):
+    """Load a published file's tensors below `prefix`, unchanged, and return the file's SHA-256.
+
+    Raises ValueError for a file that is no state dict, or with the first key that does not fit.
+    """
+    own = module.state_dict()
+    # older files lack these counters
+    state = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    for key, value in _load_file(path).items():
+        if not isinstance(key, str) or not torch.is_tensor(value):
+            raise ValueError(f"{path} is no state dict: {key!r} does not name a tensor")
+        key = key.removeprefix("module.")  # of DataParallel
+        if key.startswith(prefix):
+            state[key.removeprefix(prefix)] = value
+    for key in [*own, *state]:
+        if key not in state or key not in own or state[key].shape != own[key].shape:
+            network = type(module).__name__
+            raise ValueError(f"{path} does not fit {network}: first misfit {prefix}{key}")
+    module.load_state_dict(state)
+    module.eval().requires_grad_(False)
+    return _sha256(path)
+
+
+def _find_file(folder, patterns):
+    found = [path for pattern in patterns for path in Path(folder).rglob(pattern)]
+    return max(found, default=None)  # of LPIPS's folders v0.0 and v0.1 the second
+
+
+def load_standard(folder=None):
+    """Return (networks, sources): the standard networks whose files lie in or below a folder.
+
+    `networks` {key of NETWORKS: module} is for `Evaluation`. `sources` holds for each metric
+    {"network": class, "weights": {file: SHA-256}}, or {"network": None, "reason": the missing
+    files}. Raises ValueError for a folder that does not exist and for a file that does not fit its
+    network.
+    """
+    if folder and not Path(folder).is_dir():
+        raise ValueError(f"no such folder of weights: {folder}")
+    networks = {}
+    sources = {}
+    for name, (make_network, files) in NETWORKS.items():
+        paths = [_find_file(folder, patterns) if folder else None for patterns, _, _ in files]
+        weights = {}
+        if all(paths):
+            networks[name] = make_network()
+            for path, (_, module, prefix) in zip(paths, files):
+                filled = networks[name].get_submodule(module)
+                weights[str(path.relative_to(folder))] = load_weights(filled, path, prefix)
+        for metric, needs in METRICS.items():
+            if needs["network"] == name and weights:
+                sources[metric] = {"network": type(networks[name]).__name__, "weights": weights}
+            elif needs["network"] == name:
+                sources[metric] = {"network": None, "reason": f"needs {needs['file']} in --weights"}
+    return networks, sources
+
+
+# ---------------------------------------------------------------- the small judges
+
+NUM_VIEWS = 10  # of data.VIEW_NAMES, all but the mirror
+
+
+def _conv(inputs, outputs):
+    conv = nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def _mouth_net(inputs, outputs, width=24):
+    layers = nn.Sequential(
+        _conv(inputs, width),  # width 14 14
+        _conv(width, 2 * width),  # 2 width 7 7
+        _conv(2 * width, 4 * width),  # 4 width 4 4
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(4 * width * 4 * 4, 128),
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Linear(128, outputs),
+    )
+    return layers.to(memory_format=torch.channels_last)
 
 
 class Judges(nn.Module):
-    """Small networks, trained by `train_judges` on public people only, that stand in for the standard ones: a face
-    embedder, whose layers also give the perceptual distance and the features of FID* and KID*, a sync network
-    for the training loss, axes that judge sync (less than a network can learn by heart) and a judge of the mouth's
-    opening. They see 64 x 64 pixels; other sizes are resampled.
+    """Small networks in place of the standard ones; `train_judges` trains them on public people.
 
-    `scores` says how well they judge people they never saw; `has_opening` whether openings were known."""
+    A face network embeds identities, and its layers give the perceptual distance and the features
+    of FID* and KID*; a pair of networks embeds mouth motion and speech; one estimates the mouth
+    opening. All see 64 x 64 pixels; frames of another size are resampled. `scores` says how well
+    they do on people they were not trained on, `has_opening` whether the openings of their training
+    clips were known.
+    """
 
     def __init__(self, width=16, dim=64):
         super().__init__()
         w = width
-        self.face = nn.ModuleList([
-            _conv(3, w), nn.Sequential(_conv(w, 2 * w), _conv(2 * w, 2 * w, 1)), _conv(2 * w, 4 * w),
-            nn.Sequential(_conv(4 * w, 8 * w), _conv(8 * w, 8 * w, 1))])
-        self.face_head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(8 * w * 16, dim), nn.BatchNorm1d(dim))
-        self.view_head = nn.Linear(15 * w, 10)                        # training only: which view `_augment` made
-        self.lips, self.mouth = _mouth_net(6, dim), _mouth_net(3, 1)
-        self.speech = nn.Sequential(nn.BatchNorm1d(40), nn.Conv1d(40, 96, 4, 2, 1), nn.BatchNorm1d(96), nn.ReLU(),
-                                    nn.Conv1d(96, 128, 4, 2, 1), nn.BatchNorm1d(128), nn.ReLU(), nn.Flatten(),
-                                    nn.Dropout(0.2), nn.Linear(128 * 5, dim))
-        self.trace_head = nn.Linear(dim, 5)                           # training only: the opening over a window
-        self.register_buffer("mouth_axes", torch.zeros(80, 16))       # of `_fit_sync`
-        self.register_buffer("speech_axes", torch.zeros(244, 16))
-        self.scores, self.has_opening = {}, False
+        self.face = nn.Sequential(
+            _conv(3, w),  # w 32 32
+            _conv(w, 2 * w),  # 2w 16 16
+            _conv(2 * w, 4 * w),  # 4w 8 8
+            _conv(4 * w, 8 * w),  # 8w 4 4
+        )
+        self.face_head = nn.Sequential(
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(8 * w * 4 * 4, dim),
+            nn.BatchNorm1d(dim),
+        )
+        self.view_head = nn.Linear(15 * w, NUM_VIEWS)  # for training only
+        self.lips = _mouth_net(6, dim)
+        self.mouth = _mouth_net(3, 1)
+        self.speech = nn.Sequential(
+            nn.BatchNorm1d(40),
+            nn.Conv1d(40, 96, 4, 2, 1),  # 96 10
+            nn.BatchNorm1d(96),
+            nn.ReLU(),
+            nn.Conv1d(96, 128, 4, 2, 1),  # 128 5
+            nn.BatchNorm1d(128),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(128 * 5, dim),
+        )
+        self.scores = {}
+        self.has_opening = False
 
     def get_extra_state(self):
         return {"scores": self.scores, "has_opening": self.has_opening}
 
     def set_extra_state(self, state):
-        self.scores, self.has_opening = state["scores"], state["has_opening"]
+        self.scores = state["scores"]
+        self.has_opening = state["has_opening"]
 
-    def _layers(self, frames):
-        x, layers = _resize(frames, 64) - 0.5, []
+    def layers(self, frames):
+        """Return the outputs of the face network's four stages for frames [n 3 h w]."""
+        check_frames(frames)
+        x = resize(frames, 64) - 0.5
+        outputs = []
         for stage in self.face:
-            layers.append(x := stage(x))            # [n, w, 32, 32], [n, 2w, 16, 16], [n, 4w, 8, 8], [n, 8w, 4, 4]
-        return layers
+            x = stage(x)
+            outputs.append(x)
+        return outputs
 
     def identity(self, frames):
-        """Face embeddings of unit norm: frames [n, 3, h, w] -> [n, d]; their inner product is the similarity."""
-        return F.normalize(self.face_head(self._layers(frames)[-1]), dim=-1)
-
-    def perceptual(self, x, y):
-        """LPIPS*: distance [n] >= 0 of frames [n, 3, h, w]: squared difference of unit-normalised features, averaged
-        over the picture and the face network's four scales (after Zhang et al. 2018)."""
-        return squared_distance(self.embed(x), self.embed(y))
+        """Return unit face embeddings, [n 3 h w] -> [n d]; similarity is their inner product."""
+        return F.normalize(self.face_head(self.layers(frames)[-1]), dim=-1)
 
     def embed(self, frames):
-        """Frames [n, 3, h, w] -> [n, d], between which `perceptual` is the squared Euclidean distance."""
-        unit = lambda layer: layer / (4 * layer[0, 0].numel() * (layer.square().sum(1, keepdim=True) + 1e-8)).sqrt()
-        return torch.cat([unit(layer).flatten(1) for layer in self._layers(frames)], 1)
+        """Return the vectors [n d] whose squared distance `perceptual` is, of frames [n 3 h w]."""
+        parts = []
+        for x in self.layers(frames):
+            norm = (x.square().sum(1, keepdim=True) + 1e-8).sqrt()  # n 1 h w
+            num_places = x.shape[-2] * x.shape[-1]
+            parts.append((x / norm / (4 * num_places) ** 0.5).flatten(1))
+        return torch.cat(parts, 1)
+
+    def perceptual(self, x, y):
+        """Return LPIPS*, a distance [n] of frames [n 3 h w] twice.
+
+        It is the squared difference of features of unit norm, averaged over the picture and the
+        four stages of the face network (after Zhang et al. 2018).
+        """
+        return squared_distance(self.embed(x), self.embed(y))
 
     def features(self, frames):
-        """Features for FID* and KID*: frames [n, 3, h, w] -> [n, d], the mean activation of every channel."""
-        return torch.cat([layer.mean((-2, -1)) for layer in self._layers(frames)], dim=1)
+        """Return the features for FID* and KID*, the mean of every channel: [n 3 h w] -> [n d]."""
+        return torch.cat([x.mean((-2, -1)) for x in self.layers(frames)], dim=1)
 
     def opening(self, frames):
-        """Mouth opening, in the unit of the training clips: frames [n, 3, h, w] -> [n]; ValueError if unknown."""
+        """Return the mouth opening [n] of frames [n 3 h w], in the unit of the training clips.
+
+        Raises ValueError if the training clips had none.
+        """
         if not self.has_opening:
-            raise ValueError("these judges saw no clips whose mouth opening is known")
-        return self.mouth(mouth_region(_resize(frames, 64)) - 0.5).squeeze(-1)
+            raise ValueError("these judges were trained on clips without known mouth opening")
+        check_frames(frames)
+        return self.mouth(mouth_region(resize(frames, 64)) - 0.5).squeeze(-1)
 
     def mouth_video(self, frames):
-        """Mouth motion in windows of 5 frames: [b, f, 3, h, w] -> [b, f - 4, d] of unit norm."""
-        return self._motion(mouth_region(_resize(frames.flatten(0, 1), 64)).unflatten(0, frames.shape[:2]))
-
-    def _motion(self, mouths):
-        grey = rearrange(mouths.mean(2).unfold(1, 5, 1), "b t h w k -> (b t) k h w")
-        still = grey.mean(1, keepdim=True)          # motion stands apart, or the faces would be learned by heart
-        x = self.lips(torch.cat([still - 0.5, 4 * (grey - still)], 1))
-        return F.normalize(x, dim=-1).unflatten(0, (len(mouths), -1))
+        """Return unit embeddings of the mouth in windows of 5 frames, [b f 3 h w] -> [b f-4 d]."""
+        check_frames(frames)
+        b = len(frames)
+        mouth = mouth_region(resize(frames.flatten(0, 1), 64)).mean(1)  # (b f) 28 28, grey
+        windows = mouth.unflatten(0, (b, -1)).unfold(1, 5, 1)  # b f-4 28 28 5
+        windows = rearrange(windows, "b t h w k -> (b t) k h w")
+        still = windows.mean(1, keepdim=True)  # apart, or the network would learn faces by heart
+        x = torch.cat([still - 0.5, 4 * (windows - still)], 1)  # (b t) 6 28 28
+        return F.normalize(self.lips(x), dim=-1).unflatten(0, (b, -1))
 
     def mouth_audio(self, mel):
-        """Speech in those windows: log-mel [b, f, 20, 40], 20 steps of 10 ms around each frame, -> [b, f - 4, d]."""
-        return self._speech(mel[:, 2:-2])
+        """Return unit embeddings of the speech in these windows, [b f 20 40] -> [b f-4 d].
 
-    def _speech(self, windows):
-        x = self.speech(rearrange(windows, "b t n m -> (b t) m n"))
-        return F.normalize(x, dim=-1).unflatten(0, windows.shape[:2])
-
-    def watch(self, frames):
-        """How a clip's mouth moves, along the axes that sync is judged by: [f, 3, h, w] -> [f - 4, 16]."""
-        if len(frames) < 6:
-            raise ValueError("lip sync needs at least 6 frames with their sound")
-        return _mouth_features(frames) @ self.mouth_axes
-
-    def lip_sync(self, frames, mel):
-        """`sync_scores` of a clip, frames [f, 3, h, w] or what `watch` made of them, with its log-mel [4 f, 40];
-        ValueError below 6 frames with sound."""
-        video = frames if frames.ndim == 2 else self.watch(frames)
-        t = min(len(video), len(mel) // 4 - 4)
-        if t < 2:
-            raise ValueError("lip sync needs at least 6 frames with their sound")
-        return sync_scores(video[:t], _speech_features(_windows(mel)[:t].to(video)) @ self.speech_axes)
-
-
-def _mouth_features(frames):
-    """What each of 4 x 4 places does: how bright it is, and log of how much it changes within windows of 5 frames, in a
-    picture so smooth that little but the jaw's and the lips' movement is left: [f, 3, h, w] -> [f - 4, 80]."""
-    grey = gaussian_blur(_resize(frames, 64).mean(1), 17, 4.0)
-    places = lambda x: F.avg_pool2d(mouth_region(x), 7).flatten(1)
-    energy = torch.log(0.005 + places(grey.diff(dim=0).abs())).unfold(0, 4, 1).flatten(1)
-    return torch.cat([30 * swift(places(grey)[2:-2]), 0.3 * energy], 1)                   # of about the same spread
-
-
-def _speech_features(windows):
-    """Levels of 10 bands every 20 ms, then of 8 bands with how much they change in 40 ms: [t, 20, 40] -> [t, 244]."""
-    bands = F.avg_pool1d(windows, 5)                                                       # [t, 20, 8]
-    changes = (bands[:, 4:] - bands[:, :-4]).abs()
-    return torch.cat([swift(F.avg_pool2d(windows, (2, 4)).flatten(1)),
-                      *(F.avg_pool1d(x.mT, 2).flatten(1) for x in (bands, changes))], 1)
-
-
-def swift(x):
-    """What is left of [t, d] without its slow changes: heads turn and lights shift, but mouths are faster."""
-    return x - torch.from_numpy(gaussian_filter1d(x.detach().cpu().numpy(), 8, axis=0)).to(x)
-
-
-def shrunk_ridge(x, y):
-    """Matrix [d, k] that best tells y from x, ridge regression over clips, x a list of [t, d], y of [t, k], centred.
-
-    Each column is as strong as what x explains there beyond chance asks for (empirical Bayes by moments): with X^T X =
-    V s V^T and z = V^T X^T y, E z^2 = s^2 real + chance. Of chance only that clips are independent is assumed: it is the
-    sum of the clips' own squares (the clustered covariance of Liang & Zeger 1986), however slowly x and y change.
-    """
-    whole = torch.cat(x)
-    strength, axes = torch.linalg.eigh(whole.T @ whole)
-    strength, z, chance = strength.clamp(min=0)[:, None], 0.0, 0.0
-    for a, b in zip(x, y):
-        own = axes.T @ (a.T @ b)
-        z, chance = z + own, chance + own.square()
-    real = ((z.square() - chance).sum(0) / strength.square().sum()).clamp(min=0)
-    noise = chance.sum(0) / strength.sum()
-    return axes @ (z * real / (strength * real + noise).clamp(min=1e-12))
-
-
-@torch.no_grad()
-def _fit_sync(judges, clips):
-    """Fit the axes that sync is judged by: what the speech of clips tells of their mouths, whitened, along the directions
-    of which it tells most (reduced-rank regression, Izenman 1975)."""
-    mouths, speeches, num_axes = [], [], judges.mouth_axes.shape[1]
-    for clip in clips:
-        frames = torch.from_numpy(np.array(clip.frames)) / 255
-        for side, features in ((mouths, _mouth_features(frames)), (speeches, _speech_features(_windows(clip.mel)))):
-            side.append(features.double() - features.double().mean(0))
-    values, vectors = torch.linalg.eigh(torch.cat(mouths).T.cov(correction=0))
-    white = vectors / (values + values.mean()).sqrt() @ vectors.T
-    told = shrunk_ridge(speeches, [mouth @ white for mouth in mouths])                     # [244, 80]
-    u, size, vt = torch.linalg.svd(told, full_matrices=False)
-    judges.mouth_axes.copy_(white @ vt[:num_axes].T * size[:num_axes].sqrt())
-    judges.speech_axes.copy_(u[:, :num_axes] * size[:num_axes].sqrt())
+        `mel` is of data.audio_windows over 5 frames.
+        """
+        mel = mel[:, 2:-2]  # windows around the middles of those of `mouth_video`
+        x = self.speech(rearrange(mel, "b t n m -> (b t) m n"))
+        return F.normalize(x, dim=-1).unflatten(0, mel.shape[:2])
 
 
 def sync_scores(video, audio):
-    """Sync of a mouth and its speech [t, d] -> {"sync", "lse_d", "lse_c", "offset"}: their correlation over time r, 0
-    for a still mouth, then as `sync_offset` with (2 - 2 r)^(1/2) for the distance at each shift."""
-    video, audio = (x - x.mean(0) for x in (video, audio))      # what a face or a voice always has says nothing of sync
-    shifted = F.pad(audio, (0, 0, 15, 15)).unfold(0, 31, 1)                                # [t, d, shifts]
-    r = torch.einsum("t d, t d s -> s", video, shifted) / (video.norm() * audio.norm()).clamp(min=0.1)
-    return {"sync": float(r[15])} | _best_shift((2 - 2 * r).clamp(min=0).sqrt())
+    """Return {"sync", "lse_d", "lse_c", "offset"} of embeddings [t d] of a mouth and its speech.
+
+    `sync` is their correlation over time, 0 for a still mouth; the others are as in `sync_offset`,
+    with the distance (2 - 2 r)^(1/2) of the correlation r at each shift.
+    """
+    t = min(len(video), len(audio))
+    video = video[:t] - video[:t].mean(0)  # what a face or voice always has says nothing of sync
+    audio = audio[:t] - audio[:t].mean(0)
+    shifted = F.pad(audio, (0, 0, MAX_SHIFT, MAX_SHIFT)).unfold(0, 2 * MAX_SHIFT + 1, 1)
+    norms = (video.norm() * audio.norm()).clamp(min=0.1)
+    r = torch.einsum("t d, t d s -> s", video, shifted) / norms
+    return {"sync": float(r[MAX_SHIFT])} | _best_shift((2 - 2 * r).clamp(min=0).sqrt())
 
 
-def _augment(clips, view, mirror, generator, region=lambda x: x):
-    """Clips [b, f, 3, h, w], each zoomed, moved, mirrored, lit, tinted, blurred or made noisy as its `view` [b, 10] in
-    [-1, 1] says, and cut to a region."""
-    zoom, dx, dy, roll, bright, gamma, warm, side, top, spoilt = view.T
-    scale, angle = torch.exp(-0.1 - 0.2 * zoom), 0.15 * roll
-    theta = torch.stack([scale * mirror * angle.cos(), -scale * angle.sin(), 0.1 * dx,
-                         scale * mirror * angle.sin(), scale * angle.cos(), 0.1 * dy], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, (len(clips), 3, *clips.shape[-2:]), align_corners=False)
-    grid = region(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                            # [b, h, w, 2]
-    x = F.grid_sample(clips.flatten(1, 2), grid, padding_mode="reflection", align_corners=False)
-    light = 1 + 0.35 * side.view(-1, 1, 1) * grid[..., 0] + 0.2 * top.view(-1, 1, 1) * grid[..., 1]
-    tint = 0.08 * torch.randn(len(clips), 3, generator=generator) + 0.2 * warm[:, None] * torch.tensor([1.0, 0, -1])
-    gain = torch.exp(0.3 * bright[:, None] + tint)[..., None, None] * light[:, None]       # [b, 3, h, w]
-    x = torch.addcmul(x, 0.6 * gamma.view(-1, 1, 1, 1) * x, 1 - x)
-    x = rearrange(x, "b (f c) h w -> b f c h w", c=3) * gain[:, None]
-    for clip, amount in zip(x, spoilt.tolist()):    # half of the clips blurred, the others noisy
-        if amount < 0:
-            clip.lerp_(F.avg_pool2d(clip, 3, 1, 1, count_include_pad=False), min(1, -1.5 * amount))
-        else:
-            clip.add_(torch.rand(clip.shape, generator=generator) - 0.5, alpha=0.2 * amount)
-    return x.clamp_(0, 1)
+def right_speech(video, own, other):
+    """Return 1 where a mouth [t d] fits its own speech better than other speech, else 0; .5 if
+    equal.
+    """
+    t = min(len(video), len(own), len(other))
+    lead = sync_scores(video[:t], own[:t])["sync"] - sync_scores(video[:t], other[:t])["sync"]
+    return 0.5 + 0.5 * float(np.sign(round(lead, 3)))  # a still mouth ties
 
 
-def _windows(mel):
-    """The 20 mel steps around each video frame but the outer two: [4 f, m] -> [f - 4, 20, m]."""
-    return torch.from_numpy(np.array(mel)).unfold(0, 20, 4).mT
+# ---------------------------------------------------------------- training the judges
 
 
-def _draw(clips, batch_size, num_frames, generator):
-    """Random stretches: labels [b], frames [b, f, 3, 64, 64], mel windows [b, f - 4, 20, 40], opening [b, f] or NaN."""
-    batch = []
-    for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
-        label, clip = clips[index]
-        first = int(torch.randint(len(clip.frames) - num_frames + 1, (), generator=generator))
-        frames, mel = clip.frames[first:first + num_frames], clip.mel[4 * first:4 * (first + num_frames)]
-        opening = np.full(len(clip.frames), np.nan) if clip.opening is None else np.array(clip.opening)
-        batch.append((torch.tensor(label), _resize(torch.from_numpy(np.array(frames)) / 255, 64), _windows(mel),
-                      torch.from_numpy(opening[first:first + num_frames]).float()))
-    return [torch.stack(part) for part in zip(*batch)]
+def split_for_judges(public, seed):
+    """Return two halves of the public people {name: clips}, drawn by `seed`.
+
+    Judges of the first half are for the losses (Eq. 9-11), those of the second for the tables:
+    nothing is scored by what it was trained against.
+    """
+    names = np.random.default_rng(seed).permutation(sorted(public)).tolist()
+    middle = len(names) // 2
+    halves = names[:middle], names[middle:]
+    return tuple({name: public[name] for name in sorted(half)} for half in halves)
 
 
-def _sync_loss(video, audio):
-    """Which sound belongs to which mouth, window by window and over whole stretches: [b, t, d] twice -> scalar."""
-    b, t, _ = video.shape
-    # InfoNCE both ways: each window against all times of all clips in the batch
-    logits, target = 12 * video.flatten(0, 1) @ audio.flatten(0, 1).T, torch.arange(b * t)
-    windows = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    # what `sync_offset` asks: the right shift against all others within 15 frames, and against other clips
-    within, reach = video @ audio.mT, min(15, t // 2)                                      # [b, t, t]
-    shifts = torch.stack([within.diagonal(k, 1, 2).mean(1) for k in range(-reach, reach + 1)], 1)
-    others = torch.einsum("i t d, j t d -> i j", video, audio) / t
-    logits = 48 * torch.cat([shifts, others.masked_fill(torch.eye(b, dtype=torch.bool), -1)], 1)
-    return windows + F.cross_entropy(logits, torch.full((b,), reach))
+def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, progress=False):
+    """Return Judges trained on people {name: [data.Clip]}; every eighth is held out to score them.
 
-
-def _losses(judges, prototypes, labels, faces, mouths, windows, opening, view):
-    """The training losses; `faces` [b, k, 3, 64, 64] and `mouths` [b, f, 3, 28, 28] are views of the same clips."""
-    layers, k = judges._layers(faces.flatten(0, 1)), faces.shape[1]
-    cosine = F.normalize(judges.face_head(layers[-1]), dim=-1) @ F.normalize(prototypes, dim=-1).T     # [(b k), people]
-    person = labels.repeat_interleave(k)
-    margin = 0.25 * F.one_hot(person, len(prototypes))                                     # CosFace (Wang et al. 2018)
-    pooled = torch.cat([layer.mean((-2, -1)) for layer in layers], dim=1)
-    video, audio = judges._motion(mouths), judges._speech(windows)
-    losses = {"identity": F.cross_entropy(16 * (cosine - margin), person),
-              "view": F.mse_loss(judges.view_head(pooled), view.repeat_interleave(k, 0)),
-              "sync": _sync_loss(video, audio)}
-    known = ~opening.isnan().any(1)
-    if known.any():
-        opening, mouths = opening[known], mouths[known, ::2]
-        error = judges.mouth(mouths.flatten(0, 1) - 0.5).view(mouths.shape[:2]) - opening[:, ::2]
-        trace = opening.unfold(1, 5, 1)                                                    # [b, f - 4, 5]
-        level = error.mean(1, keepdim=True)         # how it moves counts more than where the lips rest
-        # sound and mouth meet much sooner when both must also tell the opening
-        traces = sum((judges.trace_head(side[known]) - trace).square().mean() for side in (video, audio))
-        losses["opening"] = 30 * (error - level).square().mean() + 3 * level.square().mean() + 10 * traces
-    return losses
-
-
-def train_judges(people, steps=320, seed=0, num_frames=40, batch_size=8, progress=None):
-    """Train Judges on public people {name: [clip, ...]} and score them on every eighth person, who is held out.
-
-    A clip has `frames` uint8 [f, 3, h, w], `mel` [4 f, 40] and `opening` [f] or None. Each step sees stretches of
-    `num_frames` frames, fewer where half of the clips are shorter; `progress(share, losses)` is called after it.
-    ValueError with fewer than four people or no clip of ten frames."""
-    trained = {name: label for label, name in enumerate(name for i, name in enumerate(sorted(people)) if i % 8)}
-    clips = [(label, clip) for name, label in trained.items() for clip in people[name]]
-    num_frames = min(num_frames, int(np.median([len(clip.frames) for _, clip in clips] or [0])))
+    Each step sees `batch_size` stretches of `num_frames` frames, or of fewer where half of the
+    clips are shorter. Raises ValueError with fewer than four people or clips of ten frames.
+    """
+    names = sorted(people)
+    trained = [name for i, name in enumerate(names) if i % 8]
+    clips = [(label, clip) for label, name in enumerate(trained) for clip in people[name]]
+    lengths = [len(clip.frames) for _, clip in clips]
+    num_frames = min(num_frames, int(np.median(lengths or [0])))
     clips = [(label, clip) for label, clip in clips if len(clip.frames) >= num_frames]
-    if len(people) < 4 or num_frames < 10:
-        raise ValueError(f"the judges need four people with clips of ten frames; here are {len(people)} people")
+    if len(names) < 4 or num_frames < 10:
+        raise ValueError(f"judges need four people with clips of ten frames, not {len(names)}")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judges = Judges()
+        judges.has_opening = all(clip.opening is not None for _, clip in clips)
         prototypes = nn.Parameter(torch.randn(len(trained), judges.face_head[-1].num_features))
-        optimiser = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
-        for step in range(steps):
-            share = step / steps
-            optimiser.param_groups[0]["lr"] = 2e-3 * min(1, 20 * share + 0.05) * (1 - share)
-            labels, frames, windows, opening = _draw(clips, batch_size, num_frames, generator)
-            view = torch.rand(batch_size, 10, generator=generator) * 2 - 1
-            mirror = torch.where(torch.rand(batch_size, generator=generator) < 0.5, -1.0, 1.0)
-            faces = _augment(frames[:, ::num_frames // 5], view, mirror, generator)
-            mouths = _augment(frames, view, mirror, generator, mouth_region)
-            losses = _losses(judges, prototypes, labels, faces, mouths, windows, opening, view)
-            optimiser.zero_grad()
-            sum(losses.values()).backward()
-            optimiser.step()
-            if progress:
-                progress(share, {name: loss.item() for name, loss in losses.items()})
-    _fit_sync(judges, [clip for _, clip in clips])
+        optimizer = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
+        for step in tqdm(range(steps), "judges", mininterval=1, disable=not progress):
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+            batch = _draw_stretches(clips, batch_size, num_frames, generator)
+            loss = _judge_loss(judges, prototypes, *batch, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     judges.eval().requires_grad_(False)
-    judges.has_opening = any(clip.opening is not None for _, clip in clips)
-    judges.scores = score_judges(judges, {name: own for name, own in people.items() if name not in trained})
+    judges.scores = score_judges(judges, {name: people[name] for name in names[::8]})
     return judges
 
 
-@torch.no_grad()
-def score_judges(judges, people, num_windows=38):
-    """How well judges do on people they never saw {name: [clip, ...]} -> dict: identity verification (AUC, accuracy)
-    and rank-1 between clips, right against the person's other speech over 1.5 s, AV offset of sound moved by up to 10
-    frames found to within one, opening correlation."""
-    clips = [(name, clip) for name in sorted(people) for clip in people[name] if len(clip.frames) >= num_windows + 4]
-    owner = np.array([name for name, _ in clips])
-    scores = {"people": len(set(owner)), "clips": len(clips)}
-    if len(clips) < 2:
-        return scores
-    frames = [torch.from_numpy(np.array(clip.frames)) / 255 for _, clip in clips]
-    faces = F.normalize(torch.stack([judges.identity(x[::5]).mean(0) for x in frames]), dim=-1)
-    same, other = (torch.from_numpy(m) for m in (owner[:, None] == owner, owner[:, None] != owner))
-    similarity = (faces @ faces.T).fill_diagonal_(-2)
-    right, wrong = similarity[same.fill_diagonal_(False)], similarity[other]
-    if len(right) and len(wrong):
-        rates = [(right >= cut).float().mean() + (wrong < cut).float().mean() for cut in torch.cat([right, wrong])]
-        nearest = similarity.argmax(1)[same.any(1)].numpy()
-        scores |= {"verification_auc": float((right[:, None] > wrong).float().mean()),
-                   "verification_accuracy": float(max(rates)) / 2,
-                   "rank1": float((owner[nearest] == owner[same.any(1).numpy()]).mean())}
-    seen, mels = [judges.watch(x) for x in frames], [clip.mel for _, clip in clips]
-    match = lambda i, j: judges.lip_sync(seen[i][:num_windows], mels[j])["sync"]
-    wins = [match(i, i) > match(i, j) for i, j in same.nonzero().tolist()]
-    if wins:
-        scores["sync_accuracy"] = float(np.mean(wins))
-    errors = [judges.lip_sync(video[max(0, -late):], mel[4 * max(0, late):])["offset"] - late
-              for video, mel in zip(seen, mels) for late in range(-10, 11, 2)]
-    scores["offset_accuracy"] = float(np.mean(np.abs(errors) <= 1))
-    known = [(x, clip.opening) for x, (_, clip) in zip(frames, clips) if clip.opening is not None]
-    if judges.has_opening and known:
-        traces = [mouth_correlation(judges.opening(x), np.array(opening)) for x, opening in known]
-        scores["opening_correlation"] = float(np.mean(traces))
-    return scores
+def _draw_stretches(clips, batch_size, num_frames, generator):
+    """Return random stretches of [(label, clip)]: labels [b]; frames, mel, opening [b f ...]."""
+    rows = []
+    for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
+        label, clip = clips[index]
+        start = int(torch.randint(len(clip.frames) - num_frames + 1, (), generator=generator))
+        stop = start + num_frames
+        frames = resize(unit_frames(clip.frames[start:stop]), 64)
+        mel = torch.as_tensor(data.audio_windows(clip.mel[4 * start : 4 * stop]))
+        opening = np.zeros(num_frames) if clip.opening is None else clip.opening[start:stop]
+        opening = torch.tensor(opening, dtype=torch.float32)
+        rows.append((torch.tensor(label), frames, mel, opening))
+    return [torch.stack(column) for column in zip(*rows)]
 
 
-def load_judges(path):
-    """Judges out of a run's backbone.pt (or any file that keeps their state under "judges"), frozen; ValueError if they
-    are not there, were never trained or belong to another version of this file."""
+def _judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
+    """Return the sum of all judges' losses on a batch of stretches, each seen in a random view."""
+    b, f = frames.shape[:2]
+    view = torch.rand(b, len(data.VIEW_NAMES), generator=generator) * 2 - 1
+    frames = data.augment(frames, view, generator)  # b f 3 64 64
+    # -- identity: cosine softmax with a margin (CosFace, Wang et al. 2018), on a few frames
+    faces = frames[:, :: f // 4]  # b k 3 64 64
+    labels = labels.repeat_interleave(faces.shape[1])
+    layers = judges.layers(faces.flatten(0, 1))
+    embedding = F.normalize(judges.face_head(layers[-1]), dim=-1)
+    cosine = embedding @ F.normalize(prototypes, dim=-1).T  # (b k) people
+    margin = 0.25 * F.one_hot(labels, len(prototypes))
+    loss = F.cross_entropy(16 * (cosine - margin), labels)
+    # -- the view, so that the layers see light, blur and noise, too
+    pooled = torch.cat([x.mean((-2, -1)) for x in layers], dim=1)
+    target = view[:, :NUM_VIEWS].repeat_interleave(faces.shape[1], 0)
+    loss = loss + F.mse_loss(judges.view_head(pooled), target)
+    # -- sync: InfoNCE both ways, each window against all windows of the batch
+    video = judges.mouth_video(frames).flatten(0, 1)  # (b t) d
+    audio = judges.mouth_audio(mel).flatten(0, 1)
+    logits = 12 * video @ audio.T
+    target = torch.arange(len(logits))
+    loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    # -- opening: how it moves counts more than its level
+    if judges.has_opening:
+        error = judges.opening(frames[:, ::2].flatten(0, 1)).view(b, -1) - opening[:, ::2]
+        level = error.mean(1, keepdim=True)
+        loss = loss + 30 * (error - level).square().mean() + 3 * level.square().mean()
+    return loss
+
+
+def load_judges(path, kind="table"):
+    """Return the frozen Judges in a run's backbone.pt: those of `kind` "table" or "loss".
+
+    Raises ValueError if the file holds none of this version, or untrained ones.
+    """
     judges = Judges()
+    content = _load_file(path)
     try:
-        judges.load_state_dict(_load_file(path)["judges"])
-    except (KeyError, RuntimeError):
+        judges.load_state_dict(content.get("state", content)["judges"][kind])
+    except (KeyError, TypeError, AttributeError, RuntimeError):
         raise ValueError(f"{path} holds no judges of this version") from None
     if not judges.scores:
         raise ValueError(f"the judges in {path} were never trained")
     return judges.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- command line: two folders in, one table out
+# ---------------------------------------------------------------- scoring generated clips
 
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
-STANDARD = {  # metrics: their network and its files, each with the part that it fills and the prefix of its keys
-    ("fid", "kid"): (InceptionFID, {"pt_inception-2015-12-05*.pth": ("", "")}),
-    ("lpips", "tlp"): (LPIPS, {"alexnet-owt-*.pth": ("features", "features."), "alex.pth": ("lins", "")}),
-    ("id_similarity",): (ArcFace, {"*r50*.pth": ("", "")}),
-    ("id_similarity_r100",): (partial(ArcFace, 100), {"*r100*.pth": ("", "")}),
-    ("lse_d", "lse_c", "av_offset"): (SyncNet, {"syncnet_v2.model": ("", "")})}
-SELF_TRAINED = ("fid*", "kid*", "lpips*", "tlp*", "id_similarity*", "sync*", "lse_d*", "lse_c*", "av_offset*",
-                "mouth_correlation*")
-UNJUDGED = ("psnr", "ssim", "temporal_jitter", "jitter_ratio", "mouth_motion_correlation")
+SILENT = -1.0  # mean of data.log_mel in a frame's window, which is -1.49 without any sound
+LEAST_SILENT = 5  # frames
+LEAST_FOR_KID = 50  # frames
+LEAST_FOR_FID = {"": 2048, "*": 960}  # frames: 1 for each feature, 4 for each of the judges'
+# where a network that cannot judge scores as chance does
+AGAINST_CHANCE = ("right_person*", "right_speech*", "offset_found*", "mouth_correlation*")
 
 
-def load_standard(folder=None):
-    """The standard networks whose files lie in a folder -> (networks, sources).
+@dataclass(eq=False)
+class Case:
+    """A test clip, and what its generation and its scoring need."""
 
-    `networks` goes into `score_clip`, and networks["fid"], if it is there, makes the features [n, 2048] of a clip's
-    frames for FID and KID. `sources` tells who judges each standard metric: {"network": class, "weights": {file name:
-    SHA-256}}, or {"network": None, "reason": the missing files}. ValueError for a folder that is not there, and for a
-    file that does not fit its network, with the first key that differs."""
-    if folder and not Path(folder).is_dir():
-        raise ValueError(f"no such folder of weights: {folder}")
-    networks, sources = {}, {}
-    for metrics, (make, files) in STANDARD.items():
-        paths = {pattern: min(Path(folder).glob(pattern), default=None) if folder else None for pattern in files}
-        missing = [pattern for pattern, path in paths.items() if path is None]
-        source = {"network": None, "reason": f"needs {' and '.join(missing)} in --weights"}
-        if not missing:
-            networks[metrics[0]] = network = make()
-            source = {"network": type(network).__name__, "weights": {
-                paths[pattern].name: load_weights(network.get_submodule(part), paths[pattern], prefix)
-                for pattern, (part, prefix) in files.items()}}
-        sources |= dict.fromkeys(metrics, source)
-    return networks, sources
+    clip: data.Clip
+    frames: torch.Tensor  # f 3 h w in [0, 1], the truth
+    audio: np.ndarray  # int16 [640 f]
+    speeches: list  # log-mel [4f 40] of the clip, then of other clips of the person
+    opening: torch.Tensor | None = None  # f
+    training_clips: list = ()  # of the person
+    reference: np.ndarray | None = None  # uint8 [3 h w], of a training clip
+    mel: torch.Tensor | None = None  # f n m, windows of the clip's speech
+    other_mel: torch.Tensor | None = None  # f n m, of other speech of the person
+
+    @property
+    def person(self):
+        return self.clip.person
 
 
-def log_mel(audio):
-    """The judges' log-mel spectrogram [4 f, 40] of int16 audio [640 f] at 16 kHz, as in the training clips; ValueError
-    without a frame's sound."""
-    if len(audio) < 640:
-        raise ValueError("there is no sound")
-    wave = F.pad(torch.from_numpy(np.asarray(audio, np.float32) / 32768), (176, 176 + -len(audio) % 640))
-    mel = torchaudio.transforms.MelSpectrogram(16000, 512, 400, 160, 60, 7600, n_mels=40, center=False)(wave)
-    return ((mel.clamp_min(1e-4).log() + 4) / 3.5).T.numpy()
+def make_cases(splits, num_frames, clips_per_person, window):
+    """Return Cases of each person's first test clips.
+
+    `splits` is {person: {"train", "validation", "test": [data.Clip]}}. A case has at most
+    `num_frames` frames; its audio windows span `window` frames. Other speech is that of the
+    person's longest other clip, from its start again where it is shorter.
+    """
+    cases = []
+    for split in splits.values():
+        reference = data.reference_frame(split["train"])
+        clips = [clip for part in split.values() for clip in part]
+        for clip in split["test"][:clips_per_person]:
+            f = min(len(clip.frames), num_frames)
+            others = [other for other in clips if other is not clip]
+            others.sort(key=lambda other: -len(other.frames))
+            speeches = [own.mel[: f * data.MELS_PER_FRAME] for own in (clip, *others)]
+            other_mel = np.resize(speeches[1], speeches[0].shape)
+            case = Case(
+                clip=clip,
+                frames=unit_frames(clip.frames[:f]),
+                audio=clip.audio[: f * data.SAMPLES_PER_FRAME],
+                speeches=speeches,
+                opening=None if clip.opening is None else torch.tensor(clip.opening[:f]),
+                training_clips=split["train"],
+                reference=reference,
+                mel=torch.as_tensor(data.audio_windows(speeches[0], window)),
+                other_mel=torch.as_tensor(data.audio_windows(other_mel, window)),
+            )
+            cases.append(case)
+    return cases
 
 
-class Seen:
-    """A clip's frames [f, 3, h, w], and what networks made of them: each looks once."""
+class Evaluation:
+    """Scores of generated clips by method; frames are scored when added, and only numbers are kept.
 
-    def __init__(self, frames):
-        self.frames, self.made = frames, {}
+    `cases` are the people among whom the right one is to be found; `networks` are those of
+    `load_standard`. Everything is computed on `device`.
+    """
 
-    def by(self, look):
-        if look not in self.made:
-            self.made[look] = look(self.frames)
-        return self.made[look]
+    def __init__(self, cases, judges=None, networks=None, device="cpu"):
+        self.device = device
+        self.judges = judges
+        # kind of network -> ending of the metrics' names -> network
+        self.networks = {"lpips": {}, "arcface": {}, "inception": {}, "syncnet": {}}
+        for name, network in (networks or {}).items():
+            kind, underscore, variant = name.partition("_")
+            self.networks[kind][underscore + variant] = network.to(device)
+        self.gallery = {}  # person -> identity [d] in the training clips
+        if judges:
+            judges.to(device)
+            self.networks["lpips"]["*"] = judges.perceptual
+            self.networks["arcface"]["*"] = judges.identity
+            self.networks["inception"]["*"] = judges.features
+            for case in cases:
+                if case.person not in self.gallery:
+                    frames = np.concatenate([clip.frames[::5] for clip in case.training_clips])
+                    identity = per_frame(judges.identity, unit_frames(frames).to(device))
+                    self.gallery[case.person] = F.normalize(identity.mean(0), dim=0)
+        self.people = {}  # "person/clip" -> person
+        self.scores = {}  # method -> metric -> "person/clip" -> value
+        self.real = defaultdict(FeatureStatistics)  # ending
+        self.fake = defaultdict(FeatureStatistics)  # method, ending
+
+    @torch.no_grad()
+    def add(self, method, case, frames):
+        """Score frames [f 3 h w] in [0, 1] that a method generated, by all metrics that apply.
+
+        Raises ValueError for frames out of this range or of another shape than the truth.
+        """
+        key = f"{case.person}/{case.clip.name}"
+        frames = frames.to(self.device)
+        truth = case.frames.to(self.device)
+        found = {"psnr": psnr(frames, truth)}
+        found["mouth_psnr"] = psnr(mouth_region(frames), mouth_region(truth))
+        if min(frames.shape[-2:]) >= 11:
+            found["ssim"] = ssim(frames, truth)
+        if len(frames) > 1:
+            found["temporal_jitter"] = temporal_jitter(frames)
+            found["jitter_ratio"] = jitter_ratio(frames, truth)
+        for ending, distance in self.networks["lpips"].items():
+            found["lpips" + ending] = per_frame(distance, frames, truth)
+            if len(frames) > 1:
+                found["tlp" + ending] = tlp(partial(per_frame, distance), frames, truth)
+        for ending, embed in self.networks["arcface"].items():
+            identity = per_frame(embed, frames)  # f d
+            found["id_similarity" + ending] = (identity * per_frame(embed, truth)).sum(-1)
+            if ending == "*" and len(self.gallery) > 1:
+                likeness = {p: float(identity.mean(0) @ own) for p, own in self.gallery.items()}
+                found["right_person*"] = max(likeness, key=likeness.get) == case.person
+        if len(case.audio) >= LEAST_FOR_SYNC * data.SAMPLES_PER_FRAME:
+            if len(frames) >= LEAST_FOR_SYNC:
+                found |= self._sync_scores(case, frames)
+        if self.judges and self.judges.has_opening and len(frames) > 1:
+            found |= self._opening_scores(case, frames, truth)
+        for ending, extract in self.networks["inception"].items():
+            self.fake[method, ending].update(per_frame(extract, frames))
+            if key not in self.people:
+                self.real[ending].update(per_frame(extract, truth))
+        self.people[key] = case.person
+        scores = self.scores.setdefault(method, {})
+        for metric, value in found.items():
+            value = torch.as_tensor(value, dtype=torch.float64).mean()
+            scores.setdefault(metric, {})[key] = float(value)
+
+    def _sync_scores(self, case, frames):
+        """Return the metrics of lip sync of a case that is long enough."""
+        sync = {}  # ending -> scores
+        found = {}
+        if self.networks["syncnet"]:
+            sync[""] = lse(self.networks["syncnet"][""], frames, case.audio)
+        if self.judges:
+            small = per_frame(partial(resize, size=64), frames)
+            mouth = self.judges.mouth_video(small[None])[0]  # f-4 d
+            mels = [torch.as_tensor(data.audio_windows(mel)) for mel in case.speeches]
+            own, *others = [self.judges.mouth_audio(mel[None].to(self.device))[0] for mel in mels]
+            sync["*"] = sync_scores(mouth, own)
+            found["sync*"] = sync["*"]["sync"]
+            if others:
+                wins = [right_speech(mouth, own, other) for other in others]
+                found["right_speech*"] = np.mean(wins)
+        for ending, scores in sync.items():
+            found["lse_c" + ending] = scores["lse_c"]
+            found["lse_d" + ending] = scores["lse_d"]
+            found["offset_found" + ending] = abs(scores["offset"]) <= 1
+        return found
+
+    def _opening_scores(self, case, frames, truth):
+        """Return the metrics of the mouth opening, as the judges see it in both clips."""
+        opening = per_frame(self.judges.opening, frames).cpu()  # f
+        true = per_frame(self.judges.opening, truth).cpu()
+        known = true if case.opening is None else case.opening
+        found = {"mouth_correlation*": mouth_correlation(opening, known)}
+        found["mouth_std_ratio*"] = opening.std() / true.std().clamp(min=1e-3)
+        if case.speeches:
+            windows = torch.as_tensor(data.audio_windows(case.speeches[0]))[: len(frames)]
+            silent = windows.mean((1, 2)) < SILENT  # f
+            if silent.sum() >= LEAST_SILENT:
+                true_mean = true[silent].mean().clamp(min=0.05)
+                found["silence_ratio*"] = opening[silent].mean() / true_mean
+        return found
+
+    def rows(self):
+        """Return {method: {metric: row}} for all METRICS.
+
+        A row is {"mean", "ci95", "n", "groups", "values": {"person/clip": value}} with the interval
+        over people; of KID and FID {"mean", "ci95": None, "n": frames}, and "std" over KID's
+        subsets; or {"mean": None, "reason"}.
+        """
+        rows = {}
+        for method, scores in self.scores.items():
+            rows[method] = {}
+            for metric, needs in METRICS.items():
+                file = "" if needs["file"] == "–" else f" and {needs['file']}"
+                row = {"mean": None, "reason": f"needs {needs['least']}{file}"}
+                if metric in scores:
+                    row = self._row(scores[metric])
+                rows[method][metric] = row
+            for ending, real in self.real.items():
+                fake = self.fake[method, ending]
+                row = {"ci95": None, "n": min(real.n, fake.n)}
+                if row["n"] >= LEAST_FOR_KID:
+                    mean, std = kernel_distance(real, fake)
+                    rows[method]["kid" + ending] = {"mean": mean, "std": std} | row
+                if row["n"] >= LEAST_FOR_FID[ending]:
+                    rows[method]["fid" + ending] = {"mean": frechet_distance(real, fake)} | row
+        return rows
+
+    def paired(self, method, baseline):
+        """Return {metric: row} of method minus baseline, on the clips that both generated."""
+        rows = {}
+        for metric, values in self.scores[method].items():
+            others = self.scores[baseline].get(metric, {})
+            differences = {key: values[key] - others[key] for key in values if key in others}
+            if differences:
+                rows[metric] = self._row(differences)
+        return rows
+
+    def _row(self, values):
+        groups = [self.people[key] for key in values]
+        return mean_ci(list(values.values()), groups) | {"values": values}
 
 
-@torch.no_grad()
-def score_clip(fake, real, audio, networks, judges=None):
-    """Every metric of a clip against its truth, [f, 3, h, w] each or `Seen`, that needs no network, that the networks
-    of `load_standard` tell, or the judges (starred); audio int16 at 16 kHz -> ({metric: value}, {metric: why not})."""
-    fake, real = (x if isinstance(x, Seen) else Seen(x) for x in (fake, real))
-    x, y = fake.frames, real.frames
+def score_judges(judges, people):
+    """Return scores of judges on the true clips of people {name: [data.Clip]} unknown to them.
 
-    def perceptual(embed, compare):
-        _check(x, y)
-        return compare(fake.by(embed), real.by(embed))
-
-    def pictures(embed, star=""):
-        return {"lpips" + star: lambda: perceptual(embed, squared_distance).mean(),
-                "tlp" + star: lambda: perceptual(embed, partial(tlp, squared_distance))}
-
-    def similarity(embed):
-        return lambda: (fake.by(embed) * real.by(embed)).sum(-1).mean()
-
-    jobs = {"psnr": lambda: psnr(x, y).mean(), "ssim": lambda: ssim(x, y).mean(),
-            "temporal_jitter": lambda: temporal_jitter(x), "jitter_ratio": lambda: jitter_ratio(x, y),
-            "mouth_motion_correlation": lambda: mouth_correlation(mouth_motion(x), mouth_motion(y))}
-    if "lpips" in networks:
-        jobs |= pictures(networks["lpips"].embed)
-    jobs |= {name: similarity(embed) for name, embed in networks.items() if name.startswith("id_similarity")}
-    if "lse_d" in networks:
-        jobs["lse_d lse_c av_offset"] = lambda: [*lse(networks["lse_d"], x, audio).values()]
-    if judges:
-        jobs |= pictures(judges.embed, "*") | {
-            "id_similarity*": similarity(judges.identity),
-            "sync* lse_d* lse_c* av_offset*":
-                lambda: [*judges.lip_sync(fake.by(judges.watch), log_mel(audio)).values()],
-            "mouth_correlation*": lambda: mouth_correlation(fake.by(judges.opening), real.by(judges.opening))}
-    values, reasons = {}, {}
-    for names, job in jobs.items():
-        try:
-            found = np.atleast_1d(job())
-            if not np.isfinite(found).all():
-                raise ValueError("the score is NaN or infinite")
-            values |= zip(names.split(), found.tolist())
-        except ValueError as error:
-            reasons |= dict.fromkeys(names.split(), str(error))
-    return values, reasons
+    These are the metrics with a star that compare with chance, and AUC and equal error rate of
+    identity verification. Each person's first clip is what is known of them.
+    """
+    splits = {}
+    for name, clips in people.items():
+        if len(clips) > 1:
+            splits[name] = {"train": clips[:1], "test": clips[1:]}
+    cases = make_cases(splits, num_frames=100, clips_per_person=4, window=5)
+    evaluation = Evaluation(cases, judges)
+    right = []
+    wrong = []
+    for case in cases:
+        evaluation.add("truth", case, case.frames)
+        identity = per_frame(judges.identity, case.frames).mean(0)
+        for person, own in evaluation.gallery.items():
+            similarity = float(F.cosine_similarity(identity, own, dim=0))
+            (right if person == case.person else wrong).append(similarity)
+    scores = {"people": len(splits), "clips": len(cases)}
+    if wrong:
+        scores["verification_auc"] = auc(right, wrong)
+        scores["verification_eer"] = equal_error_rate(right, wrong)
+    for metric, row in evaluation.rows().get("truth", {}).items():
+        if metric in AGAINST_CHANCE and row["mean"] is not None:
+            scores[metric] = row["mean"]
+    return scores
 
 
-def summarise(metrics, clips, statistics, missing):
-    """A row of the table for each of the `metrics`: out of [(values, reasons, frames)] of the clips its `mean_ci` and
-    number of frames, out of `statistics` {star: (real, fake FeatureStatistics)} FID and KID, with what they warn of;
-    {"mean": None, "reason": why} where there is none, for which `missing` {metric: reason} comes first."""
-    rows = {}
-    for metric in metrics:
-        kind, star = metric.rstrip("*"), "*" * metric.endswith("*")
-        scored = [(values[metric], frames) for values, _, frames in clips if metric in values]
-        why = missing.get(metric) or next((reasons[metric] for _, reasons, _ in clips if metric in reasons),
-                                          "nothing could be scored")
-        if scored:
-            rows[metric] = mean_ci([value for value, _ in scored]) | {"frames": sum(frames for _, frames in scored)}
-        elif kind in ("fid", "kid") and star in statistics and min(side.n for side in statistics[star]) > 1:
-            n = min(side.n for side in statistics[star])
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                distance = (frechet_distance if kind == "fid" else kernel_distance)(*statistics[star])
-            mean, *deviation = np.atleast_1d(distance).tolist()
-            rows[metric] = {"mean": mean, "ci95": None, "n": n, "frames": n} | {"deviation": d for d in deviation} | {
-                "warning": str(warning.message) for warning in caught}
+def markdown_table(rows, columns):
+    """Return {method: {metric: row}} as a Markdown table of the metrics `columns`.
+
+    A metric that no method has, or that is the same for all of several methods, is left out.
+    """
+    shown = []
+    for metric in columns:
+        cells = [_format_cell(row.get(metric, {"mean": None})) for row in rows.values()]
+        means = {cell.split(" ")[0] for cell in cells}
+        if means != {"–"} and (len(means) > 1 or len(rows) == 1):
+            shown.append((metric, cells))
+    lines = [f"| method | {' | '.join(metric for metric, _ in shown)} |"]
+    lines.append("|---" * (len(shown) + 1) + "|")
+    for i, method in enumerate(rows):
+        lines.append(f"| {method} | {' | '.join(cells[i] for _, cells in shown)} |")
+    return "\n".join(lines)
+
+
+def _format_cell(row):
+    if row["mean"] is None:
+        return "–"
+    text = f"{row['mean']:.4g}"
+    if row.get("ci95"):
+        text += " [{:.4g}, {:.4g}]".format(*row["ci95"])
+    return text
+
+
+# ---------------------------------------------------------------- command line
+
+
+def list_files(folder, notes):
+    """Return {name without suffix: path} of the pictures and videos below a folder.
+
+    A single file is named "clip". Files of other kinds are counted in `notes`. Raises ValueError
+    for two files of one name, and for none.
+    """
+    if Path(folder).is_file():
+        return {"clip": Path(folder)}
+    files = {}
+    others = Counter()
+    for path in sorted(Path(folder).rglob("*")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if path.is_dir() or any(part.startswith(".") for part in name.split("/")):
+            continue
+        if path.suffix.lower() not in data.PICTURE_SUFFIXES | data.VIDEO_SUFFIXES:
+            others[path.suffix or path.name] += 1
+        elif name in files:
+            raise ValueError(f"two files of one name in {folder}: {files[name].name}, {path.name}")
         else:
-            rows[metric] = {"mean": None, "reason": why, "n": 0, "frames": 0}
-    return rows
-
-
-def _read(path):
-    """Frames [f, 3, h, w] in [0, 1] at 25 Hz and int16 audio at 16 kHz, none of a picture; ValueError if unreadable."""
-    try:
-        if path.suffix.lower() in PICTURES:
-            with Image.open(path) as picture:
-                frames, audio = np.asarray(picture.convert("RGB"))[None], np.zeros(0, np.int16)
-        else:
-            frames = imageio.imread(path, plugin="FFMPEG", fps=25)                         # [f, h, w, 3]
-            command = [get_ffmpeg_exe(), "-v", "error", "-i", path, "-ac", "1", "-ar", "16000", "-f", "s16le", "-"]
-            audio = np.frombuffer(subprocess.run(command, capture_output=True).stdout, np.int16)
-    except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {path} ({type(error).__name__})") from None
-    return rearrange(torch.from_numpy(frames.copy()), "f h w c -> f c h w").float() / 255, audio
-
-
-def _files(folder):
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in PICTURES | VIDEOS]
+            files[name] = path
     if not files:
-        raise ValueError(f"no pictures or videos in {folder}" if Path(folder).is_dir() else f"no such folder: {folder}")
-    return {str(path.relative_to(folder).with_suffix("")): path for path in files}
+        raise ValueError(f"no pictures or videos in {folder}")
+    for suffix, num in others.items():
+        notes[f"{num} x {suffix}, neither pictures nor videos"].append(str(folder))
+    return files
 
 
-@torch.no_grad()
-def compare(real_folder, fake_folder, networks, sources, judges=None):
-    """Score two folders of videos or pictures, pairs by name, FID and KID over all frames -> (rows, notes on what was
-    left out). A row is `mean_ci` of a metric and the number of frames, or {"mean": None, "reason": why, ...}."""
-    folders, clips, notes = [_files(real_folder), _files(fake_folder)], {}, []
-    extractors = {"": networks.get("fid"), "*": judges and judges.features}
-    extractors = {star: extract for star, extract in extractors.items() if extract}
-    statistics = {star: (FeatureStatistics(), FeatureStatistics(seed=1)) for star in extractors}
-    for name in tqdm(sorted(folders[0] | folders[1]), unit="file", disable=None):
-        pair = []
+def read_file(path, size):
+    """Return frames [f 3 h w] in [0, 1] and int16 sound of a picture or video."""
+    if path.suffix.lower() in data.PICTURE_SUFFIXES:
+        return unit_frames(data.read_image(path, size)[None]), np.zeros(0, np.int16)
+    frames, audio = data.read_video(path, size)
+    return unit_frames(frames), audio
+
+
+def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=None):
+    """Score two folders of videos or pictures, pairs by name.
+
+    Returns {metric: row} as in `Evaluation.rows`, and notes on what was not scored. Frames are as
+    large as in the files, or their central squares have `size` x `size` pixels. Intervals are over
+    subfolders, as people, or else over files. Raises ValueError if nothing can be scored.
+    """
+    notes = defaultdict(list)  # note -> names
+    real_files = list_files(real_folder, notes)
+    fake_files = list_files(fake_folder, notes)
+    evaluation = Evaluation([], judges, networks, device)
+    for name in tqdm(sorted(real_files | fake_files), unit="file", disable=None):
         try:
-            for side, files in enumerate(folders):
-                if name in files:
-                    pair.append(_read(files[name]))
-                    for star, extract in extractors.items():
-                        for batch in pair[-1][0].split(32):
-                            statistics[star][side].update(extract(batch))
-            if len(pair) < 2:
-                raise ValueError("it has no partner of that name")
-            (real, _), (fake, audio) = pair
-            n = min(len(real), len(fake))
-            if len(real) != len(fake):
-                notes.append(f"{name}: {len(real)} and {len(fake)} frames, of which the first {n} are compared")
-            clips[name] = (*score_clip(fake[:n], real[:n], audio, networks, judges), n)
+            if name not in real_files or name not in fake_files:
+                raise ValueError("no partner of that name")
+            with warnings.catch_warnings(record=True) as caught:
+                truth, _ = read_file(real_files[name], size)
+                frames, audio = read_file(fake_files[name], size)
+            for warning in caught:  # of files that end early
+                notes[str(warning.message)].append(name)
+            if truth.shape[2:] != frames.shape[2:]:
+                raise ValueError("the two differ in size: choose one by --size")
+            f = min(len(truth), len(frames))
+            if len(truth) != len(frames):
+                note = f"{len(truth)} and {len(frames)} frames, of which the first {f} are compared"
+                notes[note].append(name)
+            person, _, stem = name.rpartition("/")
+            none = np.zeros(0)
+            clip = data.Clip(person or stem, stem, fake_files[name], none, audio, none)
+            speeches = [data.log_mel(audio[: f * data.SAMPLES_PER_FRAME])] if len(audio) else []
+            evaluation.add("fake", Case(clip, truth[:f], audio, speeches), frames[:f])
         except ValueError as error:
-            notes.append(f"{name}: {error}")
-    missing = {metric: source["reason"] for metric, source in sources.items() if not source["network"]}
-    missing |= {} if judges else dict.fromkeys(SELF_TRAINED, "needs --judges FILE")
-    rows = summarise((*UNJUDGED, *sources, *SELF_TRAINED), clips.values(), statistics, missing)
-    if all(row["mean"] is None for row in rows.values()):
-        raise ValueError("nothing could be scored: " + "; ".join(notes))
-    left_out = defaultdict(list)
-    for name, (_, reasons, _) in clips.items():
-        for metric, why in reasons.items():
-            if rows[metric]["mean"] is not None:
-                left_out[name, why].append(metric)
-    return rows, notes + [f"{name}: {why} (not in {', '.join(names)})" for (name, why), names in left_out.items()]
+            notes[str(error)].append(name)
+    rows = evaluation.rows().get("fake", {})
+    for metric, row in rows.items():
+        for key in sorted(set(evaluation.people) - set(row.get("values", evaluation.people))):
+            notes[f"not in {metric}, which needs {METRICS[metric]['least']}"].append(key)
+    if any(name.startswith(("arcface", "syncnet")) for name in networks):
+        note = "faces are neither cropped nor aligned: compare with files that are cut alike"
+        notes[note].append("ArcFace and SyncNet")
+    notes = [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+    if not rows:
+        raise ValueError(f"nothing could be scored: {'; '.join(notes)}")
+    return rows, notes
+
+
+def print_weights(sources):
+    """Print the files of weights in `sources` with their SHA-256."""
+    files = {}
+    for source in sources.values():
+        files |= source.get("weights", {})
+    for name, digest in files.items():
+        print(f"{name}: SHA-256 {digest}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Compare two folders of videos or pictures, pairs by name.")
-    parser.add_argument("real")
-    parser.add_argument("fake")
-    wanted = ", ".join(pattern for _, files in STANDARD.values() for pattern in files)
-    parser.add_argument("--weights", metavar="DIR", help=f"folder with any of {wanted}")
-    parser.add_argument("--judges", metavar="FILE", help="a run's backbone.pt, whose judges fill the rows with a star")
-    parser.add_argument("--json", metavar="FILE", help="write the table there too")
+    parser = argparse.ArgumentParser(
+        description="Compare two folders of videos or pictures by name."
+    )
+    parser.add_argument("real", nargs="?", help="folder or file")
+    parser.add_argument("fake", nargs="?", help="folder or file")
+    parser.add_argument("--list", action="store_true", help="print what each metric needs")
+    parser.add_argument("--weights", metavar="DIR", help="folder of the standard networks' files")
+    parser.add_argument("--judges", metavar="FILE", help="a run's backbone.pt, for metrics with *")
+    parser.add_argument("--size", type=int, help="pixels a side; left out: as in the files")
+    parser.add_argument("--device", default="cpu", help="such as cuda:0")
+    parser.add_argument("--json", metavar="FILE", help="write the table with values per clip")
     args = parser.parse_args(argv)
     try:
         networks, sources = load_standard(args.weights)
+        if args.list:
+            print(METRICS_TABLE.strip())
+            print_weights(sources)
+            return 0
+        check_arguments(args)
         judges = load_judges(args.judges) if args.judges else None
-        rows, notes = compare(args.real, args.fake, networks, sources, judges)
+        rows, notes = compare(args.real, args.fake, networks, judges, args.device, args.size)
         if judges:
-            source = {"network": "self-trained on the public split", "held-out people": judges.scores,
-                      "weights": {Path(args.judges).name: _sha256(args.judges)}}
-            sources |= dict.fromkeys(SELF_TRAINED, source)
+            weights = {Path(args.judges).name: _sha256(args.judges)}
+            sources["*"] = {"network": "Judges", "weights": weights, "scores": judges.scores}
         if args.json:
-            half_written = Path(f"{args.json}.part")
-            half_written.write_text(json.dumps({"rows": rows, "judges": sources, "notes": notes}, indent=1))
-            half_written.replace(args.json)
+            report = {"rows": rows, "sources": sources, "notes": notes}
+            with data.atomic_write(args.json) as path:
+                Path(path).write_text(json.dumps(report, indent=1))
     except (ValueError, OSError) as error:
         print(f"metrics.py: {error}", file=sys.stderr)
         return 2
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print("| metric | mean | 95 % interval | n | frames | |\n|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        mean = "–" if row["mean"] is None else f"{row['mean']:.4f}"
-        interval = "{:.4f} .. {:.4f}".format(*row["ci95"]) if row.get("ci95") else "–"
-        print(f"| {name} | {mean} | {interval} | {row['n']} | {row['frames']} | "
-              f"{row.get('reason') or row.get('warning', '')} |")
-    for weights in {json.dumps(source["weights"]) for source in sources.values() if source["network"]}:
-        print(f"judged with {weights}")
+    print("| metric | mean | 95 % interval | n | |\n|---|---|---|---|---|")
+    for metric, row in rows.items():
+        mean, _, interval = _format_cell(row).partition(" ")
+        print(f"| {metric} | {mean} | {interval} | {row.get('n', 0)} | {row.get('reason', '')} |")
+    print_weights(sources)
     return 0
+
+
+def check_arguments(args):
+    """Raise ValueError for arguments that cannot work, before the work begins."""
+    if not args.fake:
+        raise ValueError("two folders are needed: real and fake")
+    if args.size is not None and not 11 <= args.size <= 4096:
+        raise ValueError(f"--size must lie in 11 ... 4096, not {args.size}")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {args.device}: torch cannot use it") from None
 
 
 if __name__ == "__main__":

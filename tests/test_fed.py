@@ -1,409 +1,585 @@
-"""The federation's equations against their definitions, and rounds against the plain weighted mean."""
+"""The federation's equations against their definitions, local training, and whole rounds on losses solved by hand."""
 
-import dataclasses
 import math
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import data
 import fed
 import lora
 import metrics
 import privacy
+import train
 from test_model import small_model
 
-NO_JUDGES = dict(tdc=0.05, identity=0.0, perceptual=0.0, sync=0.0)
-SAMPLING = dict(num_steps=2, guidance=1.0, solver="dpm")
+NO_JUDGES = {"tdc": 0.05, "identity": 0.0, "perceptual": 0.0, "sync": 0.0}
+ALL_TERMS = {"tdc": 0.3, "identity": 0.2, "perceptual": 0.4, "sync": 0.7}
+SAMPLING = {"num_steps": 2, "guidance": 1.0, "window": 40}
 
 
-def adapted_model():
-    model = small_model("x0")
-    torch.manual_seed(1)
-    lora.inject_lora(model, 2, 4, 0.0, ["to_q", "to_v"])
-    return model
+def adapted_model(rank=2, factors="R"):
+    model = small_model().requires_grad_(False)
+    lora.inject_lora(model.unet, rank, 4.0, 0.0, factors)
+    return model.eval()
 
 
-def drawer(model, shift=0.0):
-    def draw(batch_size, num_frames, generator):
-        frames = torch.rand(batch_size, num_frames, 3, 32, 32, generator=generator) * 2 - 1
-        reference = torch.rand(batch_size, 3, 32, 32, generator=generator) * 2 - 1
-        with torch.no_grad():
-            motion = torch.stack([model.motion(f, model.autoencoder.encode(f), r) for f, r in zip(frames, reference)]) + shift
-            reference_latents = model.autoencoder.encode(reference)
-        mel = torch.randn(batch_size, num_frames, 20, 40, generator=generator)
-        return dict(frames=frames, reference=reference, motion=motion, reference_latents=reference_latents, mel=mel,
-                    words=torch.ones(batch_size, 8, dtype=torch.long), other_reference=reference.flip(-1))
-
-    return draw
-
-
-def clients_of(model, num):
-    held_out = [drawer(model)(1, 6, torch.Generator().manual_seed(i)) for i in range(num)]
-    return [fed.Client(f"c{i}", 4 + i, drawer(model, i / 10), lambda i=i: held_out[i]) for i in range(num)]
-
-
-def settings(**changes):
-    train = dict(lr=1e-2, batch_size=2, num_frames=6, proximal=0.0, loss_weights=NO_JUDGES, condition_dropout=0.1)
-    return dict(algorithm="isfa", sample_rate=1.0, local_epochs=0.5, server_lr=0.5, gamma=0.0, reliability_alpha=0.7,
-                sample_cap=100, train=train, sampling=SAMPLING, reliability="generated", public=0.1, dropout_rate=0.0,
-                client_timeout_seconds=0.0) | changes
+def random_batch(model, num_clips, num_frames, seed, shift=0.0):
+    """A batch of noise pictures; `shift` moves the motion, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.rand(num_clips, num_frames, 3, 32, 32, generator=generator) * 2 - 1
+    reference = torch.rand(num_clips, 3, 32, 32, generator=generator) * 2 - 1
+    motion = []
+    with torch.no_grad():
+        for own_frames, own_reference in zip(frames, reference):
+            latents = model.autoencoder.encode(own_frames)
+            motion.append(model.encode_motion(own_frames, latents, own_reference))
+        reference_latents = model.autoencoder.encode(reference)
+    return {
+        "frames": frames,
+        "reference": reference,
+        "motion": torch.stack(motion) + shift,
+        "reference_latents": reference_latents,
+        "mel": torch.randn(num_clips, num_frames, 20, 40, generator=generator),
+        "words": torch.ones(num_clips, 8, dtype=torch.long),
+    }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def soaked():
-    """The long proof, shortened, beside the other tests."""
-    script = Path(__file__).with_name("soak_rounds.py")
-    with subprocess.Popen([sys.executable, script, "6", "1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True) as child:
-        yield child
-        child.kill()
+class NoiseClient(fed.Client):
+    """A client whose clips are noise, so that no files are needed."""
+
+    def __init__(self, name, num_samples, shift=0.0, folder=None):
+        super().__init__(name, {"train": [], "validation": [], "test": []}, 6, folder)
+        self.num_samples = num_samples
+        self.shift = shift
+
+    def train_batch(self, model, batch_size, generator):
+        seed = int(torch.randint(2**31, (), generator=generator))
+        return random_batch(model, batch_size, self.num_frames, seed, self.shift)
+
+    def validation_batch(self, model, num_frames=6):
+        return random_batch(model, 1, num_frames, 1, self.shift)
 
 
-def test_tdc_is_eq_8():
-    eps_hat, eps = torch.randn(2, 5, 3, 4, 4), torch.randn(2, 5, 3, 4, 4)
-    by_frame = [((eps_hat[:, f + 1] - eps_hat[:, f]) - (eps[:, f + 1] - eps[:, f])).abs().mean() for f in range(4)]
-    assert float(fed.tdc_loss(eps_hat, eps)) == pytest.approx(float(sum(by_frame) / 4), rel=1e-5)
-    assert float(fed.tdc_loss(eps + 3.0, eps)) == pytest.approx(0, abs=1e-6)  # a constant error is no flicker
+# ---------------------------------------------------------------- equations
 
 
-def test_isfa_weights_have_the_ratios_of_the_paper_and_are_bounded():
-    w = [fed.isfa_weight(n, r, 0.5, 100) for n, r in ((20, 0.9), (80, 0.2))]
-    assert w[0] / w[1] == pytest.approx(20 * math.exp(0.5 * 0.9) / (80 * math.exp(0.5 * 0.2)))
-    assert fed.isfa_weight(30, 0.1, 0.0, 100) / fed.isfa_weight(60, 0.9, 0.0, 100) == 0.5  # gamma = 0 is FedAvg
+def test_tdc_loss_is_eq_8():
+    eps_hat = torch.randn(2, 5, 3, 4, 4)
+    eps = torch.randn(2, 5, 3, 4, 4)
+    by_frame = []
+    for f in range(4):
+        change = (eps_hat[:, f + 1] - eps_hat[:, f]) - (eps[:, f + 1] - eps[:, f])
+        by_frame.append(float(change.abs().mean()))
+    assert float(fed.tdc_loss(eps_hat, eps)) == pytest.approx(np.mean(by_frame), rel=1e-5)
+    assert float(fed.tdc_loss(eps + 3.0, eps)) == pytest.approx(0, abs=1e-6)  # a constant error
+
+
+def test_isfa_weights_have_the_papers_ratios_and_are_bounded():
+    few = fed.isfa_weight(20, 0.9, 0.5, 100)
+    many = fed.isfa_weight(80, 0.2, 0.5, 100)
+    assert few / many == pytest.approx(20 * math.exp(0.5 * 0.9) / (80 * math.exp(0.5 * 0.2)))
+    assert fed.isfa_weight(30, 0.1, 0.0, 100) / fed.isfa_weight(60, 0.9, 0.0, 100) == 0.5  # FedAvg
     assert 0 < fed.isfa_weight(1, 0.0, 5.0, 100) < fed.isfa_weight(10**6, 1.0, 5.0, 100) == 1.0
 
 
-def test_poisson_cohorts():
-    sizes = [len(fed.poisson_cohort(1000, 0.3, r, seed=4)) for r in range(40)]
-    assert abs(np.mean(sizes) - 300) < 5 and np.std(sizes) > 5  # sizes vary: it is no fixed-size sample
-    assert fed.poisson_cohort(50, 0.5, 3, 4) == fed.poisson_cohort(50, 0.5, 3, 4) != fed.poisson_cohort(50, 0.5, 2, 4)
+def test_the_objective_is_eq_12():
+    model = adapted_model()
+    judges = metrics.Judges().eval().requires_grad_(False)
+    batch = random_batch(model, 3, 6, 0)
+    noise = fed.draw_noise(model, batch, ALL_TERMS, torch.Generator().manual_seed(0))
+    loss, terms = fed.objective(model, judges, batch, noise, ALL_TERMS, slice(0, 3))
+    assert set(terms) == {"diffusion", *ALL_TERMS}
+    expected = terms["diffusion"] + sum(ALL_TERMS[name] * terms[name] for name in ALL_TERMS)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    losses, x0_hat, eps_hat = model.training_losses(batch, noise["t"], noise["eps"], noise["keep"])
+    assert float(terms["diffusion"].detach()) == pytest.approx(float(losses.mean().detach()), rel=1e-5)
+    assert float(terms["tdc"]) == pytest.approx(
+        float(fed.tdc_loss(eps_hat, noise["eps"])), rel=1e-5
+    )
+    row = noise["judged"]
+    frames = slice(noise["judged_frame"], noise["judged_frame"] + 5)
+    own = {name: batch[name][row : row + 1, frames] for name in ("frames", "mel")}
+    own["reference"] = batch["reference"][row : row + 1]
+    auxiliary = fed.auxiliary_losses(model, judges, own, x0_hat[row : row + 1, frames])
+    for name, value in auxiliary.items():
+        expected = noise["judged_weight"] * float(value.detach())
+        assert float(terms[name].detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_seeds_are_told_apart():
-    assert len({fed.derived_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
-
-
-def test_objective_is_the_weighted_sum_of_its_terms():
-    model, judges = adapted_model(), metrics.Judges().eval()
-    weights = dict(tdc=0.3, identity=0.2, perceptual=0.4, sync=0.7)
-    batch = drawer(model)(3, 6, torch.Generator().manual_seed(0))
-    batch = fed.with_chance(model, batch, weights, torch.Generator().manual_seed(0), 0.1)
-    loss, terms = fed.objective(model, batch, weights, judges)
-    assert set(terms) == {"diffusion", "tdc", "identity", "perceptual", "sync"} and min(terms.values()) > 0
-    assert float(loss.detach()) == pytest.approx(terms["diffusion"] + sum(weights[k] * terms[k] for k in weights), rel=1e-5)
-    loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora.adapter_parameters(model) if p.shape[-1] == 2)
-
-
-def test_judged_terms_are_zero_for_perfect_frames_without_speech_and_weighted_by_alpha_bar():
-    model, judges = small_model("x0"), metrics.Judges().eval()
-    batch = drawer(model)(2, 6, torch.Generator().manual_seed(0))
-    x0 = torch.zeros_like(batch["motion"])  # nothing moves: every frame is the reference
-    window = slice(0, 5)
+def test_auxiliary_losses_vanish_for_perfect_frames():
+    model = small_model()
+    judges = metrics.Judges().eval()
+    batch = random_batch(model, 2, 5, 0)
     batch["frames"] = batch["reference"][:, None].expand_as(batch["frames"])
-    full = fed.judged_terms(model, judges, batch, x0, 1.0, window)
-    half = fed.judged_terms(model, judges, batch, x0, 0.5, window)
-    assert float(full["perceptual"].detach()) == pytest.approx(0, abs=1e-6)
-    assert float(full["identity"].detach()) == pytest.approx(0, abs=1e-5)
-    assert float(half["sync"].detach()) == pytest.approx(float(full["sync"].detach()) / 2, rel=1e-5)
+    losses = fed.auxiliary_losses(model, judges, batch, torch.zeros_like(batch["motion"]))
+    assert float(losses["perceptual"].detach()) == pytest.approx(0, abs=1e-6)
+    assert float(losses["identity"].detach()) == pytest.approx(0, abs=1e-5)
+    assert float(losses["sync"].detach()) > 0.01  # random judges find no agreement
 
 
-def test_judged_terms_are_weighted_by_alpha_bar_on_average(monkeypatch):
-    """With a judge that gives clip i the loss i, the mean term is the mean of alpha_bar_i i."""
-    model, t = adapted_model(), torch.tensor([10, 40, 70, 95])
-    monkeypatch.setattr(fed, "stratified_timesteps", lambda *_: t)
-    batch, generator = drawer(model)(4, 6, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
-    drawn = [fed.with_chance(model, batch, dict(NO_JUDGES, sync=1.0), generator, 0.0) for _ in range(1000)]
-    judged = torch.stack([one["judged"] for one in drawn])
-    assert (judged > 0).sum(1).eq(1).all() and {int(one["first"][0]) for one in drawn} == {0, 1}
-    assert torch.allclose(judged.mean(0), model.diffusion.alpha_bar[t] / 4, atol=0.02)
+def test_one_clip_stands_for_all_with_the_expectation_of_weights_alpha_bar():
+    model = adapted_model()
+    batch = random_batch(model, 4, 6, 0)
+    sums = torch.zeros(4)
+    alpha_bars = torch.zeros(4)
+    frames = set()
+    for seed in range(1500):
+        generator = torch.Generator().manual_seed(seed)
+        noise = fed.draw_noise(model, batch, ALL_TERMS, generator, condition_dropout=0.0)
+        sums[noise["judged"]] += noise["judged_weight"]
+        t = noise["t"][:, -1]  # the last frame is never known
+        alpha_bars += model.diffusion.alpha_bar[t] / 4
+        frames.add(noise["judged_frame"])
+    assert torch.allclose(sums / 1500, alpha_bars / 1500, atol=0.02)
+    assert frames == {0, 1}
 
 
-def test_gradient_and_terms_do_not_depend_on_micro_batches(monkeypatch):
-    model, judges, objective, calls = adapted_model(), metrics.Judges().eval().requires_grad_(False), fed.objective, []
-    batch, weights = drawer(model)(5, 6, torch.Generator().manual_seed(0)), dict(tdc=0.3, identity=0.2, perceptual=0.4, sync=0.7)
-    model, judges, batch = model.double(), judges.double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-    model.unet.time_mlp.register_forward_pre_hook(lambda layer, inputs: inputs[0].to(layer[0].weight))
-
-    def gradient(**how):
-        terms, used = fed.accumulate(model, batch, judges, torch.Generator().manual_seed(3), loss_weights=weights,
-                                     condition_dropout=0.3, **how)
-        return torch.cat([p.grad.flatten() for p in lora.adapter_parameters(model)]), terms, used
-
-    whole, terms, _ = gradient()
-    for size in (5, 2, 1):
-        cut, own, used = gradient(micro_batch=size)
-        assert used == size and (cut - whole).norm() < 1e-9 * whole.norm() and own == pytest.approx(terms, rel=1e-9)
-    model.unet.train(), setattr(model.unet, "checkpointing", True)
-    assert torch.equal(gradient()[0], whole)
-    model.unet.checkpointing = False
-
-    def small(model, part, *rest):  # a device on which the third clip does not fit
-        calls.append(len(part["t"]))
-        if len(part["t"]) > 2:
-            raise torch.OutOfMemoryError
-        return objective(model, part, *rest)
-
-    monkeypatch.setattr(fed, "objective", small)
-    with pytest.warns(UserWarning, match="micro-batches of 2 clips"):
-        cut, _, used = gradient()
-    assert calls == [5, 3, 2, 2, 1] and used == 2 and (cut - whole).norm() < 1e-9 * whole.norm()
+def test_conditions_are_dropped_and_first_frames_known_as_often_as_said():
+    model = adapted_model()
+    batch = random_batch(model, 8, 6, 0)
+    dropped = []
+    known = []
+    for seed in range(200):
+        noise = fed.draw_noise(model, batch, NO_JUDGES, torch.Generator().manual_seed(seed), 0.3)
+        dropped.append(1 - torch.stack(list(noise["keep"].values())).mean())
+        is_known = noise["t"] == -1
+        known.append(is_known[:, 0].float().mean())
+        assert (noise["eps"][is_known] == 0).all() and not is_known[:, 3:].any()
+        assert noise["judged"] is None
+    assert np.mean(dropped) == pytest.approx(0.3, abs=0.03)
+    assert np.mean(known) == pytest.approx(fed.CONTINUED, abs=0.05)
 
 
-def test_bfloat16_is_near():
-    model, gradients = adapted_model(), []
-    batch = drawer(model)(2, 6, torch.Generator().manual_seed(0))
+def test_the_gradient_does_not_depend_on_micro_batches():
+    model = adapted_model().double()
+    judges = metrics.Judges().eval().requires_grad_(False).double()
+    model.unet.time_mlp.register_forward_pre_hook(lambda layer, x: x[0].double())
+    batch = random_batch(adapted_model(), 5, 6, 0)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    gradients = []
+    terms = []
+    for micro_batch in (0, 2, 1):
+        generator = torch.Generator().manual_seed(3)
+        terms.append(fed.backward(model, judges, batch, ALL_TERMS, generator, micro_batch))
+        parameters = lora.adapter_parameters(model)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    for gradient, own_terms in zip(gradients[1:], terms[1:]):
+        assert (gradient - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+        assert own_terms == pytest.approx(terms[0], rel=1e-6)
+
+
+def test_bfloat16_gradients_are_near():
+    model = adapted_model()
+    batch = random_batch(model, 2, 6, 0)
+    gradients = []
     for bf16 in (False, True):
-        fed.accumulate(model, batch, None, torch.Generator().manual_seed(3), loss_weights=NO_JUDGES, condition_dropout=0.0,
-                       bf16=bf16)
-        gradients.append(torch.cat([p.grad.flatten() for p in lora.adapter_parameters(model)]))
-    assert 0.99 < float(torch.cosine_similarity(*gradients, dim=0)) and not torch.equal(*gradients)
-    assert gradients[1].dtype == torch.float32
+        fed.backward(model, None, batch, NO_JUDGES, torch.Generator().manual_seed(3), bf16=bf16)
+        parameters = lora.adapter_parameters(model)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.98
+    assert not torch.equal(*gradients)
 
 
-def test_validation_loss_is_the_share_left_unexplained(monkeypatch):
-    model = small_model("x0")
-    batch = drawer(model)(3, 6, torch.Generator().manual_seed(0))
-    truth = batch["motion"] / model.spread
-    for share in (0.0, 0.5, 1.0):  # a network that always says `share` of the truth leaves (1 - share)^2 of it
-        monkeypatch.setattr(model, "forward", lambda xt, *conditions: share * truth)
-        assert torch.allclose(fed.validation_loss(model, batch, 0), torch.full((3,), (1 - share) ** 2), atol=1e-5)
+def test_unexplained_variance_is_one_without_motion_and_the_linear_denoisers_without_unet():
+    model = small_model()
+    batch = random_batch(model, 3, 6, 0)
+    x0 = batch["motion"] / model.motion_std
+    with_unet = fed.unexplained_variance(model, batch, 0, num_levels=3)
+    without = fed.unexplained_variance(model, batch, 0, num_levels=3, use_unet=False)
+    torch.nn.init.zeros_(model.unet.conv_out.weight)
+    torch.nn.init.zeros_(model.unet.conv_out.bias)
+    zeroed = fed.unexplained_variance(model, batch, 0, num_levels=3)
+    assert without.shape == (3, 3)
+    assert torch.allclose(zeroed, without, atol=1e-6) and not torch.allclose(with_unet, without)
+    model.prior.denoise = lambda xt, signal, noise: (0.25 * x0, torch.zeros_like(x0))
+    constant = fed.unexplained_variance(model, batch, 0, num_levels=2)
+    assert torch.allclose(constant, torch.full((2, 3), 0.75**2), atol=1e-5)
 
 
-def test_local_training_lowers_the_loss_reproducibly():
+# ---------------------------------------------------------------- clients
+
+
+def synthetic_clips(tmp_path, num_clips=3):
+    data.make_synthetic(tmp_path / "synthetic", 0, 1, 0, 1, num_clips, 1.0, 32, 0.0, 0)
+    return data.TalkingHeads(tmp_path / "synthetic", 32, cache=tmp_path / "cache").clips
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return synthetic_clips(tmp_path_factory.mktemp("clips"))
+
+
+def test_views_hold_the_motion_of_their_reference(clips):
+    model = small_model()
+    views = fed.encode_views(model, clips[:1], num_references=2)[clips[0].path]
+    view = views[0]
+    reference = data.to_float(view.reference)
+    frames = data.to_float(clips[0].frames)
+    motion = model.encode_motion(frames, model.autoencoder.encode(frames), reference)
+    assert torch.allclose(view.motion, motion, atol=1e-5)
+    assert np.array_equal(view.reference, clips[0].frames[view.frame_index])
+    decoded = data.to_unit(model.decode(view.motion[None] / model.motion_std, reference[None]))
+    assert decoded.shape == (1, len(frames), 3, 32, 32)
+
+
+def test_a_reported_loss_takes_its_reference_from_another_clip(clips):
+    model = small_model()
+    client = fed.Client("a", {"train": clips[:1], "validation": clips[1:2], "test": clips[2:]}, 8)
+    batch = client.validation_batch(model)
+    reference = ((batch["reference"][0] + 1) * 127.5).round().byte().numpy()
+    assert any(np.array_equal(reference, frame) for frame in clips[0].frames)
+    assert not any(np.array_equal(reference, frame) for frame in clips[1].frames)
+    assert batch["frames"].shape[1] == 16 and not batch["motion"].is_inference()
+
+
+def test_only_training_clips_are_trained_on(clips, monkeypatch):
+    model = small_model()
+    client = fed.Client("a", {"train": clips[:1], "validation": clips[1:2], "test": clips[2:]}, 8)
+    used = []
+    real = data.sample_batch
+
+    def watched(own_clips, *args, **kwargs):
+        used.extend(own_clips)
+        return real(own_clips, *args, **kwargs)
+
+    monkeypatch.setattr(data, "sample_batch", watched)
+    client.train_batch(model, 2, torch.Generator().manual_seed(0))
+    assert used == clips[:1] and set(client.views) == {clips[0].path}
+
+
+def test_local_training_lowers_the_loss_and_is_reproducible():
+    model = adapted_model(rank=4)
+    client = NoiseClient("a", 24, shift=1.0)
+    state = {"adapter": lora.adapter_vector(model), "round": 0}
+    kwargs = {"local_epochs": 1.0, "lr": 0.05, "batch_size": 4, "loss_weights": NO_JUDGES}
+    first, terms = fed.local_update(model, None, client, state, 7, **kwargs)
+    second, _ = fed.local_update(model, None, client, state, 7, **kwargs)
+    other, _ = fed.local_update(model, None, client, state, 8, **kwargs)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert set(terms) == {"diffusion", "tdc"}
+    batch = random_batch(model, 4, 6, 5, shift=1.0)
+    lora.load_adapter_vector(model, state["adapter"])
+    before = fed.unexplained_variance(model, batch, 0).mean()
+    lora.load_adapter_vector(model, state["adapter"] + first)
+    assert fed.unexplained_variance(model, batch, 0).mean() < before
+
+
+def test_the_number_of_local_steps_follows_the_clients_samples(monkeypatch):
     model = adapted_model()
-    start = lora.adapter_vector(model)
-    batch = drawer(model, 1.0)(4, 6, torch.Generator().manual_seed(5))
-    before = fed.validation_loss(model, batch, 0).mean()
-    fixed = dict(lr=2e-2, batch_size=4, num_frames=6, loss_weights=NO_JUDGES, condition_dropout=0.0)
-    runs = [fed.train_adapter(model, None, drawer(model, 1.0), start, 6, 7, **fixed)[0] for _ in range(2)]
-    assert torch.equal(*runs)
-    assert fed.validation_loss(model, batch, 0).mean() < before
-    near, _ = fed.train_adapter(model, None, drawer(model, 1.0), start, 6, 7, **fixed, proximal=1e4)
-    assert (near - start).norm() < (runs[0] - start).norm() / 2
+    calls = []
+
+    def count(model, judges, batch, *args):
+        calls.append(len(batch["motion"]))
+        for parameter in lora.adapter_parameters(model):
+            parameter.grad = torch.zeros_like(parameter)
+        return {}
+
+    monkeypatch.setattr(fed, "backward", count)
+    state = {"adapter": lora.adapter_vector(model), "round": 0}
+    kwargs = {"lr": 0.05, "batch_size": 4, "loss_weights": NO_JUDGES}
+    for num_samples, epochs, steps in ((24, 1.0, 6), (24, 0.5, 3), (1, 0.1, 1)):
+        calls.clear()
+        client = NoiseClient("a", num_samples)
+        fed.local_update(model, None, client, state, 7, local_epochs=epochs, **kwargs)
+        assert calls == [4] * steps
 
 
-def test_reliability_is_a_share_and_falls_with_shaking():
-    model, judges = adapted_model(), metrics.Judges().eval()
-    batch = drawer(model)(1, 6, torch.Generator().manual_seed(0))
-    calm, parts = fed.reliability(model, judges, batch, 0.7, 10.0, seed=0, **SAMPLING)
-    shaky, _ = fed.reliability(model, judges, batch, 0.7, 1e-3, seed=0, **SAMPLING)
-    assert 0 <= shaky < calm <= 1 and parts["stability"] == 1.0
-    assert calm == pytest.approx(0.7 * parts["identity"] + 0.3)
-
-
-def test_explained_reliability_falls_with_what_nothing_explains_and_with_useless_speech(monkeypatch):
-    model, batch = adapted_model(), drawer(adapted_model())(2, 6, torch.Generator().manual_seed(0))
-    heard, silent = fed.unexplained(model, batch, 0)
-    assert heard != silent and heard == float(fed.validation_loss(model, batch, 0, 4).mean())
-    for own, speech, fit in (((0.4, 0.6), 1, 1), ((0.3, 0.6), 1, 1), ((0.5, 0.6), 0.5, math.exp(-0.25)),
-                             ((0.4, 0.3), 0, 1), ((0.8, 0.8), 0, math.exp(-1))):
-        monkeypatch.setattr(fed, "unexplained", lambda *_, own=own: own)
-        r, parts = fed.explained_reliability(model, batch, 0.7, (0.4, 0.6), 0)
-        assert parts == pytest.approx({"speech": speech, "fit": fit}) and r == pytest.approx(0.7 * speech + 0.3 * fit)
-
-
-def test_secure_round_is_the_plain_weighted_mean():
-    updates = [np.random.default_rng(i).normal(size=50).astype(np.float32) * 0.05 for i in range(5)]
-    weights = [0.2, 1.0, 0.5, 0.7, 0.9]
-    mechanism = privacy.Mechanism(1.0, 0.0, 50, 5, 2, min_weight=0.1)
-    uploads = dict(enumerate(zip(updates, weights)))
-    plain, _, _ = fed.aggregate(uploads, list(uploads), None, 0)
-    secure, survivors, about = fed.aggregate(uploads, list(uploads), mechanism, 0)
-    assert np.abs(secure - plain).max() < 1e-6 and survivors == [0, 1, 2, 3, 4]
-    assert about["weight_sum"] == pytest.approx(sum(weights), rel=1e-6) and about["bytes_up"] == 4 * 51
-
-
-def test_noise_and_clipping_reach_the_sum():
-    updates, weights = [np.full(2000, 1.0, np.float32)] * 4, [1.0] * 4
-    mechanism = privacy.Mechanism(0.5, 0.1, 2000, 4, 2, weight_scale=5.0)  # so that the sum of weights is nearly exact
-    mean, _, _ = fed.aggregate(dict(enumerate(zip(updates, weights))), range(4), mechanism, 0)
-    assert mean.mean() == pytest.approx(0.5 / math.sqrt(2000), abs=0.02)
-    # four clients add N(0, z^2 S^2 / 2) each: more than z S because dropouts must never leave too little
-    expected = 0.1 * mechanism.sensitivity * math.sqrt(4 / 2) / 4
-    assert mean.std() == pytest.approx(expected, rel=0.1)
-
-
-def test_the_unclipped_share_comes_out_of_the_secure_sum():
-    updates, weights = [np.full(100, size, np.float32) for size in (0.001, 0.01, 1.0, 2.0)], [1.0] * 4
-    mechanism = privacy.Mechanism(0.5, 0.01, 100, 4, 2, bit_scale=0.5, mechanism="skellam")
-    _, _, about = fed.aggregate(dict(enumerate(zip(updates, weights))), range(4), mechanism, 0)
-    assert about["unclipped_fraction"] == pytest.approx(0.5, abs=0.1) and about["clip_norm"] == 0.5
-
-
-def test_an_update_tells_of_its_members():
+def test_an_adapter_that_is_not_finite_is_an_error():
     model = adapted_model()
-    start = lora.adapter_vector(model)
-    seen, unseen = (drawer(model, shift)(4, 6, torch.Generator().manual_seed(5)) for shift in (1.0, -1.0))
-    fixed = dict(lr=2e-2, batch_size=4, num_frames=6, loss_weights=NO_JUDGES, condition_dropout=0.0)
-    trained, _ = fed.train_adapter(model, None, lambda *_: seen, start, 20, 7, **fixed)
-    gains = [fed.membership_gains(model, batch, start, [trained - start], 0).mean() for batch in (seen, unseen)]
-    assert gains[0] > max(0, gains[1])
+    state = {"adapter": lora.adapter_vector(model), "round": 0}
+    client = NoiseClient("a", 4, shift=math.nan)
+    kwargs = {"local_epochs": 1.0, "lr": 0.05, "batch_size": 4, "loss_weights": NO_JUDGES}
+    with pytest.raises(ValueError, match="not finite"):
+        fed.local_update(model, None, client, state, 7, **kwargs)
 
 
-def test_rounds_move_the_adapter_and_survive_clients_that_fail():
+def test_reliability_is_identity_and_stability():
     model = adapted_model()
-    clients, start = clients_of(model, 5), {"adapter": lora.adapter_vector(model)}
-    after, record = fed.run_round(model, None, clients, start, 0, 3, None, settings())
-    again, _ = fed.run_round(model, None, clients, start, 0, 3, None, settings())
-    assert torch.equal(after["adapter"], again["adapter"]) and not torch.equal(after["adapter"], start["adapter"])
-    assert [c["client"] for c in record["clients"]] == record["cohort"] == ["c0", "c1", "c2", "c3", "c4"]
-
-    def broken(*_):
-        raise KeyError("disk")
-
-    def endless(*_):
-        while True:
-            time.sleep(0.01)
-
-    draws = {2: broken, 3: lambda *a: drawer(model, float("nan"))(*a), 4: endless}
-    hurt = [dataclasses.replace(c, draw=draws.get(i, c.draw)) for i, c in enumerate(clients)]
-    without, record = fed.run_round(model, None, hurt, start, 0, 3, None, settings(client_timeout_seconds=3.0))
-    assert record["dropouts"] == [{"client": "c2", "reason": "KeyError('disk')"},
-                                  {"client": "c3", "reason": "update is not finite"},
-                                  {"client": "c4", "reason": "took longer than 3 s"}]
-    two, _ = fed.run_round(model, None, clients[:2], start, 0, 3, None, settings())
-    assert torch.equal(without["adapter"], two["adapter"])  # the survivors' mean, and theirs only
+    judges = metrics.Judges().eval()
+    batch = random_batch(model, 1, 6, 0)
+    rating = {"alpha": 0.7, **SAMPLING}
+    calm = fed.reliability(model, judges, batch, 0, public_jitter=10.0, **rating)
+    flickering = fed.reliability(model, judges, batch, 0, public_jitter=1e-3, **rating)
+    assert 0 <= flickering < calm <= 1
+    alone = fed.reliability(model, judges, batch, 0, public_jitter=10.0, **rating | {"alpha": 1.0})
+    assert calm == pytest.approx(0.7 * alone + 0.3)
+    generator = torch.Generator().manual_seed(0)
+    frames = model.generate(batch["reference"], batch["mel"], batch["words"], generator, **SAMPLING)
+    jitter = float(metrics.temporal_jitter(data.to_unit(frames)).mean())
+    half = fed.reliability(model, judges, batch, 0, public_jitter=jitter / 2, **rating)
+    assert half == pytest.approx(0.7 * alone + 0.3 * math.exp(-1), rel=1e-4)
 
 
-def test_a_cohort_too_small_leaves_the_adapter_as_it_was():
-    model = adapted_model()
-    start = {"adapter": lora.adapter_vector(model)}
-    mechanism = privacy.Mechanism(1.0, 0.1, len(start["adapter"]), 4, 3)
-    after, record = fed.run_round(model, None, clients_of(model, 2), start, 0, 3, mechanism, settings())
-    assert after == start and "2 clients are left, 3 are needed" in record["skipped"]
+# ---------------------------------------------------------------- whole rounds
+
+# Client i has the loss a_i |x - t_i|^2 / 2: what gradient descent does to it is known in closed form.
+CURVATURES = (1.0, 3.0, 0.5)
+TARGETS = (-1.0, 2.0, 4.0)
+LR = 0.1
+NUM_STEPS = 5
 
 
-def test_simulated_dropouts_leave_at_every_stage_and_cost_their_own_update_only(monkeypatch):
-    updates = [np.random.default_rng(i).normal(size=20).astype(np.float32) for i in range(8)]
-    clients = [fed.Client(str(i), 4 + i, None, None) for i in range(8)]
-    monkeypatch.setattr(fed, "client_update", lambda model, judges, client, *_: (
-        updates[int(client.name)], client.num_samples / 20, {"client": client.name, "terms": {}}))
-    mechanism, start = privacy.Mechanism(100.0, 0.0, 20, 8, 2, min_weight=0.01), {"adapter": torch.zeros(20)}
-    stages, skipped = set(), 0
-    for seed in range(30):
-        after, record = fed.run_round(None, None, clients, start, 0, seed, mechanism, settings(dropout_rate=0.3, server_lr=1.0))
-        stages |= {gone["reason"].split()[-1] for gone in record["dropouts"]}
-        if "skipped" in record:
-            assert torch.equal(after["adapter"], start["adapter"]) and "needed" in record["skipped"]
-            skipped += 1
-            continue
-        left = [int(gone["client"]) for gone in record["dropouts"]]
-        summed = [int(c["client"]) for c in record["clients"]]  # with who left before unmask: its update had arrived
-        assert sorted(left + summed) == list(range(8))
-        mean = np.average([updates[i] for i in summed], axis=0, weights=[clients[i].num_samples for i in summed])
-        assert np.abs(after["adapter"].numpy() - mean).max() < 1e-5
-    assert stages >= {"training", "advertise", "share", "mask"} and 0 < skipped < 20
+class QuadraticClient(fed.Client):
+    def __init__(self, name, curvature, target, folder=None):
+        super().__init__(name, {"train": [], "validation": [], "test": []}, 8, folder)
+        self.num_samples = 10
+        self.batch = {"curvature": curvature, "target": target}
+
+    def train_batch(self, model, batch_size, generator):
+        if self.batch["target"] is None:
+            raise OSError("the disk is gone")
+        return self.batch
+
+    def validation_batch(self, model, num_frames=16):
+        return self.batch
 
 
-def test_shares_are_whole_and_balanced():
-    loads = [5, 1, 1, 8, 3, 2]
-    workers = [fed.Workers() for _ in range(3)]
-    for rank, worker in enumerate(workers):
-        worker.rank, worker.size = rank, 3
-    shares = [worker.share(loads) for worker in workers]
-    assert sorted(i for share in shares for i in share) == list(range(6))
-    assert [sum(loads[i] for i in share) for share in shares] == [8, 6, 6]
+def quadratic_backward(model, judges, batch, *args):
+    model.zero_grad()
+    parameters = lora.adapter_parameters(model)
+    x = torch.cat([p.flatten() for p in parameters])
+    loss = batch["curvature"] / 2 * (x - batch["target"]).square().sum()
+    loss.backward()
+    return {"diffusion": float(loss)}
 
 
-# Client i has the loss a_i |x - t_i|^2 / 2: what K steps of gradient descent do to it is known.
-CURVATURES, TARGETS, RATE, STEPS = (1.0, 3.0, 0.5), (-1.0, 2.0, 4.0), 0.1, 5
-
-
-def quadratic_federation(monkeypatch, **train):
+def run_rounds(monkeypatch, tmp_path, clients, start, settings, scaffold=False):
+    """Run train.federate on quadratic clients from the constant adapter `start`; return the state and the records."""
     model = torch.nn.Module()
     model.unet = torch.nn.Sequential(torch.nn.Linear(3, 2))
-    lora.inject_lora(model, 2, 4, 0.0, ["unet"])
+    lora.inject_lora(model.unet, 2, 4.0, 0.0, "R")
+    monkeypatch.setattr(fed, "backward", quadratic_backward)
+    monkeypatch.setattr(train, "validate", lambda *args: 1.0)
+    overrides = [
+        "fed.local_epochs=2.0",
+        "fed.batch_size=4",
+        f"fed.lr={LR}",
+        "fed.gamma=0.0",
+        "fed.sample_cap=1",
+        f"data.clients={max(2, len(clients))}",
+        "privacy.num_curious=0",
+        "privacy.target_epsilon=0.0",
+        *settings,
+    ]
+    config = train.load_config(train.DEFAULTS, [], overrides)
+    adapter = torch.full_like(lora.adapter_vector(model), start)
+    state = {"adapter": adapter, "round": 0, "accountant": [], "sampling_key": "00" * 32}
+    if scaffold:
+        state["control"] = torch.zeros_like(adapter)
+    tmp_path.mkdir(exist_ok=True)
+    device = torch.device("cpu")
+    state = train.federate(
+        config, model, None, clients, state, 1.0, tmp_path, device, fed.Workers()
+    )
+    return state, [train.json.loads(line) for line in open(tmp_path / "rounds.jsonl")]
 
-    def accumulate(model, batch, *_, **__):
-        model.zero_grad()
-        x = torch.cat([p.flatten() for p in lora.adapter_parameters(model)])
-        (batch["a"] / 2 * (x - batch["t"]).square().sum()).backward()
-        return {"diffusion": 0.0}, 0
 
-    monkeypatch.setattr(fed, "accumulate", accumulate)
-    clients = [fed.Client(f"c{i}", 10, lambda *_, a=a, t=t: dict(a=a, t=t), dict)
-               for i, (a, t) in enumerate(zip(CURVATURES, TARGETS))]
-    fixed = settings(local_epochs=STEPS * 2 / 10, server_lr=1.0)
-    fixed["train"] |= {"lr": RATE, "optimizer": "sgd"} | train
-    return model, clients, fixed, torch.zeros_like(lora.adapter_vector(model))
+def quadratic_clients(folder=None):
+    pairs = enumerate(zip(CURVATURES, TARGETS))
+    return [QuadraticClient(f"c{i}", a, t, folder) for i, (a, t) in pairs]
+
+
+def use_sgd(monkeypatch):
+    """FedAvg's closed form needs plain gradient descent: a zero correction makes `train_adapter` use it."""
+    real = fed.train_adapter
+
+    def with_correction(*args, **kwargs):
+        if kwargs.get("correction") is None:
+            kwargs["correction"] = torch.zeros_like(args[3])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(fed, "train_adapter", with_correction)
 
 
 @pytest.mark.parametrize("proximal", [0.0, 2.0])
-def test_fedavg_and_fedprox_on_quadratics(monkeypatch, proximal):
-    model, clients, fixed, zero = quadratic_federation(monkeypatch, proximal=proximal)
-    x, state = 1.0, {"adapter": zero + 1.0}
-    for index in range(3):
-        state, _ = fed.run_round(model, None, clients, state, index, 0, None, fixed)
+def test_fedavg_and_fedprox_follow_their_closed_form(monkeypatch, tmp_path, proximal):
+    use_sgd(monkeypatch)
+    settings = ["privacy.enabled=false", "fed.rounds=3", f"fed.proximal={proximal}"]
+    state, _ = run_rounds(monkeypatch, tmp_path, quadratic_clients(), 1.0, settings)
+    x = 1.0
+    for _ in range(3):
         ends = []
-        for a, t in zip(CURVATURES, TARGETS):  # x <- x* + (1 - lr (a + mu))^K (x - x*), x* = (a t + mu g) / (a + mu)
-            still = (a * t + proximal * x) / (a + proximal)
-            ends.append(still + (1 - RATE * (a + proximal)) ** STEPS * (x - still))
-        x = sum(ends) / 3
-        assert torch.allclose(state["adapter"], zero + x, atol=1e-5)
+        for a, t in zip(CURVATURES, TARGETS):
+            # x <- x* + (1 - lr (a + mu))^K (x - x*) with x* = (a t + mu g) / (a + mu)
+            fixed_point = (a * t + proximal * x) / (a + proximal)
+            shrink = (1 - LR * (a + proximal)) ** NUM_STEPS
+            ends.append(fixed_point + shrink * (x - fixed_point))
+        x = np.mean(ends)
+    assert torch.allclose(state["adapter"], torch.full_like(state["adapter"], x), atol=1e-5)
 
 
-def test_scaffold_on_quadratics_reaches_the_optimum_that_fedavg_misses(monkeypatch):
-    model, clients, fixed, zero = quadratic_federation(monkeypatch)
-    fixed["algorithm"] = "scaffold"
-    state = {"adapter": zero + 1.0, "control": zero, "controls": dict.fromkeys(range(3), zero)}
-    x, c, own = 1.0, 0.0, [0.0] * 3
-    for index in range(15):
-        state, _ = fed.run_round(model, None, clients, state, index, 0, None, fixed)
-        ends, renewed = [], []
+def test_scaffold_follows_its_algorithm_and_reaches_the_optimum(monkeypatch, tmp_path):
+    clients = quadratic_clients(tmp_path / "clients")
+    settings = ["privacy.enabled=false", "fed.algorithm=scaffold", "fed.rounds=15"]
+    state, _ = run_rounds(monkeypatch, tmp_path, clients, 1.0, settings, scaffold=True)
+    x = 1.0
+    c = 0.0
+    own = [0.0] * 3
+    for _ in range(15):
+        ends = []
+        renewed = []
         for a, t, c_i in zip(CURVATURES, TARGETS, own):
             y = x
-            for _ in range(STEPS):
-                y -= RATE * (a * (y - t) - c_i + c)
-            ends.append(y), renewed.append(c_i - c + (x - y) / (STEPS * RATE))
-        x, c, own = sum(ends) / 3, c + sum(n - o for n, o in zip(renewed, own)) / 3, renewed
-        if index in (0, 1, 5):
-            assert torch.allclose(state["adapter"], zero + x, atol=1e-4)
-            assert torch.allclose(state["control"], zero + c, atol=1e-4)
-    optimum = sum(a * t for a, t in zip(CURVATURES, TARGETS)) / sum(CURVATURES)
+            for _ in range(NUM_STEPS):
+                y -= LR * (a * (y - t) - c_i + c)
+            ends.append(y)
+            renewed.append(c_i - c + (x - y) / (NUM_STEPS * LR))
+        x = np.mean(ends)
+        c = c + np.mean(np.subtract(renewed, own))
+        own = renewed
+    assert torch.allclose(state["adapter"], torch.full_like(state["adapter"], x), atol=1e-4)
+    assert torch.allclose(state["control"], torch.full_like(state["control"], c), atol=1e-4)
+    optimum = np.dot(CURVATURES, TARGETS) / sum(CURVATURES)
     assert float((state["adapter"] - optimum).abs().max()) < 0.02
-    plain = {"adapter": zero + 1.0}
-    for index in range(15):
-        plain, _ = fed.run_round(model, None, clients, plain, index, 0, None, fixed | {"algorithm": "isfa"})
-    assert float((plain["adapter"] - optimum).abs().min()) > 0.05
 
 
-def test_scaffold_clips_both_updates_as_one_vector(monkeypatch):
-    model, clients, fixed, zero = quadratic_federation(monkeypatch)
-    fixed["algorithm"], d = "scaffold", len(zero)
-    state = {"adapter": zero + 1.0, "control": zero, "controls": dict.fromkeys(range(3), zero)}
-    free, _ = fed.run_round(model, None, clients, state, 0, 0, None, fixed)
-    mechanism = privacy.Mechanism(1e-3, 0.0, 2 * d, 3, 2, weight_scale=1.0, min_weight=1e-6)
-    bound, record = fed.run_round(model, None, clients, state, 0, 0, mechanism, fixed)
-    moved = torch.cat([bound["adapter"] - state["adapter"], bound["control"]])
-    assert 0 < float(moved.norm()) < 1.1e-3 and record["clipped_fraction"] == 1.0
-    assert float(free["control"].norm()) > 1
+def test_scaffolds_control_variates_stay_with_the_clients(monkeypatch, tmp_path):
+    clients = quadratic_clients(tmp_path / "clients")
+    settings = ["privacy.enabled=false", "fed.algorithm=scaffold", "fed.rounds=2"]
+    state, _ = run_rounds(monkeypatch, tmp_path, clients, 1.0, settings, scaffold=True)
+    names = set(torch.load(tmp_path / "last.pt", weights_only=True)["state"])
+    assert names == {"adapter", "control", "round", "accountant", "sampling_key"}
+    assert {path.name for path in (tmp_path / "clients").iterdir()} == {"c0.pt", "c1.pt", "c2.pt"}
+    kept = clients[1].load_control(2, 4)
+    again = quadratic_clients(tmp_path / "clients")[1].load_control(2, 4)
+    before = quadratic_clients(tmp_path / "clients")[1].load_control(1, 4)
+    assert torch.equal(kept, again) and not torch.equal(kept, before)
+    clients[1].undo_control(2)
+    assert torch.equal(clients[1].load_control(2, 4), before)
 
 
-def test_centralized_takes_the_cohorts_steps_on_everyones_clips(monkeypatch):
-    model, clients, fixed, zero = quadratic_federation(monkeypatch)
-    fixed |= {"algorithm": "centralized"}
-    fixed["train"]["batch_size"] = 3
-    monkeypatch.setattr(fed, "join_batches", lambda parts: {k: sum(p[k] for p in parts) / len(parts) for k in parts[0]})
-    state, record = fed.run_round(model, None, clients, {"adapter": zero}, 0, 0, None, fixed)
-    assert record["steps"] == 3 * round(STEPS * 2 / 3) and TARGETS[0] < float(state["adapter"].mean()) < TARGETS[2]
+def test_a_round_weighs_clients_by_isfa(monkeypatch, tmp_path):
+    """With gamma = 5 a client of reliability 1 counts e^5 times as much as one of 0."""
+    use_sgd(monkeypatch)
+    reliabilities = iter((1.0, 0.0, 0.0))
+    monkeypatch.setattr(fed, "reliability", lambda *args, **kwargs: next(reliabilities))
+    settings = ["privacy.enabled=false", "fed.rounds=1", "fed.gamma=5.0"]
+    state, records = run_rounds(monkeypatch, tmp_path, quadratic_clients(), 1.0, settings)
+    ends = [t + (1 - LR * a) ** NUM_STEPS * (1.0 - t) for a, t in zip(CURVATURES, TARGETS)]
+    x = np.average(ends, weights=np.exp([0.0, -5.0, -5.0]))
+    assert torch.allclose(state["adapter"], torch.full_like(state["adapter"], x), atol=1e-5)
+    assert records[0]["weight_sum"] == pytest.approx(1 + 2 * math.exp(-5))
 
 
-def test_killed_rounds_resume_to_the_same_adapter(soaked):
-    output = soaked.communicate()[0]
-    assert soaked.returncode == 0 and "6 rounds, 1 kills: same adapter" in output, output
+def test_the_secure_round_is_the_plain_round(monkeypatch, tmp_path):
+    use_sgd(monkeypatch)
+    settings = ["fed.rounds=2", "privacy.clip_norm=100.0", "privacy.noise_multiplier=0.0"]
+    secure, _ = run_rounds(monkeypatch, tmp_path / "a", quadratic_clients(), 1.0, settings)
+    settings = ["fed.rounds=2", "privacy.enabled=false"]
+    plain, _ = run_rounds(monkeypatch, tmp_path / "b", quadratic_clients(), 1.0, settings)
+    assert torch.allclose(secure["adapter"], plain["adapter"], atol=1e-4)
+
+
+def test_updates_are_clipped_before_they_are_weighted(monkeypatch, tmp_path):
+    """Clients of weight 1/2 whose clipped updates are equal move the adapter by the whole clip norm."""
+    use_sgd(monkeypatch)
+    clients = [QuadraticClient(f"c{i}", 1.0, 1000.0) for i in range(3)]
+    settings = ["fed.rounds=1", "privacy.clip_norm=0.5", "fed.sample_cap=20"]
+    state, records = run_rounds(monkeypatch, tmp_path, clients, 0.0, settings)
+    assert records[0]["weight_sum"] == pytest.approx(1.5, abs=1e-3)
+    assert float(state["adapter"].norm()) == pytest.approx(0.5, rel=1e-3)
+    assert records[0]["simulation"]["clipped_share"] == 1.0
+
+
+def test_the_rounds_noise_has_the_promised_size(monkeypatch, tmp_path):
+    """20 clients without an update: the adapter is the noise, z S / sqrt(tau) on the sum."""
+    clients = [QuadraticClient(f"c{i}", 0.0, 0.0) for i in range(20)]
+    moves = []
+    settings = ["fed.rounds=60", "privacy.noise_multiplier=1.0", "privacy.clip_norm=0.5"]
+    state, records = run_rounds(monkeypatch, tmp_path, clients, 0.0, settings)
+    sensitivity = 0.5 * math.sqrt(1 + 0.3**2)
+    per_round = sensitivity / math.sqrt(0.8) / 20
+    assert float(state["adapter"].std()) == pytest.approx(per_round * math.sqrt(60), rel=0.9)
+    sums = [
+        record["weight_sum"] for record in records
+    ]  # s times the weight is noised as the update
+    assert np.std(sums) == pytest.approx(sensitivity / math.sqrt(0.8) / (0.3 * 0.5), rel=0.35)
+    assert records[-1]["epsilon"] == pytest.approx(
+        privacy.gaussian_epsilon(1 / math.sqrt(60), 1e-5)
+    )
+
+
+def test_a_client_that_fails_costs_its_own_update_only(monkeypatch, tmp_path):
+    use_sgd(monkeypatch)
+    clients = quadratic_clients()
+    clients.insert(1, QuadraticClient("broken", 1.0, None))
+    settings = ["fed.rounds=1", "privacy.clip_norm=100.0"]
+    state, records = run_rounds(monkeypatch, tmp_path / "a", clients, 1.0, settings)
+    assert records[0]["simulation"]["failures"] == ["broken: the disk is gone"]
+    assert records[0]["survivors"] == 4 and records[0]["weight_sum"] == pytest.approx(3, abs=1e-3)
+    alone, _ = run_rounds(monkeypatch, tmp_path / "b", quadratic_clients(), 1.0, settings)
+    assert torch.allclose(state["adapter"], alone["adapter"], atol=1e-4)
+    with pytest.raises(ValueError, match="every client of the round failed"):
+        run_rounds(monkeypatch, tmp_path / "c", clients[1:2] * 2, 1.0, settings)
+
+
+def test_dropouts_cost_their_own_update_and_too_many_abort_the_round(monkeypatch, tmp_path):
+    use_sgd(monkeypatch)
+    clients = [QuadraticClient(f"c{i}", 1.0, float(i)) for i in range(10)]
+    settings = ["fed.rounds=25", "privacy.clip_norm=100.0", "fed.dropout_rate=0.3"]
+    settings.append("privacy.survivor_share=0.7")
+    state, records = run_rounds(monkeypatch, tmp_path, clients, 0.0, settings)
+    survivors = [record["survivors"] for record in records]
+    aborted = [record["aborted"] for record in records]
+    assert {bool(reason) for reason in aborted} == {True, False}
+    for count, reason in zip(survivors, aborted):
+        assert (count == 0) if reason else (7 <= count <= 10)
+    assert 0 < float(state["adapter"].mean()) < 9
+
+
+def test_an_interrupted_round_stays_spent_and_is_repeated(monkeypatch, tmp_path):
+    use_sgd(monkeypatch)
+    settings = ["fed.rounds=2", "privacy.noise_multiplier=1.0"]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(privacy, "run_protocol", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(monkeypatch, tmp_path, quadratic_clients(), 1.0, settings)
+    saved = train.load_checkpoint(tmp_path / "last.pt", "global adapter")
+    assert saved["round"] == 0 and sum(row[2] for row in saved["accountant"]) == 1
+
+
+# ---------------------------------------------------------------- seeds and workers
+
+
+def test_seeds_differ_also_in_the_number_of_their_parts():
+    seeds = [fed.derive_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)]
+    seeds += [fed.derive_seed(a, b) for a in range(4) for b in range(4)]
+    assert len(set(seeds)) == 80
+
+
+def test_work_is_divided_evenly_and_completely():
+    costs = [5, 1, 1, 8, 3, 2]
+    assigned = []
+    for rank in range(3):
+        workers = fed.Workers()
+        workers.rank = rank
+        workers.size = 3
+        assigned.append(workers.assign(costs))
+    assert sorted(i for own in assigned for i in own) == list(range(6))
+    assert [sum(costs[i] for i in own) for own in assigned] == [8, 6, 6]
+
+
+def test_dropouts_are_as_many_as_said_and_spread_over_the_stages():
+    dropouts = fed.choose_dropouts(4000, 0.2, 0)
+    counts = [len(clients) for clients in dropouts.values()]
+    assert sum(counts) == pytest.approx(800, rel=0.1) and min(counts) > 120
+    assert not any(fed.choose_dropouts(100, 0.0, 0).values())
 
 
 def test_imports_follow_one_arrow():
-    allowed = {"model": set(), "lora": set(), "privacy": set(), "metrics": set(), "data": set(),
-               "fed": {"lora", "privacy", "metrics", "model"}}
-    own = set(allowed) | {"train"}
-    for name, may in allowed.items():
+    own = {"data", "model", "lora", "privacy", "metrics", "fed", "train"}
+    allowed = dict.fromkeys(own, set()) | {"metrics": {"data"}}
+    allowed["fed"] = {"data", "model", "lora", "privacy", "metrics"}
+    allowed["train"] = own
+    for name in own:
         lines = (Path(fed.__file__).parent / f"{name}.py").read_text().splitlines()
-        imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
-        assert imported & own <= may, f"{name}.py imports {imported & own - may}"
+        starts = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
+        imported = {start.split(".")[0] for start in starts} & own
+        assert imported <= allowed[name], f"{name}.py imports {imported - allowed[name]}"

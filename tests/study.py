@@ -1,0 +1,227 @@
+"""The study: tables of ordinary runs of train.py that differ in a few settings.
+
+    python tests/study.py [TABLE ...] [--seeds 3] [--set KEY=VALUE ...]     default: every table
+
+A cell is one run, `python train.py --preset ... --set ...`, in runs/study. It is skipped if its report is there, so that
+the study can be interrupted; all cells share one cached backbone. `fed.seed` differs between the seeds of a cell: batches,
+cohorts and noise change, people and backbone stay. Writes tests/results/study.md: means with 95 % intervals over people and
+seeds (`metrics.crossed_ci`), and differences to the table's reference row, pair by pair (same person, same seed).
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import metrics
+
+RUNS = ROOT / "runs" / "study"
+METRICS = ("unexplained", "mouth_correlation*", "id_similarity*", "jitter_ratio", "psnr")
+NO_PERSONAL = ["personal.steps=0"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table: presets and overrides of a run, and the method of its report that is looked at."""
+
+    label: str
+    presets: tuple = ()
+    overrides: tuple = ()
+    method: str = "global adapter"
+
+
+@dataclass
+class Table:
+    """Rows, the first of which is the one that the others are compared with."""
+
+    question: str
+    cells: list = field(default_factory=list)
+
+
+def sweep(key, values, presets=("plain",)):
+    """Return a cell for each value of a setting."""
+    return [Cell(f"{key} = {value}", presets, (f"{key}={value}",)) for value in values]
+
+
+def make_tables():
+    """Return {name: Table}."""
+    backbone = Cell("backbone", ("plain",), method="backbone")
+    plain = Cell("ISFA, no noise", ("plain",))
+    methods = [backbone, Cell("FedAvg", ("plain", "fedavg")), Cell("FedProx", ("plain", "fedprox"))]
+    methods += [Cell("SCAFFOLD", ("plain", "scaffold")), plain, Cell("PrivFedTalk, epsilon 2")]
+    methods.append(Cell("centralized", ("centralized",)))
+
+    bare = (
+        "fed.gamma=0.0",
+        *(f"loss.{name}=0.0" for name in ("tdc", "identity", "perceptual", "sync")),
+    )
+    ablation = [
+        Cell("full, no noise", ("plain",)),
+        Cell("bare: FedAvg, L_diff only", ("plain",), bare),
+    ]
+    for name in ("tdc", "identity", "perceptual", "sync"):
+        ablation.append(Cell(f"without {name}", ("plain",), (f"loss.{name}=0.0",)))
+    ablation.append(Cell("without ISFA", ("plain",), ("fed.gamma=0.0",)))
+
+    epsilons = [plain] + [
+        Cell(f"epsilon {e}", (), (f"privacy.target_epsilon={e}",))
+        for e in (8.0, 4.0, 2.0, 1.0, 0.5)
+    ]
+
+    adapters = [Cell("R, rank 2", ("plain",))]
+    for factors, rank in (("R", 1), ("R", 4), ("R", 8), ("B", 4), ("AB", 4)):
+        overrides = (f"lora.train={factors}", f"lora.rank={rank}")
+        adapters.append(Cell(f"{factors}, rank {rank}, no noise", ("plain",), overrides))
+        adapters.append(Cell(f"{factors}, rank {rank}, epsilon 2", (), overrides))
+
+    reliability = []
+    for share in (0.0, 0.25, 0.5):
+        for gamma in (0.0, 0.5, 5.0):
+            name = f"{share:.0%} unreliable, gamma {gamma}"
+            overrides = (f"data.unreliable={share}", f"fed.gamma={gamma}")
+            reliability.append(Cell(name, ("plain",), overrides))
+
+    personal = [Cell("backbone", ("plain",), method="backbone")]
+    for steps in (10, 50, 150):
+        for factors, rank in (("R", 4), ("B", 4), ("AB", 4)):
+            overrides = (
+                f"personal.steps={steps}",
+                f"personal.train={factors}",
+                f"personal.rank={rank}",
+            )
+            label = f"{factors}, rank {rank}, {steps} steps"
+            personal.append(Cell(label, ("plain",), overrides, "personal adapter"))
+
+    return {
+        "methods": Table("Which method learns most from the clients?", methods),
+        "ablation": Table("What does each part of Eq. 12 and of the aggregation add?", ablation),
+        "privacy": Table("What does privacy cost?", epsilons),
+        "adapters": Table("What should be trained and sent?", adapters),
+        "participation": Table(
+            "How many clients have to take part?", sweep("fed.sample_rate", (1.0, 0.5, 0.25))
+        ),
+        "reliability": Table("Does ISFA protect against unreliable clients?", reliability),
+        "tdc": Table("What does TDC change?", sweep("loss.tdc", (0.0, 0.05, 0.5, 5.0))),
+        "personalization": Table("What should a personal adapter train?", personal),
+    }
+
+
+def run_cell(cell, seed, settings):
+    """Return the report of a cell's run, made now if it is not there."""
+    overrides = [*cell.overrides, *settings, f"fed.seed={seed}"]
+    if cell.method != "personal adapter":
+        overrides += NO_PERSONAL
+    recipe = json.dumps([cell.presets, overrides])
+    name = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    found = sorted(RUNS.glob(f"*-{name}/report.json"))
+    if not found:
+        command = [sys.executable, str(ROOT / "train.py")]
+        if cell.presets:
+            command += ["--preset", *cell.presets]
+        unfinished = sorted(RUNS.glob(f"*-{name}"))
+        if unfinished:
+            command = [sys.executable, str(ROOT / "train.py"), "--resume", str(unfinished[-1])]
+        else:
+            command += ["--set", *overrides, f"name={name}", f"runtime.directory={RUNS}"]
+        print(f"{cell.label}, seed {seed}", flush=True)
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        found = sorted(RUNS.glob(f"*-{name}/report.json"))
+    return json.loads(found[-1].read_text())
+
+
+def by_person(report, method, metric):
+    """Return {person: mean over the person's clips} of a metric."""
+    cell = (
+        report["unexplained"][method] if metric == "unexplained" else report["rows"][method][metric]
+    )
+    people = {}
+    for name, value in cell.get("values", {}).items():
+        people.setdefault(name.split("/")[0], []).append(value)
+    return {person: float(np.mean(values)) for person, values in people.items()}
+
+
+def collect(reports, method, metric):
+    """Return a metric as an array [seeds, people], people in the order of their names; None if it was not measured."""
+    rows = [by_person(report, method, metric) for report in reports]
+    if not rows[0]:
+        return None
+    return np.array([[row[person] for person in sorted(rows[0])] for row in rows])
+
+
+def write_interval(values):
+    """Return the mean and its interval over seeds and people as text."""
+    if values is None:
+        return "-"
+    result = metrics.crossed_ci(values)
+    if result["ci95"] is None:
+        return f"{result['mean']:.4f}"
+    low, high = result["ci95"]
+    return f"{result['mean']:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def write_table(name, table, num_seeds, settings):
+    """Return a table as lines of Markdown: values, then differences to its first row."""
+    values = {}
+    lines = [f"## {name}", "", table.question, ""]
+    lines += ["| | epsilon | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    for cell in table.cells:
+        reports = [run_cell(cell, seed, settings) for seed in range(num_seeds)]
+        epsilon = reports[0]["privacy"]["epsilon"]
+        values[cell.label] = {m: collect(reports, cell.method, m) for m in METRICS}
+        row = [write_interval(values[cell.label][m]) for m in METRICS]
+        epsilon = "-" if epsilon is None or cell.method == "backbone" else f"{epsilon:.2f}"
+        lines.append(f"| {cell.label} | {epsilon} | " + " | ".join(row) + " |")
+    reference = table.cells[0].label
+    lines += ["", f"Minus {reference}:", ""]
+    lines += ["| | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    for cell in table.cells[1:]:
+        row = []
+        for metric in METRICS:
+            own = values[cell.label][metric]
+            other = values[reference][metric]
+            comparable = own is not None and other is not None and own.shape == other.shape
+            row.append(write_interval(own - other) if comparable else "-")
+        lines.append(f"| {cell.label} | " + " | ".join(row) + " |")
+    return [*lines, ""]
+
+
+def main():
+    tables = make_tables()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", default=list(tables), metavar="TABLE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every cell")
+    args = parser.parse_args()
+    unknown = set(args.tables) - set(tables)
+    if unknown:
+        sys.exit(f"unknown tables {', '.join(sorted(unknown))}; known: {', '.join(tables)}")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = [
+        "# The study",
+        "",
+        f"`python tests/study.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        "",
+    ]
+    lines += [f"Commit {commit.stdout.strip()}, {args.seeds} seeds.", ""]
+    for name in args.tables:
+        lines += write_table(name, tables[name], args.seeds, args.set)
+    path = ROOT / "tests" / "results" / "study.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

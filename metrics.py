@@ -170,9 +170,7 @@ def mouth_region(frames):
 
 
 def mouth_correlation(predicted, true):
-    """Return Pearson's correlation of two mouth openings, [... f] twice -> [...]; 0 if one is
-    still.
-    """
+    """Return Pearson's correlation of mouth openings, [... f] twice -> [...]; 0 if one is still."""
     p = torch.as_tensor(predicted).double()
     t = torch.as_tensor(true).double()
     p = p - p.mean(-1, keepdim=True)
@@ -958,9 +956,7 @@ def sync_scores(video, audio):
 
 
 def right_speech(video, own, other):
-    """Return 1 where a mouth [t d] fits its own speech better than other speech, else 0; .5 if
-    equal.
-    """
+    """Return whether a mouth [t d] fits its own speech better than other speech; 0.5 if equal."""
     t = min(len(video), len(own), len(other))
     lead = sync_scores(video[:t], own[:t])["sync"] - sync_scores(video[:t], other[:t])["sync"]
     return 0.5 + 0.5 * float(np.sign(round(lead, 3)))  # a still mouth ties
@@ -1004,8 +1000,8 @@ def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, progres
         optimizer = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
         for step in tqdm(range(steps), "judges", mininterval=1, disable=not progress):
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-            batch = _draw_stretches(clips, batch_size, num_frames, generator)
-            loss = _judge_loss(judges, prototypes, *batch, generator)
+            batch = draw_stretches(clips, batch_size, num_frames, generator)
+            loss = judge_loss(judges, prototypes, *batch, generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -1014,7 +1010,7 @@ def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, progres
     return judges
 
 
-def _draw_stretches(clips, batch_size, num_frames, generator):
+def draw_stretches(clips, batch_size, num_frames, generator):
     """Return random stretches of [(label, clip)]: labels [b]; frames, mel, opening [b f ...]."""
     rows = []
     for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
@@ -1029,7 +1025,7 @@ def _draw_stretches(clips, batch_size, num_frames, generator):
     return [torch.stack(column) for column in zip(*rows)]
 
 
-def _judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
+def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
     """Return the sum of all judges' losses on a batch of stretches, each seen in a random view."""
     b, f = frames.shape[:2]
     view = torch.rand(b, len(data.VIEW_NAMES), generator=generator) * 2 - 1

@@ -476,6 +476,8 @@ class Diffusion:
         times = self.timesteps(num_steps)
         alpha_bar = torch.cat([self.alpha_bar[times], torch.ones(1)]).double()
         log_snr = (alpha_bar.log() - (1 - alpha_bar).log()) / 2  # lambda_t, from -inf to +inf
+        previous_x0 = None
+        previous_h = None
         for i, t in enumerate(times.tolist()):
             x0 = predict_x0(xt, torch.full((len(xt),), t, device=xt.device))
             h = log_snr[i + 1] - log_snr[i]

@@ -466,69 +466,76 @@ def backbone_key(config, public):
     settings = {name: config[name] for name in ("seed", "model", "backbone")}
     settings["data"] = [config["data"][name] for name in ("size", "crop", "window")]
     clips = [(c.person, c.name, c.path.stat().st_size) for own in public.values() for c in own]
-    code = [talking, lora, data.log_mel, data.augment, data.sample_batch, metrics.Judges]
-    code += [
-        metrics.train_judges,
-        metrics.split_for_judges,
-        fed.draw_noise,
-        fed.objective,
-        fed.backward,
-    ]
-    code += [fed.encode_views, fed.sample_batch, train_autoencoder, train_unet, learning_rate]
-    recipe = json.dumps([settings, clips, source_code(*code, optimizer_step)], sort_keys=True)
+    code = source_code(
+        talking,
+        lora,
+        *(data.log_mel, data.augment, data.sample_batch),
+        *(metrics.Judges, metrics.train_judges, metrics.split_for_judges),
+        *(metrics.judge_loss, metrics.draw_stretches),
+        *(fed.draw_noise, fed.objective, fed.backward, fed.encode_views, fed.sample_batch),
+        *(train_autoencoder, train_unet, learning_rate, optimizer_step),
+    )
+    recipe = json.dumps([settings, clips, code], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
 
 def load_or_pretrain(config, public, run, device, workers):
-    """Return the backbone's state: judges, model, directions of the adapters; from the run or the cache, or trained.
+    """Return the backbone's state: judges, model, directions of the adapters; the run's own, a cached one, or a new one.
 
-    Only rank 0 reads and writes files. The judges and the autoencoder are trained side by side by all workers.
+    Only rank 0 reads and writes files.
     """
+    own = run / "backbone.pt"
     cache = Path(config["runtime"]["directory"]) / "backbones" / backbone_key(config, public)
-    found = next((p for p in (run / "backbone.pt", cache / "backbone.pt") if p.exists()), None)
-    if not workers.broadcast(found):
-        cache.mkdir(parents=True, exist_ok=True)
-        clips = [clip for own in public.values() for clip in own]
-        for_losses, for_tables = metrics.split_for_judges(public, config["seed"])
-        judge_steps = config["backbone"]["judge_steps"]
-        names = ("loss judges", "table judges", "autoencoder")
-        missing = workers.broadcast([n for n in names if not (cache / f"{n}.pt").exists()])
-        own = {}
-        for i in workers.assign([1.0] * len(missing)):
-            started = time.perf_counter()
-            if missing[i] == "autoencoder":
-                state = train_autoencoder(config, clips, device)
-            else:
-                half = for_losses if missing[i] == "loss judges" else for_tables
-                state = metrics.train_judges(
-                    half, judge_steps, config["seed"], progress=True
-                ).state_dict()
-            own[missing[i]] = {"state": state, "seconds": time.perf_counter() - started}
-        for name, part in workers.merge(own).items():
-            if workers.rank == 0:
-                save_checkpoint(cache / f"{name}.pt", name, part)
-        if workers.rank == 0:
-            parts = {name: load_checkpoint(cache / f"{name}.pt", name) for name in names}
-            partial = cache / "partial.pt"
-            started = time.perf_counter()
-            with all_threads(config):
-                autoencoder = parts["autoencoder"]["state"]
-                state, losses, directions = train_unet(config, autoencoder, public, device, partial)
-            seconds = {name: part["seconds"] for name, part in parts.items()}
-            seconds["backbone"] = time.perf_counter() - started
-            found = cache / "backbone.pt"
-            judges = {
-                name.split()[0]: parts[name]["state"] for name in ("loss judges", "table judges")
-            }
-            backbone = {"model": state, "directions": directions, "judges": judges}
-            backbone["public_jitter"] = metrics.mean_jitter(clips)
-            save_checkpoint(found, "backbone", backbone | {"losses": losses, "seconds": seconds})
-            for leftover in cache.glob("[!b]*.pt"):
-                leftover.unlink()
-    backbone = load_checkpoint(found, "backbone") if workers.rank == 0 else None
-    if workers.rank == 0 and found.parent != run:
-        save_checkpoint(run / "backbone.pt", "backbone", backbone)
+    if not workers.broadcast(own.exists() or (cache / "backbone.pt").exists()):
+        pretrain(config, public, cache, device, workers)
+    backbone = None
+    if workers.rank == 0:
+        if not own.exists():
+            backbone = load_checkpoint(cache / "backbone.pt", "backbone")
+            save_checkpoint(own, "backbone", backbone)
+        backbone = load_checkpoint(own, "backbone")
     return workers.broadcast(backbone)
+
+
+def pretrain(config, public, cache, device, workers):
+    """Train judges, autoencoder and UNet into cache/backbone.pt. Finished stages are kept there until all are done.
+
+    The two sets of judges and the autoencoder are shared among the workers; the UNet is rank 0's.
+    """
+    clips = [clip for own in public.values() for clip in own]
+    for_losses, for_tables = metrics.split_for_judges(public, config["seed"])
+    judge_settings = config["backbone"]["judge_steps"], config["seed"]
+    stages = ("autoencoder", "loss judges", "table judges")
+    missing = workers.broadcast([n for n in stages if not (cache / f"{n}.pt").exists()])
+    finished = {}
+    for i in workers.assign([1.0] * len(missing)):
+        started = time.perf_counter()
+        if missing[i] == "autoencoder":
+            state = train_autoencoder(config, clips, device)
+        else:
+            people = for_losses if missing[i] == "loss judges" else for_tables
+            state = metrics.train_judges(people, *judge_settings, progress=True).state_dict()
+        finished[missing[i]] = {"state": state, "seconds": time.perf_counter() - started}
+    finished = workers.merge(finished)
+    if workers.rank > 0:
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    for name, content in finished.items():
+        save_checkpoint(cache / f"{name}.pt", name, content)
+    done = {name: load_checkpoint(cache / f"{name}.pt", name) for name in stages}
+    started = time.perf_counter()
+    with all_threads(config):
+        autoencoder = done["autoencoder"]["state"]
+        partial = cache / "partial.pt"
+        state, losses, directions = train_unet(config, autoencoder, public, device, partial)
+    seconds = {name: round(content["seconds"], 1) for name, content in done.items()}
+    seconds["UNet"] = round(time.perf_counter() - started, 1)
+    backbone = {"model": state, "directions": directions, "losses": losses, "seconds": seconds}
+    backbone["judges"] = {kind: done[f"{kind} judges"]["state"] for kind in ("loss", "table")}
+    backbone["public_jitter"] = metrics.mean_jitter(clips)
+    save_checkpoint(cache / "backbone.pt", "backbone", backbone)
+    for name in (*stages, "partial"):
+        (cache / f"{name}.pt").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -933,6 +940,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
         "*": "small networks trained on half of the public people",
         "scores": judges.scores,
     }
+    report["privacy"] = describe_privacy(config, state)
     report["communication"] = describe_communication(config, backbone_model, len(state["adapter"]))
     report["speed"] = {"generated_frames_per_second": round(num_frames / seconds, 1)}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -1356,6 +1364,9 @@ def launch(argv, num_workers):
         port = probe.getsockname()[1]
     variables = {"WORLD_SIZE": num_workers, "LOCAL_WORLD_SIZE": num_workers}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables["OMP_WAIT_POLICY"] = (
+        "passive"  # waiting threads must not hold the other workers' cores
+    )
     processes = []
     try:
         for rank in range(num_workers):

@@ -546,14 +546,14 @@ def test_files_that_are_no_weights_are_refused_with_a_sentence(tmp_path):
 
 def test_the_table_of_metrics_fits_the_code():
     for metric, needs in metrics.METRICS.items():
-        assert needs["network"] in ("none", "judges", *metrics.NETWORKS), metric
+        assert needs["network"] in ("–", "judges", *metrics.NETWORKS), metric
         assert metric.endswith("*") == (needs["network"] == "judges"), metric
     _, sources = metrics.load_standard()
     assert set(sources) == {
         m for m in metrics.METRICS if metrics.METRICS[m]["network"] in metrics.NETWORKS
     }
     num_features = metrics.Judges().eval().features(noise(1, 3, 64, 64)).shape[1]
-    assert metrics.METRICS["fid*"]["least"] == f"{4 * num_features} frames in all"
+    assert metrics.METRICS["fid*"]["least"] == f"{4 * num_features} in all"
     assert metrics.LEAST_FOR_FID == {"": 2048, "*": 4 * num_features}
 
 
@@ -639,11 +639,26 @@ def test_training_is_reproducible_and_leaves_the_global_generator_alone(people, 
 def test_every_eighth_person_is_held_out(people):
     changed = people | {"p0": people["p1"]}
     first, second = [
-        metrics.train_judges(public, steps=2, batch_size=2, num_frames=12)
+        metrics.train_judges(public, steps=3, batch_size=8, num_frames=10)
         for public in (people, changed)
     ]
     assert torch.equal(first.face_head[2].weight, second.face_head[2].weight)
     assert first.scores != second.scores
+
+
+def test_judges_are_trained_on_random_views(people, monkeypatch):
+    views = []
+    augment = data.augment
+
+    def record(clips, view, generator):
+        views.append(view)
+        return augment(clips, view, generator)
+
+    monkeypatch.setattr(data, "augment", record)
+    metrics.train_judges(people, steps=4, batch_size=8, num_frames=10)
+    views = torch.cat(views)
+    assert views.shape == (32, len(data.VIEW_NAMES)) and views.abs().max() <= 1
+    assert (views.std(0) > 0.3).all()
 
 
 def test_judges_learn_opening_and_sync(people):
@@ -780,9 +795,9 @@ def test_rows_hold_every_metric_with_values_or_a_reason(evaluation, cases):
                 assert list(cell["values"]) == [f"{case.person}/c2" for case in cases]
                 assert cell["mean"] == pytest.approx(np.mean(list(cell["values"].values())))
                 assert cell["n"] == cell["groups"] == 6
-    reason = "needs 2048 frames in all and pt_inception-2015-12-05-6726825d.pth"
+    reason = "needs 2048 in all and pt_inception-2015-12-05-6726825d.pth"
     assert rows["truth"]["fid"]["reason"] == reason
-    assert rows["truth"]["fid*"]["reason"].startswith("needs 960 frames")  # here are 240
+    assert rows["truth"]["fid*"]["reason"].startswith("needs 960 in all")  # here are 240
     assert rows["truth"]["lpips"]["mean"] is None
 
 
@@ -915,7 +930,7 @@ def test_fid_is_given_from_enough_frames_only(people):
     case = metrics.Case(clip, frames, clip.audio[:0], [])
     evaluation.add("a", case, frames.flip(0))
     row = evaluation.rows()["a"]
-    assert "960 frames" in row["fid*"]["reason"]
+    assert "960 in all" in row["fid*"]["reason"]
     assert row["kid*"]["n"] == 480 and row["kid*"]["std"] > 0
     other = metrics.Case(people["p1"][0], frames, clip.audio[:0], [])
     evaluation.add("a", other, frames.flip(0))
@@ -1001,10 +1016,13 @@ def test_pictures_in_table_out(tmp_path, capsys):
     )
     save_picture(real / "corrupt.png"), (fake / "corrupt.png").write_bytes(b"no picture")
     (real / "notes.txt").write_text("x"), (fake / "p" / "x.npy").write_text("x")
+    (real / ".thumbnail.png").write_text("x")
+    save_picture(real / ".cache" / "a.png")
     status, report = run(real, fake)
     out, err = capsys.readouterr()
     rows = report["rows"]
     assert status == 0 and list(rows) == list(metrics.METRICS)
+    assert "thumbnail" not in err and "cache" not in err
     assert rows["psnr"]["values"] == {
         "grey/grey": 100,
         "odd/odd": 100,
@@ -1094,7 +1112,7 @@ def test_videos_with_judges_and_weights(tmp_path, people, judges, capsys):
     rows = report["rows"]
     assert status == 0
     for metric, row in rows.items():
-        available = metrics.METRICS[metric]["network"] in ("none", "judges", "lpips")
+        available = metrics.METRICS[metric]["network"] in ("–", "judges", "lpips")
         known = metric not in ("right_person*", "right_speech*", "silence_ratio*", "fid*")
         assert (row["mean"] is not None) == (available and known), metric
     assert rows["psnr"]["n"] == 3 and rows["psnr"]["groups"] == 2
@@ -1117,6 +1135,17 @@ def test_a_note_says_that_faces_are_not_aligned_and_single_files_are_compared(tm
     assert any("neither cropped nor aligned" in note for note in notes)
     _, notes = metrics.compare(*files, {})
     assert not notes
+
+
+def test_a_video_that_ends_early_is_compared_as_far_as_it_goes(tmp_path):
+    clip = noise(60, 3, 64, 64).numpy() * 255
+    data.write_video(tmp_path / "a.mp4", clip.astype(np.uint8), hiss(60))
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "b.mp4").write_bytes(whole[: len(whole) // 2])
+    rows, notes = metrics.compare(tmp_path / "a.mp4", tmp_path / "b.mp4", {})
+    assert rows["psnr"]["n"] == 1
+    assert any("b.mp4" in note for note in notes)
+    assert any("60 and " in note for note in notes)
 
 
 def test_a_video_without_sound_is_scored_without_it(tmp_path):

@@ -1,7 +1,9 @@
 """The command line: one-line errors, and the whole path on a handful of tiny talkers."""
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -491,7 +493,7 @@ def test_too_few_people_are_refused_before_anything_is_written(tmp_path, capsys)
     directory = f"runtime.directory={tmp_path / 'runs'}"
     settings = [*TINY, f"data.root={tmp_path / 'few'}", directory, "privacy.enabled=false"]
     assert "people" in fails(capsys, "--set", *settings, "data.clients=5")
-    assert "public people" in fails(capsys, "--set", *settings, "data.clients=2")
+    assert "to be public" in fails(capsys, "--set", *settings, "data.clients=2")
     assert not (tmp_path / "runs").exists()
 
 
@@ -541,3 +543,36 @@ def test_adapters_of_two_devices_start_from_the_same_numbers():
         model = train.add_adapter(config, train.build_model(config), None, "lora")
         vectors.append(lora.adapter_vector(model.unet))
     assert torch.equal(*vectors)
+
+
+# ---------------------------------------------------------------- README
+
+
+def test_the_readme_shows_algorithm_1_as_it_stands():
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n", 1)[1].split("```", 1)[0]
+    assert code == inspect.getsource(train.federate)
+
+
+def test_the_readmes_map_of_equations_holds():
+    text = (ROOT / "README.md").read_text().split("## Equations", 1)[1].split("\n## ", 1)[0]
+    modules = {"model": train.talking, "lora": lora, "fed": fed, "train": train}
+    rows = re.findall(
+        r"^\| (\d[-\d]*|Algorithm 1|ISFA weight)[^|]*\| `(\w+)\.([\w.]+)` \|", text, re.M
+    )
+    assert len(rows) == 8
+    for number, module, name in rows:
+        item = modules[module]
+        for part in name.split("."):
+            item = getattr(item, part)
+        source = inspect.getsource(item)
+        if number[0].isdigit():
+            last = number.split("-")[-1]
+            assert re.search(rf"Eq\. (\d+-)?{last}\b", source), (
+                f"{module}.{name} names no Eq. {last}"
+            )
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250 and text.count("![") >= 1

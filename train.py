@@ -356,7 +356,9 @@ def train_autoencoder(config, clips, device):
         for i in torch.randint(len(clips), (num,), generator=generator).tolist():
             index = int(torch.randint(clips[i].num_frames, (), generator=generator))
             frames.append(data.to_unit(data.to_float(clips[i].frames[index])))
-        view = torch.rand(num, len(data.VIEW_NAMES), generator=generator) * 2 - 1
+        view = (
+            torch.rand(num, len(data.VIEW_NAMES), generator=generator) - 0.5
+        )  # half as far as judges
         for name in (
             "roll",
             "degradation",
@@ -1120,18 +1122,24 @@ def write_report(run, report, losses):
         "sync*",
         "kid*",
     )
-    sections = ["unexplained", "privacy", "communication", "seconds", "hardware", "speed"]
-    lines = [f"# {report['name']}", "", metrics.markdown_table(report["rows"], columns)]
-    lines += ["", "## paired differences, interval over people", ""]
-    lines += [metrics.markdown_table(report["paired"], columns)]
-    if report["unseen"]:
-        lines += ["", "## people that nothing was trained on", ""]
-        lines += [metrics.markdown_table(report["unseen"], columns)]
-    for section in sections:
+    unexplained = {}
+    for name, row in report["unexplained"].items():
+        ratio = row.get("ratio_to_backbone", {"mean": None})
+        unexplained[name] = {"unexplained variance": row, "ratio to backbone": ratio}
+    tables = {
+        "generated clips": (report["rows"], columns),
+        "paired differences": (report["paired"], columns),
+        "people that nothing was trained on": (report["unseen"], columns),
+        "motion of test clips": (unexplained, ("unexplained variance", "ratio to backbone")),
+    }
+    lines = [f"# {report['name']}", "", "Mean [95 % interval over people]."]
+    for title, (rows, names) in tables.items():
+        if rows:
+            lines += ["", f"## {title}", "", metrics.markdown_table(rows, names)]
+    for section in ("privacy", "communication", "seconds", "hardware", "speed"):
         lines += ["", f"## {section}", "", "| | |", "|---|---|"]
-        lines += [
-            f"| {key} | {json.dumps(finite(value))} |" for key, value in report[section].items()
-        ]
+        for key, value in report[section].items():
+            lines.append(f"| {key} | {json.dumps(finite(value))} |")
     write_text(run / "report.json", json.dumps(finite(report), indent=1))
     write_text(run / "report.md", "\n".join(lines) + "\n")
     smooth = np.convolve(losses, np.ones(25) / 25, "valid") if len(losses) > 50 else losses

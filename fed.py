@@ -1,7 +1,8 @@
-"""The federation: Eq. 12, one client's local training, reliability and ISFA weight, the server's update, the workers.
+"""The federation: Eq. 12, one client's local training, reliability and ISFA weight, the server's
+update, the workers.
 
-A batch is a dict of tensors: frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f n m], motion [b f m h w],
-reference_latents [b c h w], words [b n] (token ids of the prompt).
+A batch is a dict of tensors: frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f n m],
+motion [b f m h w], reference_latents [b c h w], words [b n] (token ids of the prompt).
 """
 
 import contextlib
@@ -30,7 +31,9 @@ JUDGED_FRAMES = 5  # frames that Eq. 9-11 decode: a window of the sync network
 
 
 def tdc_loss(eps_hat, eps):
-    """Return the temporal-denoising consistency of b f c h w: mean |(eps_hat_{f+1} - eps_hat_f) - (eps_{f+1} - eps_f)| (Eq. 8)."""
+    """Return the temporal-denoising consistency of b f c h w: mean |(eps_hat_{f+1} - eps_hat_f) -
+    (eps_{f+1} - eps_f)| (Eq. 8).
+    """
     error = eps_hat - eps
     return (error[:, 1:] - error[:, :-1]).abs().mean()
 
@@ -57,12 +60,14 @@ def auxiliary_losses(model, judges, batch, x0_hat):
 
 
 def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
-    """Return what Eq. 12 draws at random for a batch: t [b f], eps, keep {condition: [b]}, judged clip, frame and weight.
+    """Return what Eq. 12 draws at random for a batch: t [b f], eps, keep {condition: [b]}, judged
+    clip, frame and weight.
 
-    One t per clip, stratified over the clips of the batch. In a share CONTINUED of the clips the first frames are known
-    (no noise, t = -1). Each condition is dropped from a share `condition_dropout` of the clips, independently. Eq. 9-11
-    are to be weighted by alpha_bar_t: one clip is drawn with probability proportional to alpha_bar and stands for all,
-    which has the same expectation at a fraction of the cost.
+    One t per clip, stratified over the clips of the batch. In a share CONTINUED of the clips the
+    first frames are known (no noise, t = -1). Each condition is dropped from a share
+    `condition_dropout` of the clips, independently. Eq. 9-11 are to be weighted by alpha_bar_t: one
+    clip is drawn with probability proportional to alpha_bar and stands for all, which has the same
+    expectation at a fraction of the cost.
     """
     b, f = batch["motion"].shape[:2]
     device = batch["motion"].device
@@ -86,9 +91,11 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
 
 
 def objective(model, judges, batch, noise, loss_weights, clips, bf16=False):
-    """Return the share that the clips in the slice `clips` have in Eq. 12 of the batch, and in each of its terms.
+    """Return the share that the clips in the slice `clips` have in Eq. 12 of the batch, and in each
+    of its terms.
 
-    L = L_diff + tdc L_TDC + identity L_id + perceptual L_perc + sync L_sync, with the weights of `loss_weights`.
+    L = L_diff + tdc L_TDC + identity L_id + perceptual L_perc + sync L_sync, with the weights of
+    `loss_weights`.
     """
     num_clips = len(batch["motion"])
     own = {name: value[clips] for name, value in batch.items()}
@@ -122,8 +129,8 @@ def objective(model, judges, batch, noise, loss_weights, clips, bf16=False):
 def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=False):
     """Leave the gradient of Eq. 12 on a batch in the parameters and return the value of each term.
 
-    `micro_batch` clips at a time (0: all at once) bound the memory; randomness is drawn for the whole batch, so that the
-    gradient is the same up to rounding.
+    `micro_batch` clips at a time (0: all at once) bound the memory; randomness is drawn for the
+    whole batch, so that the gradient is the same up to rounding.
     """
     noise = draw_noise(model, batch, loss_weights, generator)
     num_clips = len(batch["motion"])
@@ -143,8 +150,8 @@ def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=
 def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
     """Return the share of each clip's motion power that x0_hat leaves unexplained, [num_levels b].
 
-    Evenly spaced noise levels, the least noisy first, with noise fixed by `seed`. Predicting no motion leaves 1. Without
-    the UNet it is the share that the linear denoiser leaves.
+    Evenly spaced noise levels, the least noisy first, with noise fixed by `seed`. Predicting no
+    motion leaves 1. Without the UNet it is the share that the linear denoiser leaves.
     """
     x0 = batch["motion"] / model.motion_std
     power = x0.square().flatten(1).mean(1)  # b
@@ -171,9 +178,10 @@ def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
 def encode_views(model, clips, num_references=3):
     """Return {clip path: [data.View]}: each clip as the motion of several reference pictures.
 
-    The references are frames of the clip itself and, for a clip with a prompt, a frame of another clip of the person with
-    another prompt, as often as all of its own: in its own frames the prompt's expression can be seen, and text would
-    have nothing to do. With a single reference adapters would learn the clips by heart.
+    The references are frames of the clip itself and, for a clip with a prompt, a frame of another
+    clip of the person with another prompt, as often as all of its own: in its own frames the
+    prompt's expression can be seen, and text would have nothing to do. With a single reference
+    adapters would learn the clips by heart.
     """
     device = model.motion_std.device
     views = {}
@@ -210,8 +218,8 @@ def sample_batch(model, clips, views, batch_size, num_frames, generator):
 def fixed_batch(model, clips, picture, num_frames):
     """Return the first frames of every clip as the motion of `picture` uint8 [3 H W], as a batch.
 
-    The picture is of another clip than those whose loss or generation is reported. As long as the shortest clip, at most
-    `num_frames`.
+    The picture is of another clip than those whose loss or generation is reported. As long as the
+    shortest clip, at most `num_frames`.
     """
     device = model.motion_std.device
     f = min(num_frames, *(clip.num_frames for clip in clips))
@@ -235,9 +243,11 @@ def fixed_batch(model, clips, picture, num_frames):
 
 
 class Client:
-    """One person's clips, split into train, validation and test, the batches made of them, and SCAFFOLD's c_i.
+    """One person's clips, split into train, validation and test, the batches made of them, and
+    SCAFFOLD's c_i.
 
-    Everything here stays with the client. `folder` keeps c_i on the client's disk; without it, it lives in memory.
+    Everything here stays with the client. `folder` keeps c_i on the client's disk; without it, it
+    lives in memory.
     """
 
     def __init__(self, name, split, num_frames, folder=None):
@@ -258,7 +268,9 @@ class Client:
         return sample_batch(model, clips, self.views, batch_size, self.num_frames, generator)
 
     def validation_batch(self, model, num_frames=16):
-        """Return a fixed batch of the first validation clip, its reference picture taken from the training clips."""
+        """Return a fixed batch of the first validation clip, its reference picture taken from the
+        training clips.
+        """
         if self.held_out is None:
             picture = data.reference_frame(self.split["train"])
             clips = self.split["validation"][:1]
@@ -266,7 +278,9 @@ class Client:
         return self.held_out
 
     def load_control(self, num_rounds, length):
-        """Return c_i [length] as it was after the run's first `num_rounds` rounds, zeros before the client's first."""
+        """Return c_i [length] as it was after the run's first `num_rounds` rounds, zeros before the
+        client's first.
+        """
         if self.controls is None:
             self.controls = {}
             if self.control_file and self.control_file.exists():
@@ -300,7 +314,9 @@ class Client:
 
 
 def pool_clients(clients):
-    """Return one client that has the clips of all: the upper bound without privacy (centralized training)."""
+    """Return one client that has the clips of all: the upper bound without privacy (centralized
+    training).
+    """
     split = {part: [] for part in ("train", "validation", "test")}
     for client in clients:
         for part, clips in client.split.items():
@@ -327,12 +343,14 @@ def train_adapter(
     micro_batch=0,
     bf16=False,
 ):
-    """Minimise Eq. 12 on a client's training clips from the adapter `start` [d]; return the new adapter and mean terms.
+    """Minimise Eq. 12 on a client's training clips from the adapter `start` [d]; return the new
+    adapter and mean terms.
 
-    `proximal` is FedProx's mu: it adds (mu / 2) |phi - g|^2 to the loss (Li et al. 2020, Eq. 2). `correction` [d] is
-    SCAFFOLD's c - c_i, added to every gradient (Karimireddy et al. 2020, Algorithm 1); with it the steps are plain SGD
-    of constant rate, which its control variates assume. Otherwise AdamW, whose rate is constant for half of the steps and
-    then falls to zero. Raises ValueError for an adapter that is not finite.
+    `proximal` is FedProx's mu: it adds (mu / 2) |phi - g|^2 to the loss (Li et al. 2020, Eq. 2).
+    `correction` [d] is SCAFFOLD's c - c_i, added to every gradient (Karimireddy et al. 2020,
+    Algorithm 1); with it the steps are plain SGD of constant rate, which its control variates
+    assume. Otherwise AdamW, whose rate is constant for half of the steps and then falls to zero.
+    Raises ValueError for an adapter that is not finite.
     """
     parameters = lora.load_adapter_vector(model, start)
     anchors = lora.split_vector(parameters, start)
@@ -368,10 +386,11 @@ def train_adapter(
 
 
 def local_update(model, judges, client, state, seed, *, local_epochs, lr, batch_size, **kwargs):
-    """Return a client's update phi_k - g [d] of one round, and the mean terms of its loss; kwargs as `train_adapter`.
+    """Return a client's update phi_k - g [d] of one round, and the mean terms of its loss; kwargs
+    as `train_adapter`.
 
-    With SCAFFOLD's c in the state the update is [2 d]: its second half is c_i+ - c_i with
-    c_i+ = c_i - c - (phi_k - g) / (K lr) (Karimireddy et al. 2020, Algorithm 1, option II).
+    With SCAFFOLD's c in the state the update is [2 d]: its second half is c_i+ - c_i with c_i+ =
+    c_i - c - (phi_k - g) / (K lr) (Karimireddy et al. 2020, Algorithm 1, option II).
     """
     num_steps = max(1, round(local_epochs * client.num_samples / batch_size))
     kwargs |= {"num_steps": num_steps, "lr": lr, "batch_size": batch_size}
@@ -400,10 +419,12 @@ def catch_failure(client, record):
 
 @torch.no_grad()
 def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling):
-    """Return r = alpha ID + (1 - alpha) TS in [0, 1] of clips generated for a held-out batch, with the model's adapter.
+    """Return r = alpha ID + (1 - alpha) TS in [0, 1] of clips generated for a held-out batch, with
+    the model's adapter.
 
-    `sampling` as in `TalkingHead.stream`. ID is the cosine similarity to the reference's identity embedding. TS = exp(-max(0, jitter / public_jitter - 1)) is 1
-    for clips that flicker no more than public people's.
+    `sampling` as in `TalkingHead.stream`. ID is the cosine similarity to the reference's identity
+    embedding. TS = exp(-max(0, jitter / public_jitter - 1)) is 1 for clips that flicker no more
+    than public people's.
     """
     generator = torch.Generator().manual_seed(seed)
     speech = batch["reference"], batch["mel"], batch["words"]
@@ -417,7 +438,9 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
 
 
 def isfa_weight(num_samples, reliability, gamma, cap):
-    """Return w = min(n, cap) / cap * exp(gamma (r - 1)) in (0, 1]: ISFA's n exp(gamma r), bounded. gamma = 0 is FedAvg."""
+    """Return w = min(n, cap) / cap * exp(gamma (r - 1)) in (0, 1]: ISFA's n exp(gamma r), bounded.
+    gamma = 0 is FedAvg.
+    """
     return min(num_samples, cap) / cap * math.exp(gamma * (reliability - 1))
 
 
@@ -425,7 +448,9 @@ def isfa_weight(num_samples, reliability, gamma, cap):
 
 
 def round_params(mechanism, cohort_size):
-    """Return what clients and server agree on before a secure sum; raises AggregationAborted for too small a cohort."""
+    """Return what clients and server agree on before a secure sum; raises AggregationAborted for
+    too small a cohort.
+    """
     needed = max(2, mechanism.min_survivors(cohort_size))
     if cohort_size < needed:
         raise privacy.AggregationAborted(
@@ -438,7 +463,8 @@ def round_params(mechanism, cohort_size):
 
 
 def plain_mean(uploads, dropouts):
-    """Return the weighted mean of uploads {i: (update [d], weight)}, the sum of weights and the survivors, in the clear.
+    """Return the weighted mean of uploads {i: (update [d], weight)}, the sum of weights and the
+    survivors, in the clear.
 
     Raises AggregationAborted where nobody is left.
     """
@@ -454,7 +480,8 @@ def plain_mean(uploads, dropouts):
 def server_update(state, mean, server_lr, participation):
     """Return the state after one round: adapter + server_lr mean (ISFA / FedAvg).
 
-    With SCAFFOLD's control variate c in the state the mean is [2 d], and c moves by |S| / N times its second half.
+    With SCAFFOLD's control variate c in the state the mean is [2 d], and c moves by |S| / N times
+    its second half.
     """
     mean = torch.as_tensor(mean).float()
     d = len(state["adapter"])
@@ -465,7 +492,9 @@ def server_update(state, mean, server_lr, participation):
 
 
 def zero_update(state):
-    """Return zeros of the length of a client's update: [d], or with SCAFFOLD's control variate [2 d]."""
+    """Return zeros of the length of a client's update: [d], or with SCAFFOLD's control variate [2
+    d].
+    """
     return torch.zeros(len(state["adapter"]) * (2 if "control" in state else 1))
 
 
@@ -476,7 +505,9 @@ def derive_seed(*parts):
 
 
 def choose_dropouts(num_clients, rate, seed):
-    """Return {stage of the secure sum: [clients]} for a random share `rate` of the clients, which vanish before it."""
+    """Return {stage of the secure sum: [clients]} for a random share `rate` of the clients, which
+    vanish before it.
+    """
     rng = np.random.default_rng(seed)
     dropouts = {stage: [] for stage in privacy.STAGES}
     for client in range(num_clients):
@@ -491,7 +522,9 @@ def choose_dropouts(num_clients, rate, seed):
 
 
 class Workers:
-    """The processes of a run, one per device; rank 0 also plays the server. Without torch.distributed: this one alone."""
+    """The processes of a run, one per device; rank 0 also plays the server. Without
+    torch.distributed: this one alone.
+    """
 
     def __init__(self):
         self.distributed = dist.is_initialized()
@@ -499,7 +532,9 @@ class Workers:
         self.size = dist.get_world_size() if self.distributed else 1
 
     def merge(self, own):
-        """Return the union of every process's dict `own`, in the order of its keys, so that sums do not depend on ranks."""
+        """Return the union of every process's dict `own`, in the order of its keys, so that sums do
+        not depend on ranks.
+        """
         parts = [own]
         if self.size > 1:
             parts = [None] * self.size
@@ -520,7 +555,9 @@ class Workers:
         return box[0]
 
     def assign(self, costs):
-        """Return the indices of `costs` that fall to this process: the costliest first, each to the least busy (Graham 1969)."""
+        """Return the indices of `costs` that fall to this process: the costliest first, each to the
+        least busy (Graham 1969).
+        """
         busy = [0.0] * self.size
         own = []
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -532,7 +569,9 @@ class Workers:
 
     @contextlib.contextmanager
     def first_on_machine(self):
-        """Run the block in one process of each machine, then in its others: files that it makes are there for them."""
+        """Run the block in one process of each machine, then in its others: files that it makes are
+        there for them.
+        """
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if not first:
             self.merge({})

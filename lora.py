@@ -4,9 +4,10 @@
     train = "B":   W' = W + (alpha / rank) B A      A frozen, B trained (FFA-LoRA, Sun et al. 2024)
     train = "AB":  W' = W + (alpha / rank) B A      both trained (Eq. 7, the paper's)
 
-With A frozen the mean of the clients' adapted layers is exactly the layer of the mean adapter; with A and B trained it is
-not, as mean(B_k) mean(A_k) differs from mean(B_k A_k). R has rank^2 numbers a layer, whatever the layer's width: noise for
-differential privacy grows with the root of how many numbers are sent.
+With A frozen the mean of the clients' adapted layers is exactly the layer of the mean adapter; with
+A and B trained it is not, as mean(B_k) mean(A_k) differs from mean(B_k A_k). R has rank^2 numbers a
+layer, whatever the layer's width: noise for differential privacy grows with the root of how many
+numbers are sent.
 """
 
 import math
@@ -21,8 +22,8 @@ TRAIN_CHOICES = ("R", "B", "AB")
 class LoRALayer(nn.Module):
     """A frozen Linear or Conv2d layer W and its adapter (Eq. 7), which starts as zero.
 
-    A is [rank, in] ([rank, in, k, k] for a convolution: it slides over the picture as W does), R is [rank, rank] and
-    B is [out, rank]. Dropout acts on the adapter's input.
+    A is [rank, in] ([rank, in, k, k] for a convolution: it slides over the picture as W does), R is
+    [rank, rank] and B is [out, rank]. Dropout acts on the adapter's input.
     """
 
     def __init__(self, base, A, B, alpha, dropout, train):
@@ -68,9 +69,10 @@ def adaptable_layers(module):
 def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, seed=0):
     """Freeze `module`, put an adapter on each of its Linear and Conv2d layers, and return how many.
 
-    `directions` {layer name: (A [r, in...], B [out, r])} with r >= rank gives the frozen factors (`leading_directions`);
-    without it, and for "AB", they are random, drawn on the CPU so that every device starts from the same numbers.
-    Raises ValueError for a rank, alpha or dropout out of range, or an unknown `train`.
+    `directions` {layer name: (A [r, in...], B [out, r])} with r >= rank gives the frozen factors
+    (`leading_directions`); without it, and for "AB", they are random, drawn on the CPU so that
+    every device starts from the same numbers. Raises ValueError for a rank, alpha or dropout out of
+    range, or an unknown `train`.
     """
     if train not in TRAIN_CHOICES:
         raise ValueError(f"lora.train must be one of {', '.join(TRAIN_CHOICES)}, not {train!r}")
@@ -100,7 +102,9 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
 
 
 def random_directions(layer, rank, generator):
-    """Return random A [rank, in...] (Kaiming uniform, as in Hu et al. 2022) and B [out, rank] for a layer."""
+    """Return random A [rank, in...] (Kaiming uniform, as in Hu et al. 2022) and B [out, rank] for a
+    layer.
+    """
     weight = layer.weight
     A = torch.empty(rank, *weight.shape[1:])
     nn.init.kaiming_uniform_(A.flatten(1), a=math.sqrt(5), generator=generator)
@@ -113,7 +117,8 @@ def random_directions(layer, rank, generator):
 
 @torch.no_grad()
 def add_gradient_moments(module, moments):
-    """Add G G^T / |G|^2 and G^T G / |G|^2 of each layer's gradient G [out, in k k] to `moments` {name: [left, right]}.
+    """Add G G^T / |G|^2 and G^T G / |G|^2 of each layer's gradient G [out, in k k] to `moments`
+    {name: [left, right]}.
 
     Called once for each public person, it makes every person count the same.
     """
@@ -128,11 +133,13 @@ def add_gradient_moments(module, moments):
 
 @torch.no_grad()
 def leading_directions(module, moments, rank):
-    """Return {layer name: (A [rank, in...], B [out, rank])}: the directions that people's gradients share.
+    """Return {layer name: (A [rank, in...], B [out, rank])}: the directions that people's gradients
+    share.
 
-    A's rows and B's columns are the leading eigenvectors of the summed moments: the singular directions in which a
-    person's gradient is largest. B is scaled to the root mean square singular value of W, so that R with entries of
-    order one changes W by about one typical singular value. Layers narrower than `rank` get zero rows and columns.
+    A's rows and B's columns are the leading eigenvectors of the summed moments: the singular
+    directions in which a person's gradient is largest. B is scaled to the root mean square singular
+    value of W, so that R with entries of order one changes W by about one typical singular value.
+    Layers narrower than `rank` get zero rows and columns.
     """
     directions = {}
     for name, layer in adaptable_layers(module).items():
@@ -151,7 +158,9 @@ def leading_directions(module, moments, rank):
 
 
 def adapter_parameters(module):
-    """Return the parameters that are trained, in the order of their names: R, B, or A and B of each adapted layer."""
+    """Return the parameters that are trained, in the order of their names: R, B, or A and B of each
+    adapted layer.
+    """
     return [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
 
 
@@ -185,7 +194,9 @@ def load_adapter_vector(module, vector):
 
 
 def merge_lora(module):
-    """Fold every adapter into its layer, in place, and return `module` without adapters: same output, less work."""
+    """Fold every adapter into its layer, in place, and return `module` without adapters: same
+    output, less work.
+    """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoRALayer):
             parent, _, child = name.rpartition(".")

@@ -1,18 +1,22 @@
-"""The talking-head generator: autoencoder, condition encoders, spatio-temporal UNet, diffusion, sampler.
+"""The talking-head generator: autoencoder, condition encoders, spatio-temporal UNet, diffusion,
+sampler.
 
-A frame is the reference picture, warped by a coarse flow, plus what its latent then lacks. Both together are the clip's
-*motion*: two channels of flow and c of latent residual on the latent grid, divided by their standard deviation. The
-diffusion runs on this x0, so that the network never has to draw the face that the reference shows already.
+A frame is the reference picture, warped by a coarse flow, plus what its latent then lacks. Both
+together are the clip's *motion*: two channels of flow and c of latent residual on the latent grid,
+divided by their standard deviation. The diffusion runs on this x0, so that the network never has to
+draw the face that the reference shows already.
 
-Before any network, x0 is modelled as a Gaussian N(0, S) whose covariance S = K (x) (U diag(v) U^T + r (I - U U^T)) is
-measured on public clips (K: over frames, U: the leading modes of a frame). The best linear denoiser of a Gaussian is
+Before any network, x0 is modelled as a Gaussian N(0, S) whose covariance S = K (x) (U diag(v) U^T +
+r (I - U U^T)) is measured on public clips (K: over frames, U: the leading modes of a frame). The
+best linear denoiser of a Gaussian is
     D(xt) = E[x0 | xt] = a S (a^2 S + s^2 I)^-1 xt,        a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar),
-and it leaves at each place a standard deviation d_t. The network corrects it: x0_hat = D(xt) + d_t * UNet(D(xt), t, c).
-With S = sigma_data^2 I this is the preconditioning of Karras et al. 2022 (EDM), Eq. 7 and Table 1: c_skip xt is D(xt)
-and c_out is d_t. The linear part costs no training and leaves to the network what speech and identity decide.
+and it leaves at each place a standard deviation d_t. The network corrects it: x0_hat = D(xt) + d_t
+* UNet(D(xt), t, c). With S = sigma_data^2 I this is the preconditioning of Karras et al. 2022
+(EDM), Eq. 7 and Table 1: c_skip xt is D(xt) and c_out is d_t. The linear part costs no training and
+leaves to the network what speech and identity decide.
 
-Axes: b clips, f frames, n pictures, tokens or mel steps, c channels, h w pixels or latent grid, m motion channels (or the
-bands of a mel spectrogram), d features. Pixels are in [-1, 1].
+Axes: b clips, f frames, n pictures, tokens or mel steps, c channels, h w pixels or latent grid, m
+motion channels (or the bands of a mel spectrogram), d features. Pixels are in [-1, 1].
 """
 
 import copy
@@ -34,7 +38,9 @@ GROUPS = 8  # of every GroupNorm
 
 
 class ResnetBlock(nn.Module):
-    """Twice GroupNorm, SiLU, convolution, with a shortcut; `temb` scales and shifts after the second norm."""
+    """Twice GroupNorm, SiLU, convolution, with a shortcut; `temb` scales and shifts after the
+    second norm.
+    """
 
     def __init__(self, in_channels, out_channels, temb_channels=0):
         super().__init__()
@@ -60,9 +66,9 @@ class ResnetBlock(nn.Module):
 class AutoencoderKL(nn.Module):
     """KL-regularised convolutional autoencoder (Rombach et al. 2022) around a linear one.
 
-    The linear path starts at the principal components of the data's blocks of pixels; the convolutions start as a zero
-    residual and learn what it misses. Each side of a picture shrinks by `factor`, 4 (pixel unshuffle) times 2 for each
-    width after the first.
+    The linear path starts at the principal components of the data's blocks of pixels; the
+    convolutions start as a zero residual and learn what it misses. Each side of a picture shrinks
+    by `factor`, 4 (pixel unshuffle) times 2 for each width after the first.
     """
 
     def __init__(self, latent_channels=16, channels=(48, 64)):
@@ -102,7 +108,9 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def init_linear_path(self, frames):
-        """Set the linear path to the principal components of the blocks of pixels of frames [n 3 H W]."""
+        """Set the linear path to the principal components of the blocks of pixels of frames [n 3 H
+        W].
+        """
         p = self.factor
         num_latents = self.linear_in.out_channels
         blocks = rearrange(frames, "n c (h p) (w q) -> (n h w) (c p q)", p=p, q=p).double()
@@ -135,7 +143,9 @@ class AutoencoderKL(nn.Module):
 
 
 class SpeechEncoder(nn.Module):
-    """Tokens of the sound around each frame: one per video frame in the window, and a summary of the window."""
+    """Tokens of the sound around each frame: one per video frame in the window, and a summary of
+    the window.
+    """
 
     def __init__(self, dim, window=5, num_mels=40, mels_per_frame=4):
         super().__init__()
@@ -175,7 +185,9 @@ class IdentityEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, reference):
-        """Return tokens [b (n 16) d] of reference [b 3 H W], or [b n 3 H W] for n pictures of the person."""
+        """Return tokens [b (n 16) d] of reference [b 3 H W], or [b n 3 H W] for n pictures of the
+        person.
+        """
         h = self.conv(reference.flatten(0, -4))  # (b n) d 4 4
         return self.norm(rearrange(h, "(b n) d h w -> b (n h w) d", b=len(reference)))
 
@@ -207,7 +219,9 @@ class TextEncoder(nn.Module):
         self.words = by_frequency[: self.table.num_embeddings - 1]
 
     def ids(self, prompts):
-        """Return table rows [b max_words] of the words of each prompt; unknown words are left out, 0 pads."""
+        """Return table rows [b max_words] of the words of each prompt; unknown words are left out,
+        0 pads.
+        """
         rows = torch.zeros(len(prompts), self.max_words, dtype=torch.long)
         for row, prompt in zip(rows, prompts):
             known = [self.words.index(w) + 1 for w in split_words(prompt) if w in self.words]
@@ -237,7 +251,9 @@ def attend(q, k, v, heads, bias=None):
 
 
 def zero_linear(dim):
-    """Return a linear layer that starts at zero, so that the block that it closes starts as its residual."""
+    """Return a linear layer that starts at zero, so that the block that it closes starts as its
+    residual.
+    """
     linear = nn.Linear(dim, dim)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -262,7 +278,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Decoupled cross-attention (Ye et al. 2023, Eq. 5): one query; each condition has its own keys, values and scale.
+    """Decoupled cross-attention (Ye et al. 2023, Eq. 5): one query; each condition has its own
+    keys, values and scale.
 
     Scale 0 drops the condition, as condition dropout does in training. Zero at the start.
     """
@@ -281,7 +298,9 @@ class CrossAttention(nn.Module):
         self.to_out = zero_linear(dim)
 
     def forward(self, x, conditions, num_frames):
-        """x [(b f) n c]; conditions {name: (tokens [b m d] of a clip or [b f m d] of each frame, scale [b])}."""
+        """x [(b f) n c]; conditions {name: (tokens [b m d] of a clip or [b f m d] of each frame,
+        scale [b])}.
+        """
         q = self.to_q(self.norm(x))  # (b f) n c
         total = 0.0
         for name in CONDITIONS:
@@ -299,7 +318,8 @@ class CrossAttention(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Self-attention along time at every position, within `radius` frames, with a learned bias by distance.
+    """Self-attention along time at every position, within `radius` frames, with a learned bias by
+    distance.
 
     Only distances enter, so that a frame of a long clip is treated as one of a short clip.
     """
@@ -341,7 +361,9 @@ class TalkingBlock(nn.Module):
 
 
 class TalkingUNet(nn.Module):
-    """Spatio-temporal UNet: motion, time, conditions and the reference latent -> the correction of the linear denoiser."""
+    """Spatio-temporal UNet: motion, time, conditions and the reference latent -> the correction of
+    the linear denoiser.
+    """
 
     def __init__(
         self, motion_channels, latent_channels, channels, condition_dim, heads=4, radius=8
@@ -387,7 +409,9 @@ class TalkingUNet(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def embed_time(self, time, conditions):
-        """Return [(b f) d] of time [b f] in [0, 1] and the summaries of speech and text: it scales and shifts each frame."""
+        """Return [(b f) d] of time [b f] in [0, 1] and the summaries of speech and text: it scales
+        and shifts each frame.
+        """
         temb = self.time_mlp(sinusoid(1000 * time.flatten(), self.num_frequencies))  # (b f) d
         temb = temb.unflatten(0, time.shape)  # b f d
         for name, layer in self.modulation.items():
@@ -399,7 +423,9 @@ class TalkingUNet(nn.Module):
         return F.silu(temb.flatten(0, 1))
 
     def forward(self, x, time, conditions, reference_latents):
-        """x [b f m h w], time [b f] in [0, 1], conditions as in `CrossAttention`, reference_latents [b c h w] -> [b f m h w]."""
+        """x [b f m h w], time [b f] in [0, 1], conditions as in `CrossAttention`, reference_latents
+        [b c h w] -> [b f m h w].
+        """
         num_frames = x.shape[1]
         temb = self.embed_time(time, conditions)  # (b f) d
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
@@ -440,7 +466,8 @@ class Diffusion:
         self.alpha_bar = noise_schedule(num_steps, schedule).float()  # T
 
     def coefficients(self, t, like):
-        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at integer t [b] or, by frame, [b f], shaped to multiply `like`.
+        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at integer t [b] or, by frame, [b f],
+        shaped to multiply `like`.
 
         t = -1 is a frame without noise.
         """
@@ -455,12 +482,16 @@ class Diffusion:
         return signal * x0 + noise * eps
 
     def implied_eps(self, x0_hat, xt, t):
-        """Return the eps_hat that the statement x0_hat implies (Eq. 5); zero for frames without noise."""
+        """Return the eps_hat that the statement x0_hat implies (Eq. 5); zero for frames without
+        noise.
+        """
         signal, noise = self.coefficients(t, xt)
         return ((xt - signal * x0_hat) / noise.clamp(min=1e-3)).where(noise > 0, 0.0)
 
     def timesteps(self, num_steps):
-        """Return the trailing timesteps T-1, ... (Lin et al. 2024, Table 2): sampling starts at pure noise."""
+        """Return the trailing timesteps T-1, ... (Lin et al. 2024, Table 2): sampling starts at
+        pure noise.
+        """
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(
                 f"sampling.num_steps must be from 1 to {self.num_steps}, not {num_steps}"
@@ -470,7 +501,8 @@ class Diffusion:
     def sample(self, predict_x0, noise, num_steps):
         """Return x0: the probability-flow ODE solved from `noise` [b ...] in `num_steps` steps.
 
-        `predict_x0(xt, t [b])` is the network. DPM-Solver++(2M), Lu et al. 2022, Algorithm 2; with one step it is DDIM.
+        `predict_x0(xt, t [b])` is the network. DPM-Solver++(2M), Lu et al. 2022, Algorithm 2; with
+        one step it is DDIM.
         """
         xt = noise
         times = self.timesteps(num_steps)
@@ -493,9 +525,11 @@ class Diffusion:
 
 
 def noise_schedule(num_steps, schedule):
-    """Return alpha_bar [T] in float64: `cosine` (Nichol & Dhariwal 2021, Eq. 17) or `linear` betas (Ho et al. 2020).
+    """Return alpha_bar [T] in float64: `cosine` (Nichol & Dhariwal 2021, Eq. 17) or `linear` betas
+    (Ho et al. 2020).
 
-    Rescaled so that the last step is pure noise (Lin et al. 2024, Algorithm 1). Raises ValueError for another name.
+    Rescaled so that the last step is pure noise (Lin et al. 2024, Algorithm 1). Raises ValueError
+    for another name.
     """
     if schedule == "cosine":
         s = 0.008
@@ -519,7 +553,9 @@ def noise_schedule(num_steps, schedule):
 
 
 def warp(pictures, flow):
-    """Return pictures [n c H W] with pixel p taken from p + flow(p); flow [n 2 h w] is (x, y) in half picture sides."""
+    """Return pictures [n c H W] with pixel p taken from p + flow(p); flow [n 2 h w] is (x, y) in
+    half picture sides.
+    """
     flow = (
         flow.nan_to_num()
     )  # a diverged network: grid_sample's backward pass would crash the process
@@ -532,10 +568,11 @@ def warp(pictures, flow):
 
 @torch.no_grad()
 def estimate_flow(source, target, size, damping=0.05):
-    """Return flow [n 2 size size] for which warp(source [1 3 H W], flow) resembles target [n 3 H W].
+    """Return flow [n 2 size size] for which warp(source [1 3 H W], flow) resembles target [n 3 H
+    W].
 
-    Lucas & Kanade (1981), coarse to fine: each cell solves its 2 x 2 normal equations over itself and its neighbours;
-    between steps the flow is smoothed.
+    Lucas & Kanade (1981), coarse to fine: each cell solves its 2 x 2 normal equations over itself
+    and its neighbours; between steps the flow is smoothed.
     """
     flow = target.new_zeros(len(target), 2, size, size)
     for reduction, iterations in ((4, 3), (2, 4), (1, 1)):
@@ -570,7 +607,9 @@ def box_blur(x):
 
 
 class GaussianPrior(nn.Module):
-    """The Gaussian model of clips x0 [b f m h w] and its linear denoiser (formula at the top of this file)."""
+    """The Gaussian model of clips x0 [b f m h w] and its linear denoiser (formula at the top of
+    this file).
+    """
 
     def __init__(self, num_values, num_modes, num_lags=25):
         super().__init__()
@@ -620,12 +659,14 @@ class GaussianPrior(nn.Module):
         return vectors * values.clamp(min=1e-3) @ vectors.T
 
     def denoise(self, xt, signal, noise):
-        """Return E[x0 | xt] and the standard deviation that it leaves, both [b f m h w], for xt = signal x0 + noise eps.
+        """Return E[x0 | xt] and the standard deviation that it leaves, both [b f m h w], for xt =
+        signal x0 + noise eps.
 
-        signal and noise [b f 1 1 1] may differ by frame: frames of less noise inform the others. In a mode of variance v
-        the frames are N(0, v K), and with S, N the diagonal matrices of signal and noise the gain is
-        v K S (v S K S + N^2)^-1. Let N^-1 S K S N^-1 = Q diag(snr) Q^T: then the gain is
-        K S N^-1 Q diag(v / (v snr + 1)) Q^T N^-1, and one decomposition serves all modes.
+        signal and noise [b f 1 1 1] may differ by frame: frames of less noise inform the others. In
+        a mode of variance v the frames are N(0, v K), and with S, N the diagonal matrices of signal
+        and noise the gain is v K S (v S K S + N^2)^-1. Let N^-1 S K S N^-1 = Q diag(snr) Q^T: then
+        the gain is K S N^-1 Q diag(v / (v snr + 1)) Q^T N^-1, and one decomposition serves all
+        modes.
         """
         K = self.frame_correlation(xt.shape[1])
         S = signal.flatten(1).double()  # b f
@@ -651,10 +692,12 @@ class GaussianPrior(nn.Module):
 
 
 class TalkingHead(nn.Module):
-    """Autoencoder, condition encoders, prior, UNet and diffusion: what is pretrained, adapted and sampled.
+    """Autoencoder, condition encoders, prior, UNet and diffusion: what is pretrained, adapted and
+    sampled.
 
-    size: pixels a side; latent_channels, autoencoder_channels: `AutoencoderKL`; channels: widths of the UNet; dim: width
-    of the condition tokens; window: video frames of speech that a frame sees; prior_modes: modes of the Gaussian prior.
+    size: pixels a side; latent_channels, autoencoder_channels: `AutoencoderKL`; channels: widths of
+    the UNet; dim: width of the condition tokens; window: video frames of speech that a frame sees;
+    prior_modes: modes of the Gaussian prior.
     """
 
     def __init__(
@@ -680,11 +723,12 @@ class TalkingHead(nn.Module):
 
     @torch.no_grad()
     def fit_statistics(self, motion, reference_latents):
-        """Measure standard deviations and prior on motion [b f m h w] and reference latents [b c h w].
+        """Measure standard deviations and prior on motion [b f m h w] and reference latents [b c h
+        w].
 
-        The deviation of flow and residual is that of a typical mode, not of a typical value: correlated values have a
-        higher SNR than their per-value variance suggests, and half of the noise levels would teach nothing (Hoogeboom
-        et al. 2023, Sec. 3.1).
+        The deviation of flow and residual is that of a typical mode, not of a typical value:
+        correlated values have a higher SNR than their per-value variance suggests, and half of the
+        noise levels would teach nothing (Hoogeboom et al. 2023, Sec. 3.1).
         """
         self.reference_std.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
         for part in (slice(0, 2), slice(2, None)):  # flow, residual
@@ -697,18 +741,22 @@ class TalkingHead(nn.Module):
 
     @torch.no_grad()
     def encode_motion(self, frames, latents, reference):
-        """Return the motion [f m h w], not normalised, of frames [f 3 H W] with latents [f c h w] from reference [3 H W]."""
+        """Return the motion [f m h w], not normalised, of frames [f 3 H W] with latents [f c h w]
+        from reference [3 H W].
+        """
         flow = estimate_flow(reference[None], frames, self.latent_size)  # f 2 h w
         warped = warp(reference.expand_as(frames), flow)  # f 3 H W
         residual = latents - self.autoencoder.encode(warped)  # f c h w
         return torch.cat([flow, residual], dim=1)
 
     def decode(self, x0, reference):
-        """Return frames [b f 3 H W], about in [-1, 1], of normalised motion x0 [b f m h w] and reference [b 3 H W].
+        """Return frames [b f 3 H W], about in [-1, 1], of normalised motion x0 [b f m h w] and
+        reference [b 3 H W].
 
-        The residual enters as the difference that it makes to the decoded picture, so that details of the reference which
-        the autoencoder would lose (a pattern, a strand of hair) stay. Gradients reach the flow through the warped picture
-        only: through the two decodings they cancel, but for terms of the residual's size.
+        The residual enters as the difference that it makes to the decoded picture, so that details
+        of the reference which the autoencoder would lose (a pattern, a strand of hair) stay.
+        Gradients reach the flow through the warped picture only: through the two decodings they
+        cancel, but for terms of the residual's size.
         """
         motion = rearrange(x0 * self.motion_std, "b f m h w -> (b f) m h w")
         flow, residual = motion.split([2, self.motion_channels - 2], dim=1)
@@ -720,9 +768,11 @@ class TalkingHead(nn.Module):
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))
 
     def encode_conditions(self, mel, reference, words, scales=None):
-        """Return {name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or [b n 3 H W], and word ids [b n].
+        """Return {name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or [b n 3 H W],
+        and word ids [b n].
 
-        `scales` {name: number or [b]} weigh the conditions, 1 where not given; a clip without words has no text.
+        `scales` {name: number or [b]} weigh the conditions, 1 where not given; a clip without words
+        has no text.
         """
         has_words = (words > 0).any(1).float()  # b
         scale = {
@@ -735,7 +785,8 @@ class TalkingHead(nn.Module):
         }
 
     def forward(self, xt, t, conditions, reference_latents):
-        """Return x0_hat [b f m h w] for xt at integer t [b] or, by frame, [b f]: linear denoiser plus correction.
+        """Return x0_hat [b f m h w] for xt at integer t [b] or, by frame, [b f]: linear denoiser
+        plus correction.
 
         Frames without noise (t = -1) are known; the others continue from them.
         """
@@ -749,11 +800,13 @@ class TalkingHead(nn.Module):
         return linear + std * self.unet(linear, time, conditions, reference)
 
     def training_losses(self, batch, t, eps, scales=None):
-        """Return the diffusion loss [b] (Eq. 6) of a batch, x0_hat and eps_hat [b f m h w], at t [b f] with noise eps.
+        """Return the diffusion loss [b] (Eq. 6) of a batch, x0_hat and eps_hat [b f m h w], at t [b
+        f] with noise eps.
 
-        The squared error of x0 is divided by the clip's own power (at least a quarter of the prior's variance), so that calm
-        clips count as much as lively ones, and by 1 - alpha_bar (at least .05), which makes it the error of v (Salimans &
-        Ho 2022): Eq. 6 divided by alpha_bar, which keeps the step of pure noise in the loss.
+        The squared error of x0 is divided by the clip's own power (at least a quarter of the
+        prior's variance), so that calm clips count as much as lively ones, and by 1 - alpha_bar (at
+        least .05), which makes it the error of v (Salimans & Ho 2022): Eq. 6 divided by alpha_bar,
+        which keeps the step of pure noise in the loss.
         """
         x0 = batch["motion"] / self.motion_std
         xt = self.diffusion.add_noise(x0, t, eps)
@@ -770,10 +823,11 @@ class TalkingHead(nn.Module):
         return loss, x0_hat, self.diffusion.implied_eps(x0_hat, xt, t)
 
     def sample(self, conditions, reference_latents, noise, known, num_steps, guidance):
-        """Return x0 [b f m h w] sampled from `noise` [b f m h w], its first frames being `known` [b k m h w].
+        """Return x0 [b f m h w] sampled from `noise` [b f m h w], its first frames being `known` [b
+        k m h w].
 
-        Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w):
-        x0 = x0_without + guidance (x0_with - x0_without).
+        Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w): x0 =
+        x0_without + guidance (x0_with - x0_without).
         """
         num_known = known.shape[1]
         tokens, scale = conditions["speech"]
@@ -796,11 +850,13 @@ class TalkingHead(nn.Module):
     def stream(
         self, reference, mel, words, generator, num_steps, guidance=1.0, window=40, scales=None
     ):
-        """Yield frames [b w 3 H W] in [-1, 1], one window after another, of `reference` speaking `mel` [b f n m].
+        """Yield frames [b w 3 H W] in [-1, 1], one window after another, of `reference` speaking
+        `mel` [b f n m].
 
-        reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves; words [b n]: of the prompt.
-        Each window continues from the last KNOWN_FRAMES frames of the one before and starts from the reference again, so
-        that neither memory nor errors grow with the clip. The first window is half as long, so that its frames come sooner.
+        reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves; words [b
+        n]: of the prompt. Each window continues from the last KNOWN_FRAMES frames of the one before
+        and starts from the reference again, so that neither memory nor errors grow with the clip.
+        The first window is half as long, so that its frames come sooner.
         """
         if window <= 2 * KNOWN_FRAMES:
             raise ValueError(f"sampling.window must be above {2 * KNOWN_FRAMES}, not {window}")
@@ -828,7 +884,8 @@ class TalkingHead(nn.Module):
 
 
 class EMA:
-    """Exponential moving average of a module's parameters, with the warm-up (1 + step) / (10 + step).
+    """Exponential moving average of a module's parameters, with the warm-up (1 + step) / (10 +
+    step).
 
     Buffers stay as they are in the module at the start.
     """

@@ -71,7 +71,8 @@ SHARES += ("fed.reliability_alpha", "fed.dropout_rate")
 
 
 def load_config(path, presets=(), overrides=()):
-    """Return the defaults, changed by the file at `path`, then by presets, then by `key=value` overrides.
+    """Return the defaults, changed by the file at `path`, then by presets, then by `key=value`
+    overrides.
 
     Raises ValueError with a sentence that names what is wrong and the nearest right name.
     """
@@ -120,7 +121,9 @@ def nearest(name, names):
 
 
 def merge(config, changes, where, prefix=""):
-    """Write `changes` over `config`, in place. Every key has to exist and to keep the type of its default."""
+    """Write `changes` over `config`, in place. Every key has to exist and to keep the type of its
+    default.
+    """
     for key, value in changes.items():
         name = prefix + str(key)
         if key not in config:
@@ -135,7 +138,9 @@ def merge(config, changes, where, prefix=""):
 
 
 def convert(value, default, where):
-    """Return `value` in the type of `default`; numbers have to be finite and at least 0 (or at least a default below)."""
+    """Return `value` in the type of `default`; numbers have to be finite and at least 0 (or at
+    least a default below).
+    """
     if isinstance(default, float) and type(value) in (int, str):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # also of 1e-3, which YAML 1.1 reads as a word
@@ -156,7 +161,9 @@ def lookup(config, name):
 
 
 def check_config(config):
-    """Raise ValueError for settings that cannot run, by building everything that they describe once, without memory."""
+    """Raise ValueError for settings that cannot run, by building everything that they describe
+    once, without memory.
+    """
     for name, least in LEAST.items():
         if lookup(config, name) < least:
             raise ValueError(f"{name} must be at least {least}, not {lookup(config, name)}")
@@ -206,7 +213,9 @@ def build_model(config):
 
 
 def make_mechanism(config, length):
-    """Return the DP mechanism for adapters of `length` numbers, or None; privacy.target_epsilon may choose its noise."""
+    """Return the DP mechanism for adapters of `length` numbers, or None; privacy.target_epsilon may
+    choose its noise.
+    """
     p = config["privacy"]
     f = config["fed"]
     if not p["enabled"]:
@@ -231,7 +240,9 @@ def make_mechanism(config, length):
 
 
 def check_resumed(before, after, prefix=""):
-    """Raise ValueError for the first key in which a run's own config and the changed one may not differ."""
+    """Raise ValueError for the first key in which a run's own config and the changed one may not
+    differ.
+    """
     for key, value in before.items():
         name = prefix + key
         if name in RESUMABLE:
@@ -275,7 +286,9 @@ def save_checkpoint(path, kind, state):
 
 
 def load_checkpoint(path, kind):
-    """Return the state in a checkpoint of this kind; raises ValueError for a missing, foreign or damaged file."""
+    """Return the state in a checkpoint of this kind; raises ValueError for a missing, foreign or
+    damaged file.
+    """
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
@@ -387,9 +400,11 @@ def train_autoencoder(config, clips, device):
 
 
 def train_unet(config, autoencoder, public, device, partial):
-    """Return the pretrained TalkingHead (an average over steps), its loss by step, and the adapters' directions.
+    """Return the pretrained TalkingHead (an average over steps), its loss by step, and the
+    adapters' directions.
 
-    Every SAVE_EVERY steps everything goes to the file `partial`, from which an interrupted run continues.
+    Every SAVE_EVERY steps everything goes to the file `partial`, from which an interrupted run
+    continues.
     """
     settings = config["backbone"]
     clips = [clip for own in public.values() for clip in own]
@@ -464,7 +479,9 @@ def source_code(*objects):
 
 
 def backbone_key(config, public):
-    """Return a hash of all that makes a backbone: settings, public clips, and the code that trains it."""
+    """Return a hash of all that makes a backbone: settings, public clips, and the code that trains
+    it.
+    """
     settings = {name: config[name] for name in ("seed", "model", "backbone")}
     settings["data"] = [config["data"][name] for name in ("size", "crop", "window")]
     clips = [(c.person, c.name, c.path.stat().st_size) for own in public.values() for c in own]
@@ -482,7 +499,8 @@ def backbone_key(config, public):
 
 
 def load_or_pretrain(config, public, run, device, workers):
-    """Return the backbone's state: judges, model, directions of the adapters; the run's own, a cached one, or a new one.
+    """Return the backbone's state: judges, model, directions of the adapters; the run's own, a
+    cached one, or a new one.
 
     Only rank 0 reads and writes files.
     """
@@ -500,7 +518,8 @@ def load_or_pretrain(config, public, run, device, workers):
 
 
 def pretrain(config, public, cache, device, workers):
-    """Train judges, autoencoder and UNet into cache/backbone.pt. Finished stages are kept there until all are done.
+    """Train judges, autoencoder and UNet into cache/backbone.pt. Finished stages are kept there
+    until all are done.
 
     The two sets of judges and the autoencoder are shared among the workers; the UNet is rank 0's.
     """
@@ -542,7 +561,9 @@ def pretrain(config, public, cache, device, workers):
 
 @contextlib.contextmanager
 def all_threads(config):
-    """Use all CPU threads while the other workers wait for rank 0, unless runtime.threads fixes their number."""
+    """Use all CPU threads while the other workers wait for rank 0, unless runtime.threads fixes
+    their number.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(config["runtime"]["threads"] or os.cpu_count())
     yield
@@ -605,7 +626,7 @@ def train(config, people, run, device, workers):
 
 
 def federate(config, model, judges, clients, state, public_jitter, run, device, workers):
-    """Run the federated rounds that `state` still lacks (Algorithm 1) and return the state after the last."""
+    """Run the rounds that `state` still lacks (Algorithm 1); return the state after the last."""
     f = config["fed"]
     participants = [fed.pool_clients(clients)] if f["algorithm"] == "centralized" else clients
     mechanism = make_mechanism(config, len(state["adapter"]))
@@ -615,24 +636,23 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
     for index in tqdm(range(state["round"], f["rounds"]), "rounds", disable=workers.rank > 0):
         key = bytes.fromhex(state["sampling_key"])
         cohort = privacy.poisson_cohort(len(participants), f["sample_rate"], key, index)
+        # Spent and saved before the round: an upload that gets lost may have been seen.
         accountant.spend(f["sample_rate"], mechanism.noise_multiplier if mechanism else 0.0)
         state["accountant"] = accountant.history
-        save_state(
-            run, state, workers
-        )  # before the round: an upload that gets lost may have been seen
+        save_state(run, state, workers)
         uploads = {}
         diagnostics = {}
         for i in workers.assign([participants[k].num_samples for k in cohort]):
             # -- on client k: nothing but uploads[i] leaves it
             client = participants[cohort[i]]
             seed = fed.derive_seed(f["seed"], index, cohort[i])
-            update = fed.zero_update(state)  # uploaded by a client that fails: that it
-            weight = 0.0  # takes part must not depend on its data
+            # A client that fails uploads zeros: that it takes part must not depend on its data.
+            update = fed.zero_update(state)
+            weight = 0.0
             diagnostics[i] = {}
             with fed.catch_failure(client, diagnostics[i]):
-                update, terms = fed.local_update(
-                    model, judges, client, state, seed, **training
-                )  # Eq. 12
+                # Eq. 12
+                update, terms = fed.local_update(model, judges, client, state, seed, **training)
                 r = 1.0
                 if f["gamma"]:
                     held_out = client.validation_batch(model)
@@ -642,7 +662,8 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 weight = fed.isfa_weight(client.num_samples, r, f["gamma"], f["sample_cap"])
                 diagnostics[i] |= terms | {"reliability": r, "norm": float(update.norm())}
             uploads[i] = update, weight
-            if mechanism:  # clip, weight, quantise, add the client's share of the noise
+            if mechanism:
+                # clip, weight, quantise, add the client's share of the noise
                 uploads[i] = mechanism.encode(update.numpy(), weight, len(cohort), (index, i))
             if len(participants) > KEPT_IN_MEMORY:
                 client.release()
@@ -657,9 +678,8 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 params = fed.round_params(mechanism, len(cohort))
                 total, survivors = privacy.run_protocol(params, uploads, dropouts, workers)
                 decoded = mechanism.decode(total, len(cohort), len(survivors), index)
-                mean, weight_sum = workers.broadcast(
-                    decoded
-                )  # rank 0's: it drew the dropouts' noise
+                # rank 0's, which drew the noise of those who dropped out
+                mean, weight_sum = workers.broadcast(decoded)
             else:
                 mean, weight_sum, survivors = fed.plain_mean(workers.merge(uploads), dropouts)
         except privacy.AggregationAborted as error:
@@ -718,7 +738,9 @@ def make_clients(config, people, run):
 
 
 def training_kwargs(config, section, device):
-    """Return the keyword arguments of `fed.train_adapter` that config section `fed` or `personal` sets."""
+    """Return the keyword arguments of `fed.train_adapter` that config section `fed` or `personal`
+    sets.
+    """
     kwargs = {"lr": config[section]["lr"], "batch_size": config["fed"]["batch_size"]}
     kwargs |= {"loss_weights": config["loss"], "bf16": device.type == "cuda"}
     kwargs["micro_batch"] = config["runtime"]["micro_batch"]
@@ -728,7 +750,9 @@ def training_kwargs(config, section, device):
 
 
 def describe_adapter(config, section, origin):
-    """Return what an adapter file is checked against: its shape, and the checksum of what it was trained on."""
+    """Return what an adapter file is checked against: its shape, and the checksum of what it was
+    trained on.
+    """
     settings = config[section]
     shape = {"train": settings["train"], "rank": settings["rank"], "alpha": config["lora"]["alpha"]}
     return shape | {"origin": origin}
@@ -737,8 +761,8 @@ def describe_adapter(config, section, origin):
 def load_or_initialize(config, model, backbone, run):
     """Return the state of the rounds, from last.pt or as before round 0.
 
-    It holds the global adapter [d], SCAFFOLD's c, the round, the accountant's history and the sampling key.
-    Raises ValueError for the adapter of another backbone or shape.
+    It holds the global adapter [d], SCAFFOLD's c, the round, the accountant's history and the
+    sampling key. Raises ValueError for the adapter of another backbone or shape.
     """
     description = describe_adapter(config, "lora", checksum(backbone["model"]))
     if (run / "last.pt").exists():
@@ -756,7 +780,9 @@ def load_or_initialize(config, model, backbone, run):
 
 
 def sampling_key(config):
-    """Return the key that the cohorts follow from: the operating system's, or privacy.seed's in a reproducible study."""
+    """Return the key that the cohorts follow from: the operating system's, or privacy.seed's in a
+    reproducible study.
+    """
     seed = config["privacy"]["seed"]
     if seed < 0:
         return privacy.new_sampling_key()
@@ -778,7 +804,8 @@ def forget_rounds(run, num_rounds):
 
 
 def summarize_round(config, accountant, diagnostics):
-    """Return the rest of a round's record: the guarantee so far, and under "simulation" what no server would see.
+    """Return the rest of a round's record: the guarantee so far, and under "simulation" what no
+    server would see.
 
     Raises ValueError if every client failed.
     """
@@ -799,7 +826,9 @@ def summarize_round(config, accountant, diagnostics):
 
 
 def validate(model, clients, state, workers, num_clients=12):
-    """Return the mean unexplained variance of a fixed sample of clients' validation clips with the global adapter."""
+    """Return the mean unexplained variance of a fixed sample of clients' validation clips with the
+    global adapter.
+    """
     lora.load_adapter_vector(model, state["adapter"])
     sample = clients[:num_clients]
     shares = {}
@@ -822,7 +851,9 @@ def log_round(run, record, workers):
 
 
 def describe_communication(config, model, numbers):
-    """Return what a client sends and receives in a round with everybody in it, in numbers and bytes."""
+    """Return what a client sends and receives in a round with everybody in it, in numbers and
+    bytes.
+    """
     whole = sum(p.numel() for p in model.parameters())
     about = {"numbers": numbers, "model_parameters": whole, "bytes_down": 4 * numbers}
     mechanism = make_mechanism(config, numbers)
@@ -857,12 +888,16 @@ def merged_copy(model, vector):
 
 
 def personal_model(config, model, adapter, directions):
-    """Return the model with the global adapter folded in and a personal adapter, still zero, on top."""
+    """Return the model with the global adapter folded in and a personal adapter, still zero, on
+    top.
+    """
     return add_adapter(config, merged_copy(model, adapter), directions, "personal")
 
 
 def personalize(config, model, judges, clients, state, directions, run, device, workers):
-    """Return {client name: personal adapter}, trained on each client's own clips and kept in personal/<client>.pt."""
+    """Return {client name: personal adapter}, trained on each client's own clips and kept in
+    personal/<client>.pt.
+    """
     model = personal_model(config, model, state["adapter"], directions)
     start = lora.adapter_vector(model)
     settings = config["personal"]
@@ -895,7 +930,9 @@ TRAINED = ("backbone", "global adapter", "personal adapter", "personal adapter, 
 
 
 def evaluate(config, model, judges, people, clients, state, personal, backbone, run):
-    """Generate and score every method on the clients' test clips, and on unseen people; write pictures and videos."""
+    """Generate and score every method on the clients' test clips, and on unseen people; write
+    pictures and videos.
+    """
     e = config["evaluate"]["num_frames"]
     device = model.motion_std.device
     window = config["data"]["window"]
@@ -983,9 +1020,11 @@ def generate_case(model, case, mel, config):
 
 
 def unexplained_table(models, adaptable, personal, clients, num_frames):
-    """Return the unexplained variance of test clips, {method: {mean, ci95, by noise level, ratio to the backbone}}.
+    """Return the unexplained variance of test clips, {method: {mean, ci95, by noise level, ratio to
+    the backbone}}.
 
-    The reference picture is of a training clip. No motion leaves 1; the linear denoiser is the model without its UNet.
+    The reference picture is of a training clip. No motion leaves 1; the linear denoiser is the
+    model without its UNet.
     """
     shares = {name: [] for name in (*models, "personal adapter")}
     groups = []
@@ -1033,7 +1072,9 @@ def evaluate_unseen(config, people, backbone_model, global_model, judges, networ
 
 
 class Pictures:
-    """Frames of some test cases: grid.png (8 cases when the mouth is open widest) and samples/*.mp4 (4 cases)."""
+    """Frames of some test cases: grid.png (8 cases when the mouth is open widest) and samples/*.mp4
+    (4 cases).
+    """
 
     def __init__(self, cases, splits):
         self.cases = cases[:: max(1, len(cases) // 8)][:8]
@@ -1212,7 +1253,9 @@ def generate(args, config, device):
 
 
 def speaking_blocks(stream, num_frames, watermark):
-    """Yield uint8 blocks [f H W 3] of a stream of frames, with a progress bar and, if asked, the letters AI in a corner."""
+    """Yield uint8 blocks [f H W 3] of a stream of frames, with a progress bar and, if asked, the
+    letters AI in a corner.
+    """
     with tqdm(total=num_frames, desc="speaking", unit=" frames") as bar:
         for block in stream:
             frames = data.to_unit(block)[0]  # f 3 H W
@@ -1223,7 +1266,9 @@ def speaking_blocks(stream, num_frames, watermark):
 
 
 def read_speech_windows(args, config):
-    """Return the audio int16 [640 f] of --speech, at most --seconds of it, and its mel windows [1 f n m]."""
+    """Return the audio int16 [640 f] of --speech, at most --seconds of it, and its mel windows [1 f
+    n m].
+    """
     audio = data.read_speech(args.speech)
     if args.seconds:
         audio = audio[: round(args.seconds * data.SAMPLE_RATE)]
@@ -1245,7 +1290,9 @@ def add_watermark(frames):
 
 
 def personalize_own(args, config, device):
-    """--action personalize: a person's own videos become an adapter; its gain is measured on held-out pieces."""
+    """--action personalize: a person's own videos become an adapter; its gain is measured on held-
+    out pieces.
+    """
     for flag in ("clips", "resume"):
         if not getattr(args, flag):
             raise ValueError(f"--action personalize needs --{flag}")
@@ -1343,7 +1390,8 @@ def parse_arguments(argv):
 
 
 def choose_devices(gpus):
-    """Return the devices that --gpus names, one worker each. Without it: every GPU, else two workers on the CPU.
+    """Return the devices that --gpus names, one worker each. Without it: every GPU, else two
+    workers on the CPU.
 
     Two, as networks this small train faster side by side than with two threads each.
     """
@@ -1361,12 +1409,16 @@ def choose_devices(gpus):
 
 
 def die_with_parent():
-    """Ask Linux to kill this process when its parent ends, however that ends (prctl PR_SET_PDEATHSIG)."""
+    """Ask Linux to kill this process when its parent ends, however that ends (prctl
+    PR_SET_PDEATHSIG).
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def launch(argv, num_workers):
-    """Run this script once per worker, with the variables that torchrun sets; the first that fails ends the others."""
+    """Run this script once per worker, with the variables that torchrun sets; the first that fails
+    ends the others.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

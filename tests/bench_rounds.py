@@ -1,8 +1,9 @@
 """What a round costs beside the model's own work: python tests/bench_rounds.py [CLIENTS ROUNDS]
 
-First ten clients, each with one SGD step on a linear layer whose adapter has d numbers, against a plain loop that takes the
-same steps: in the clear, and with the secure sum and noise. Then, if asked for, CLIENTS clients with ten of them in a round
-on average, d = 1,024, secure sum and noise, for ROUNDS rounds: seconds a round and memory.
+First ten clients, each with one SGD step on a linear layer whose adapter has d numbers, against a
+plain loop that takes the same steps: in the clear, and with the secure sum and noise. Then, if
+asked for, CLIENTS clients with ten of them in a round on average, d = 1,024, secure sum and noise,
+for ROUNDS rounds: seconds a round and memory.
 """
 
 import contextlib

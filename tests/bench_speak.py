@@ -1,8 +1,9 @@
-"""How a run speaks for people whom nothing was trained on: python tests/bench_speak.py runs/NAME [--seconds 300 --people 3]
+"""How a run speaks for people whom nothing was trained on: python tests/bench_speak.py runs/NAME
+[--seconds 300 --people 3]
 
-Drift over one long speech and jitter at the borders of windows; what each condition's scale does; solver steps against
-quality and speed. Synthetic people get new speech with a known mouth opening, real ones their own clips, repeated. Writes
-tests/results/speak.md.
+Drift over one long speech and jitter at the borders of windows; what each condition's scale does;
+solver steps against quality and speed. Synthetic people get new speech with a known mouth opening,
+real ones their own clips, repeated. Writes tests/results/speak.md.
 """
 
 import argparse
@@ -49,7 +50,9 @@ class Speaker:
         self.judges = judges["table"]
 
     def speak(self, picture, audio, **changes):
-        """Return frames [f 3 H W] in [0, 1], the seconds they took, and the seconds until the first window."""
+        """Return frames [f 3 H W] in [0, 1], the seconds they took, and the seconds until the first
+        window.
+        """
         mel = data.audio_windows(data.log_mel(audio), self.config["data"]["window"])
         words = self.model.text_encoder.ids([""])
         generator = torch.Generator().manual_seed(0)
@@ -67,7 +70,9 @@ class Speaker:
 
     @torch.inference_mode()
     def measure(self, frames, picture, audio, opening):
-        """Return identity, sharpness, jitter, agreement with the sound and with the true opening of a stretch of frames."""
+        """Return identity, sharpness, jitter, agreement with the sound and with the true opening of
+        a stretch of frames.
+        """
         identity = self.judges.identity(data.to_unit(data.to_float(picture))[None])[0]
         laplace = torch.tensor([[[[0, 1.0, 0], [1, -4, 1], [0, 1, 0]]]])
         mouth = self.judges.mouth_video(metrics.resize(frames, 64)[None])[0]
@@ -90,7 +95,9 @@ def mean_rows(rows):
 
 
 def measure_drift(speaker, people, seconds):
-    """Compare the first ten seconds of a long speech with the last ten, and borders of windows with the rest."""
+    """Compare the first ten seconds of a long speech with the last ten, and borders of windows with
+    the rest.
+    """
     parts = {"first 10 s": [], "last 10 s": []}
     borders = []
     for picture, name, clips in tqdm(people, "drift"):

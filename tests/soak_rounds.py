@@ -1,8 +1,9 @@
 """Rounds that are killed and resumed again and again: python tests/soak_rounds.py [ROUNDS KILLS]
 
-A tiny model on 8 clients, 20 % dropouts at random stages, 5 % failing clients, secure sums: once undisturbed, once killed
-with SIGKILL and resumed (300 rounds and 10 times by default). Both have to end with the same adapter, bit for bit, and the
-same log. Every round, killed or not, counts in epsilon. Memory and open files have to stay flat.
+A tiny model on 8 clients, 20 % dropouts at random stages, 5 % failing clients, secure sums: once
+undisturbed, once killed with SIGKILL and resumed (300 rounds and 10 times by default). Both have to
+end with the same adapter, bit for bit, and the same log. Every round, killed or not, counts in
+epsilon. Memory and open files have to stay flat.
 """
 
 import json
@@ -43,7 +44,9 @@ OVERRIDES = [
 
 
 class FailingClient(NoiseClient):
-    """A client one in twenty of whose rounds ends in a disk error; which ones follows from the round's seed."""
+    """A client one in twenty of whose rounds ends in a disk error; which ones follows from the
+    round's seed.
+    """
 
     def train_batch(self, model, batch_size, generator):
         if generator.initial_seed() % 20 == 0:
@@ -52,7 +55,9 @@ class FailingClient(NoiseClient):
 
 
 def run_rounds(folder, num_rounds):
-    """Run the rounds in `folder` from where they stopped, and write memory and open files after each to usage.jsonl."""
+    """Run the rounds in `folder` from where they stopped, and write memory and open files after
+    each to usage.jsonl.
+    """
     torch.set_num_threads(1)
     config = train.load_config(train.DEFAULTS, [], [*OVERRIDES, f"fed.rounds={num_rounds}"])
     model = adapted_model()
@@ -77,7 +82,9 @@ def run_rounds(folder, num_rounds):
 
 
 def run_with_kills(folder, num_rounds, num_kills):
-    """Run the rounds in child processes, kill `num_kills` of them at random moments, and return how many were killed."""
+    """Run the rounds in child processes, kill `num_kills` of them at random moments, and return how
+    many were killed.
+    """
     context = multiprocessing.get_context("fork")
     generator = random.Random(0)
     targets = sorted(generator.sample(range(1, num_rounds), num_kills))

@@ -2,10 +2,12 @@
 
     python tests/study.py [TABLE ...] [--seeds 3] [--set KEY=VALUE ...]     default: every table
 
-A cell is one run, `python train.py --preset ... --set ...`, in runs/study. It is skipped if its report is there, so that
-the study can be interrupted; all cells share one cached backbone. `fed.seed` differs between the seeds of a cell: batches,
-cohorts and noise change, people and backbone stay. Writes tests/results/study.md: means with 95 % intervals over people and
-seeds (`metrics.crossed_ci`), and differences to the table's reference row, pair by pair (same person, same seed).
+A cell is one run, `python train.py --preset ... --set ...`, in runs/study. It is skipped if its
+report is there, so that the study can be interrupted; all cells share one cached backbone.
+`fed.seed` differs between the seeds of a cell: batches, cohorts and noise change, people and
+backbone stay. Writes tests/results/study.md: means with 95 % intervals over people and seeds
+(`metrics.crossed_ci`), and differences to the table's reference row, pair by pair (same person,
+same seed).
 """
 
 import argparse
@@ -30,7 +32,9 @@ NO_PERSONAL = ["personal.steps=0"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: presets and overrides of a run, and the method of its report that is looked at."""
+    """One row of a table: presets and overrides of a run, and the method of its report that is
+    looked at.
+    """
 
     label: str
     presets: tuple = ()
@@ -149,7 +153,9 @@ def by_person(report, method, metric):
 
 
 def collect(reports, method, metric):
-    """Return a metric as an array [seeds, people], people in the order of their names; None if it was not measured."""
+    """Return a metric as an array [seeds, people], people in the order of their names; None if it
+    was not measured.
+    """
     rows = [by_person(report, method, metric) for report in reports]
     if not rows[0]:
         return None

@@ -1283,11 +1283,10 @@ def make_person(seed, name, accent=0.0):
     p.lips_colour = p.skin * rng.uniform((0.72, 0.5, 0.5), (0.95, 0.66, 0.68)).astype(np.float32)
     p.eyes = rgb(rng.choice(EYES))
     p.glasses = rgb(rng.choice(GLASSES))
-    # With an accent, vowels sound as everybody's, but open the mouth as other vowels do: for three
-    # quarters the same ones for half of the clients, for one quarter the client's own.
+    # With an accent, vowels sound as everybody's but open the mouth as other vowels do: in three
+    # quarters the same ones for all clients, in one quarter the client's own.
     usual = np.array([shape[:2] for shape in VOWELS.values()])  # v 2
-    shared = usual[::-1] if i % 2 else np.roll(usual, 3, axis=0)
-    other = 0.75 * shared + 0.25 * rng.permutation(usual)
+    other = 0.75 * usual[::-1] + 0.25 * rng.permutation(usual)
     p.mouths = dict(zip(VOWELS, usual + accent * is_client * (other - usual)))
     return p
 

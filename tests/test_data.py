@@ -1063,7 +1063,8 @@ def test_an_accent_moves_the_mouths_of_clients_but_not_their_sound(tmp_path):
         np.array(list(data.make_person(0, f"client-{i:03d}", 1.0).mouths.values()))[:, 0]
         for i in range(4)
     ]
-    assert np.corrcoef(mouths[0], mouths[2])[0, 1] > 0.7 > np.corrcoef(mouths[0], mouths[1])[0, 1]
+    shared = np.corrcoef(mouths)
+    assert 0.7 < shared.min() and np.sort(shared, axis=None)[-5] < 0.999  # alike, not equal
 
 
 def test_the_same_seed_makes_the_same_frames(tmp_path, synthetic):

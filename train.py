@@ -943,7 +943,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     splits = {client.name: client.split for client in clients}
     cases = metrics.make_cases(splits, e, 2, window)
     evaluation = metrics.Evaluation(cases, judges, networks, device)
-    pictures = Pictures(cases, splits)
+    pictures = Pictures(cases)
     seconds = 0.0
     num_frames = 0
     for method in BASELINES + TRAINED:
@@ -1076,7 +1076,7 @@ class Pictures:
     (4 cases).
     """
 
-    def __init__(self, cases, splits):
+    def __init__(self, cases):
         self.cases = cases[:: max(1, len(cases) // 8)][:8]
         self.tiles = {}  # {(case number, method): uint8 [H W 3]}
         self.videos = {}  # {(case number, method): uint8 [f H W 3]}

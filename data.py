@@ -41,7 +41,6 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw, ImageOps
 from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter1d
-from scipy.signal import correlate, correlation_lags
 from tqdm import tqdm
 
 FPS = 25
@@ -547,19 +546,6 @@ def channels_last(frames):
     return np.ascontiguousarray(frames)
 
 
-def sound_offset(path, audio, seconds=120):
-    """Seconds by which the sound of a file comes later than int16 `audio`; NaN if that is silent.
-
-    The first `seconds` are compared: a correlation of hours would take gigabytes.
-    """
-    if is_silent(audio):
-        return float("nan")
-    late = read_speech(path)[: seconds * SAMPLE_RATE].astype(np.float32)
-    early = np.asarray(audio[: seconds * SAMPLE_RATE], np.float32)
-    lags = correlation_lags(len(late), len(early))
-    return float(lags[np.argmax(correlate(late, early, method="fft"))]) / SAMPLE_RATE
-
-
 # ---------------------------------------------------------------- the cache of decoded clips
 
 CACHE_VERSION = 1  # to be raised when files are decoded in another way
@@ -1026,25 +1012,6 @@ def segment(clips, seconds):
     return pieces
 
 
-def first_seconds(clips, seconds):
-    """The first clips, of `seconds` in all; the last is cut, or left out if few frames remain.
-
-    Raises ValueError if the clips are shorter than that together.
-    """
-    left = round(seconds * FPS)
-    kept = []
-    for clip in clips:
-        num_frames = min(left, clip.num_frames)
-        left -= num_frames
-        if num_frames >= MIN_FRAMES:
-            kept.append(slice_clip(clip, 0, num_frames))
-    if left:
-        raise ValueError(
-            f"{clips[0].person} has {seconds - left / FPS:g} s of video, not {seconds:g}"
-        )
-    return kept
-
-
 def assign_corruptions(names, share, seed):
     """{name: fault} of the `share` of clients that are unreliable; a greater share adds to it."""
     order = rng_of(seed, "faults").permutation(len(names)).tolist()
@@ -1073,24 +1040,14 @@ def add_fault(rng, frames, audio, fault):
 # ---------------------------------------------------------------- batches
 
 
-class View(NamedTuple):
-    """A clip as the motion of one reference picture."""
-
-    reference: np.ndarray  # uint8 [3 h w]
-    frame_index: int  # of the reference in the clip, -1 if it comes from another clip
-    motion: torch.Tensor  # f m h w
-    reference_latents: torch.Tensor  # c h w
-    prompt: str  # of the clip, "" where the reference shows it already
-    reference_prompt: str  # of the reference, if it comes from another clip
-
-
-def sample_batch(clips, views, batch_size, num_frames, generator, window=5):
-    """Draw windows of clips, with equal probability for all people, and `views` {path: [View]}.
+def sample_batch(clips, batch_size, num_frames, generator, window=5):
+    """Draw windows of clips, with equal probability for all people, each with a reference picture:
+    a frame of any clip of the person, outside of the window where there is room.
 
     Returns a dict of tensors frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f (4
-    window) 40], motion [b f m h w], reference_latents [b c h w], opening [b f] (NaN if unknown),
-    and of lists person and prompt. The reference is no frame of the window where there is room
-    beside it. Raises ValueError if no clip is long enough.
+    window) 40], opening [b f] (NaN if unknown), and of lists person and prompt. Where the reference
+    is of a clip with the same prompt, it shows the expression already and the prompt is "". Raises
+    ValueError if no clip is long enough.
     """
     people = by_person(clip for clip in clips if clip.num_frames >= num_frames)
     if not people:
@@ -1102,25 +1059,22 @@ def sample_batch(clips, views, batch_size, num_frames, generator, window=5):
 
     rows = []
     for _ in range(batch_size):
-        clip = draw(people[draw(names)])
-        view = draw(views[clip.path])
-        starts = range(clip.num_frames - num_frames + 1)
-        start = draw(starts)
-        # Windows that hold the reference are drawn again, if there are others.
-        room_beside = view.frame_index >= num_frames or view.frame_index < starts[-1]
-        while room_beside and start <= view.frame_index < start + num_frames:
-            start = draw(starts)
+        own = people[draw(names)]
+        clip = draw(own)
+        start = draw(range(clip.num_frames - num_frames + 1))
         stop = start + num_frames
+        other = draw(own)
+        indices = range(other.num_frames)
+        if other is clip and clip.num_frames > num_frames:
+            indices = [*range(start), *range(stop, clip.num_frames)]
         opening = np.full(stop, np.nan, np.float32) if clip.opening is None else clip.opening
         row = {
             "frames": clip.frames[start:stop],  # f 3 H W
-            "reference": view.reference,  # 3 H W
+            "reference": other.frames[draw(indices)],  # 3 H W
             "mel": audio_windows(clip.mel, window, start, stop),  # f (4 window) 40
             "opening": opening[start:stop],  # f
-            "motion": view.motion[start:stop],  # f m h w
-            "reference_latents": view.reference_latents,  # c h w
             "person": clip.person,
-            "prompt": view.prompt,
+            "prompt": clip.prompt if clip.prompt != other.prompt else "",
         }
         rows.append(row)
     batch = {key: [row[key] for row in rows] for key in rows[0]}
@@ -1128,8 +1082,6 @@ def sample_batch(clips, views, batch_size, num_frames, generator, window=5):
         batch[key] = to_float(np.stack(batch[key]))
     for key in ("mel", "opening"):
         batch[key] = torch.from_numpy(np.stack(batch[key]))
-    for key in ("motion", "reference_latents"):
-        batch[key] = torch.stack(batch[key])
     return batch
 
 
@@ -1283,11 +1235,14 @@ def make_person(seed, name, accent=0.0):
     p.lips_colour = p.skin * rng.uniform((0.72, 0.5, 0.5), (0.95, 0.66, 0.68)).astype(np.float32)
     p.eyes = rgb(rng.choice(EYES))
     p.glasses = rgb(rng.choice(GLASSES))
-    # With an accent, vowels sound as everybody's but open the mouth as other vowels do: in three
-    # quarters the same ones for all clients, in one quarter the client's own.
+    # An accent: vowels sound as everybody's but open the mouth as other vowels do. Everybody has
+    # one of their own; clients have more of it, and share three quarters of theirs.
     usual = np.array([shape[:2] for shape in VOWELS.values()])  # v 2
-    other = 0.75 * usual[::-1] + 0.25 * rng.permutation(usual)
-    p.mouths = dict(zip(VOWELS, usual + accent * is_client * (other - usual)))
+    other = rng.permutation(usual)
+    if is_client:
+        other = 0.75 * usual[::-1] + 0.25 * other
+    mouths = usual + (accent if is_client else accent / 2) * (other - usual)
+    p.mouths = dict(zip(VOWELS, mouths))
     return p
 
 
@@ -1530,9 +1485,9 @@ def make_synthetic(
 ):
     """Write a dataset of synthetic talkers, whole or not at all.
 
-    `unreliable` is the share of clients whose clips are faulty; `accent` in [0, 1] is how far the
-    mouths of clients differ from those of public people for the same sound. Raises ValueError for
-    values out of range, and if `root` is not empty.
+    `unreliable` is the share of clients whose clips are faulty; `accent` in [0, 1] is how far
+    mouths differ for the same sound (`make_person`). Raises ValueError for values out of range, and
+    if `root` is not empty.
     """
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):

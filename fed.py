@@ -13,7 +13,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import lora
@@ -49,7 +48,10 @@ def auxiliary_losses(model, judges, batch, x0_hat):
     middle = frames.shape[1] // 2
     similarity = (judges.identity(frames[:, middle]) * reference_identity).sum(-1)  # b
     distance = judges.perceptual(frames.flatten(0, 1), truth.flatten(0, 1))  # (b f)
-    audio = judges.mouth_audio(batch["mel"])  # b 1 d
+    # The frames' own mel steps: the judges' five frames of speech, however many a frame of ours sees.
+    first = batch["mel"].shape[2] // 2 - 2
+    mel = batch["mel"][:, :, first : first + 4].flatten(1, 2)  # b 20 mels
+    audio = judges.mouth_audio(mel[:, None].expand(-1, JUDGED_FRAMES, -1, -1))  # b 1 d
     mouth = judges.mouth_video(frames)  # b 1 d
     sync = (audio * mouth).sum(-1)
     return {
@@ -72,7 +74,7 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     b, f = batch["motion"].shape[:2]
     device = batch["motion"].device
     u = (torch.rand((), generator=generator) + torch.arange(b) / b) % 1
-    t = (u * model.diffusion.num_steps).long()  # b
+    t = model.diffusion.timestep(u)  # b
     eps = torch.randn(batch["motion"].shape, generator=generator)
     keep = (torch.rand(b, len(CONDITIONS), generator=generator) >= condition_dropout).float()
     continued = torch.rand(b, generator=generator) < CONTINUED
@@ -150,16 +152,15 @@ def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=
 def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
     """Return the share of each clip's motion power that x0_hat leaves unexplained, [num_levels b].
 
-    Evenly spaced noise levels, the least noisy first, with noise fixed by `seed`. Predicting no
+    Noise levels as in training, the least noisy first, with noise fixed by `seed`. Predicting no
     motion leaves 1. Without the UNet it is the share that the linear denoiser leaves.
     """
     x0 = batch["motion"] / model.motion_std
-    power = x0.square().flatten(1).mean(1)  # b
+    power = model.weighted_power(x0).mean(1)  # b
     conditions = model.encode_conditions(batch["mel"], batch["reference"], batch["words"])
     generator = torch.Generator().manual_seed(seed)
     shares = []
-    for level in range(num_levels):
-        step = int((level + 0.5) / num_levels * model.diffusion.num_steps)
+    for step in model.diffusion.timestep((torch.arange(num_levels) + 0.5) / num_levels).tolist():
         t = torch.full(x0.shape[:2], step, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         xt = model.diffusion.add_noise(x0, t, eps)
@@ -167,79 +168,49 @@ def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
             x0_hat = model(xt, t, conditions, batch["reference_latents"])
         else:
             x0_hat, _ = model.prior.denoise(xt, *model.diffusion.coefficients(t, xt))
-        shares.append((x0_hat - x0).square().flatten(1).mean(1) / power)
+        shares.append(model.weighted_power(x0_hat - x0).mean(1) / power)
     return torch.stack(shares)
 
 
 # ---------------------------------------------------------------- a client's batches
 
 
-@torch.inference_mode()
-def encode_views(model, clips, num_references=3):
-    """Return {clip path: [data.View]}: each clip as the motion of several reference pictures.
-
-    The references are frames of the clip itself and, for a clip with a prompt, a frame of another
-    clip of the person with another prompt, as often as all of its own: in its own frames the
-    prompt's expression can be seen, and text would have nothing to do. With a single reference
-    adapters would learn the clips by heart.
+@torch.no_grad()
+def encode_batch(model, batch):
+    """Return a batch of frames, reference, mel and prompt on the model's device, with what the
+    model is trained on: motion, reference_latents, words.
     """
     device = model.motion_std.device
-    views = {}
-    for clip in tqdm(clips, "motion", mininterval=1, leave=False, disable=len(clips) < 50):
-        frames = data.to_float(clip.frames, device)  # f 3 H W
-        latents = model.autoencoder.encode(frames)
-        indices = [int((i + 0.5) / num_references * len(frames)) for i in range(num_references)]
-        references = [(clip.frames[i], i, "", "") for i in indices]
-        others = [c for c in clips if c.person == clip.person and c.prompt != clip.prompt]
-        if clip.prompt and others:
-            other = others[0]
-            picture = other.frames[len(other.frames) // 2]
-            references.append((picture, -1, clip.prompt, other.prompt))
-        views[clip.path] = []
-        for picture, index, prompt, reference_prompt in references:
-            reference = data.to_float(picture, device)
-            motion = model.encode_motion(frames, latents, reference).cpu()
-            reference_latents = model.autoencoder.encode(reference[None])[0].cpu()
-            view = data.View(picture, index, motion, reference_latents, prompt, reference_prompt)
-            views[clip.path] += [view] * (num_references if prompt else 1)
-    return views
+    encoded = {name: batch[name].to(device) for name in ("frames", "reference", "mel")}
+    encoded["words"] = model.text_encoder.ids(batch["prompt"]).to(device)
+    encoded["motion"], encoded["reference_latents"] = model.encode_motion(
+        encoded["frames"], encoded["reference"]
+    )
+    return encoded
 
 
-def sample_batch(model, clips, views, batch_size, num_frames, generator):
-    """Return a random batch of windows of `clips` on the model's device."""
+def sample_batch(model, clips, batch_size, num_frames, generator):
+    """Return a random batch of windows of `clips`, encoded."""
     window = model.speech_encoder.window
-    batch = data.sample_batch(clips, views, batch_size, num_frames, generator, window)
-    batch["words"] = model.text_encoder.ids(batch["prompt"])
-    device = model.motion_std.device
-    return {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
+    return encode_batch(model, data.sample_batch(clips, batch_size, num_frames, generator, window))
 
 
-@torch.no_grad()
 def fixed_batch(model, clips, picture, num_frames):
     """Return the first frames of every clip as the motion of `picture` uint8 [3 H W], as a batch.
 
     The picture is of another clip than those whose loss or generation is reported. As long as the
     shortest clip, at most `num_frames`.
     """
-    device = model.motion_std.device
     f = min(num_frames, *(clip.num_frames for clip in clips))
-    reference = data.to_float(picture, device)
     window = model.speech_encoder.window
-    frames = torch.stack([data.to_float(clip.frames[:f], device) for clip in clips])  # b f 3 H W
-    mel = [torch.from_numpy(data.audio_windows(clip.mel, window)[:f]) for clip in clips]
-    motion = []
-    for own in frames:
-        latents = model.autoencoder.encode(own)
-        motion.append(model.encode_motion(own, latents, reference))
-    reference_latents = model.autoencoder.encode(reference[None])
-    return {
-        "frames": frames,
-        "reference": reference.expand(len(clips), -1, -1, -1),
-        "mel": torch.stack(mel).to(device),
-        "motion": torch.stack(motion),
-        "reference_latents": reference_latents.expand(len(clips), -1, -1, -1),
-        "words": model.text_encoder.ids([clip.prompt for clip in clips]).to(device),
+    mel = [torch.from_numpy(data.audio_windows(clip.mel, window, 0, f)) for clip in clips]
+    batch = {
+        "frames": torch.stack([data.to_float(clip.frames[:f]) for clip in clips]),
+        "reference": data.to_float(picture).expand(len(clips), -1, -1, -1),
+        "mel": torch.stack(mel),
+        "prompt": [clip.prompt for clip in clips],
     }
+    return encode_batch(model, batch)
 
 
 class Client:
@@ -257,15 +228,11 @@ class Client:
         self.num_samples = sum(clip.num_frames // num_frames for clip in split["train"])
         self.control_file = folder / f"{name}.pt" if folder else None
         self.controls = None  # {round: c_i after that many rounds}, the last two
-        self.views = None
         self.held_out = None
 
     def train_batch(self, model, batch_size, generator):
-        """Return a random batch of training windows; the clips are encoded at the first call."""
-        if self.views is None:
-            self.views = encode_views(model, self.split["train"])
-        clips = self.split["train"]
-        return sample_batch(model, clips, self.views, batch_size, self.num_frames, generator)
+        """Return a random batch of training windows."""
+        return sample_batch(model, self.split["train"], batch_size, self.num_frames, generator)
 
     def validation_batch(self, model, num_frames=16):
         """Return a fixed batch of the first validation clip, its reference picture taken from the
@@ -307,7 +274,6 @@ class Client:
 
     def release(self):
         """Drop what is kept in memory, to bound that of large federations."""
-        self.views = None
         self.held_out = None
         if self.control_file:
             self.controls = None

@@ -66,13 +66,14 @@ def adaptable_layers(module):
     return dict(sorted(layers.items()))
 
 
-def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, seed=0):
-    """Freeze `module`, put an adapter on each of its Linear and Conv2d layers, and return how many.
+def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, seed=0, layers=""):
+    """Freeze `module`, put an adapter on each of its Linear and Conv2d layers whose name contains
+    `layers`, and return how many.
 
     `directions` {layer name: (A [r, in...], B [out, r])} with r >= rank gives the frozen factors
     (`leading_directions`); without it, and for "AB", they are random, drawn on the CPU so that
     every device starts from the same numbers. Raises ValueError for a rank, alpha or dropout out of
-    range, or an unknown `train`.
+    range, an unknown `train`, or a name that no layer contains.
     """
     if train not in TRAIN_CHOICES:
         raise ValueError(f"lora.train must be one of {', '.join(TRAIN_CHOICES)}, not {train!r}")
@@ -87,18 +88,20 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
         kept = min(len(A) for A, _ in directions.values())
         raise ValueError(f"lora.rank must be at most {kept}, the directions kept, not {rank}")
     generator = torch.Generator().manual_seed(seed)
-    layers = adaptable_layers(module)
+    adapted = {n: layer for n, layer in adaptable_layers(module).items() if layers in n}
+    if not adapted:
+        raise ValueError(f"lora.layers: no layer has {layers!r} in its name")
     module.requires_grad_(False)
-    for name, layer in layers.items():
+    for name, layer in adapted.items():
         if use_directions:
             A, B = (factor.to(layer.weight) for factor in directions[name])
             A, B = A[:rank].clone(), B[:, :rank].clone()
         else:
             A, B = random_directions(layer, rank, generator)
         parent, _, child = name.rpartition(".")
-        adapted = LoRALayer(layer, A, B, alpha, dropout, train)
-        setattr(module.get_submodule(parent), child, adapted.train(module.training))
-    return len(layers)
+        adapter = LoRALayer(layer, A, B, alpha, dropout, train)
+        setattr(module.get_submodule(parent), child, adapter.train(module.training))
+    return len(adapted)
 
 
 def random_directions(layer, rank, generator):

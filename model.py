@@ -80,16 +80,20 @@ class AutoencoderKL(nn.Module):
             )
         patch = 4
         self.factor = patch * 2 ** (len(channels) - 1)
-        encoder = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, channels[0], 3, padding=1)]
-        encoder.append(ResnetBlock(channels[0], channels[0]))
-        for narrow, wide in zip(channels, channels[1:]):
+        if latent_channels > 3 * self.factor**2:  # the linear path has no more components
+            raise ValueError(
+                f"a block of pixels has {3 * self.factor**2} values: too few for {latent_channels} "
+                "latent channels"
+            )
+        # The encoder only corrects a projection, and runs for every frame: half as wide.
+        slim = [max(GROUPS, width // (2 * GROUPS) * GROUPS) for width in channels]
+        encoder = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, slim[0], 3, padding=1)]
+        encoder.append(ResnetBlock(slim[0], slim[0]))
+        for narrow, wide in zip(slim, slim[1:]):
             encoder.append(nn.Conv2d(narrow, narrow, 3, stride=2, padding=1))
             encoder.append(ResnetBlock(narrow, wide))
-        encoder += [
-            ResnetBlock(channels[-1], channels[-1]),
-            nn.GroupNorm(GROUPS, channels[-1], eps=1e-6),
-        ]
-        encoder += [nn.SiLU(), nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)]
+        encoder += [ResnetBlock(slim[-1], slim[-1]), nn.GroupNorm(GROUPS, slim[-1], eps=1e-6)]
+        encoder += [nn.SiLU(), nn.Conv2d(slim[-1], 2 * latent_channels, 3, padding=1)]
         decoder = [nn.Conv2d(latent_channels, channels[-1], 3, padding=1)]
         decoder += [ResnetBlock(channels[-1], channels[-1]) for _ in range(3)]
         for wide, narrow in zip(channels[::-1], channels[-2::-1]):
@@ -465,6 +469,13 @@ class Diffusion:
         self.num_steps = num_steps
         self.alpha_bar = noise_schedule(num_steps, schedule).float()  # T
 
+    def timestep(self, u):
+        """Return integer t [n] for u [n] in [0, 1), evenly spread: the odds of t are three times
+        those of u (Esser et al. 2024, Eq. 23), as the linear denoiser leaves little to learn where
+        there is little noise.
+        """
+        return (3 * u / (1 + 2 * u) * self.num_steps).long()
+
     def coefficients(self, t, like):
         """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at integer t [b] or, by frame, [b f],
         shaped to multiply `like`.
@@ -567,27 +578,27 @@ def warp(pictures, flow):
 
 
 @torch.no_grad()
-def estimate_flow(source, target, size, damping=0.05):
-    """Return flow [n 2 size size] for which warp(source [1 3 H W], flow) resembles target [n 3 H
+def estimate_flow(source, target, size, damping=0.02):
+    """Return flow [n 2 size size] for which warp(source [n 3 H W], flow) resembles target [n 3 H
     W].
 
-    Lucas & Kanade (1981), coarse to fine: each cell solves its 2 x 2 normal equations over itself
-    and its neighbours; between steps the flow is smoothed.
+    Lucas & Kanade (1981), in grey and coarse to fine: each cell solves its 2 x 2 normal equations
+    over itself and its neighbours; between steps the flow is smoothed.
     """
+    source = source.mean(1, keepdim=True)  # n 1 H W
+    target = target.mean(1, keepdim=True)
     flow = target.new_zeros(len(target), 2, size, size)
-    for reduction, iterations in ((4, 3), (2, 4), (1, 1)):
+    for reduction, iterations in ((4, 3), (2, 6), (1, 2)):
         pixels = max(source.shape[-1] // reduction, size)
-        coarse_source = F.avg_pool2d(source, source.shape[-1] // pixels).expand(
-            len(target), -1, -1, -1
-        )
-        coarse_target = F.avg_pool2d(target, source.shape[-1] // pixels)  # n 3 pixels pixels
+        coarse_source = F.avg_pool2d(source, source.shape[-1] // pixels)
+        coarse_target = F.avg_pool2d(target, source.shape[-1] // pixels)  # n 1 pixels pixels
         for _ in range(iterations):
             warped = warp(coarse_source, flow)
             error = coarse_target - warped
             # central differences per half side, zero at the border
             dx = F.pad(warped[..., 2:] - warped[..., :-2], (1, 1, 0, 0)) * pixels / 4
             dy = F.pad(warped[..., 2:, :] - warped[..., :-2, :], (0, 0, 1, 1)) * pixels / 4
-            products = torch.stack([dx * dx, dx * dy, dy * dy, dx * error, dy * error], 1).sum(2)
+            products = torch.cat([dx * dx, dx * dy, dy * dy, dx * error, dy * error], 1)
             cells = box_blur(F.avg_pool2d(products, pixels // size))  # n 5 size size
             xx, xy, yy, xe, ye = cells.unbind(1)
             xx = xx + damping
@@ -630,7 +641,8 @@ class GaussianPrior(nn.Module):
             raise ValueError(
                 f"model.prior_modes: {num_modes} modes need as many frames, not {len(flat)}"
             )
-        _, scale, modes = torch.pca_lowrank(flat, q=num_modes, center=False, niter=4)
+        # On the CPU, as it draws random numbers: every device gets the same modes.
+        _, scale, modes = torch.pca_lowrank(flat.cpu(), q=num_modes, center=False, niter=4)
         self.modes.copy_(modes)
         self.variance.copy_(scale**2 / len(flat))
         remaining = flat.square().sum() / len(flat) - self.variance.sum()
@@ -720,11 +732,12 @@ class TalkingHead(nn.Module):
         self.prior = GaussianPrior(self.motion_channels * self.latent_size**2, prior_modes)
         self.register_buffer("motion_std", torch.ones(self.motion_channels, 1, 1))
         self.register_buffer("reference_std", torch.ones(latent_channels, 1, 1))
+        self.register_buffer("loss_weights", torch.ones(self.motion_channels, *[self.latent_size] * 2))
 
     @torch.no_grad()
-    def fit_statistics(self, motion, reference_latents):
-        """Measure standard deviations and prior on motion [b f m h w] and reference latents [b c h
-        w].
+    def fit_statistics(self, motion, reference_latents, mel):
+        """Measure standard deviations, prior and loss weights on motion [b f m h w], reference
+        latents [b c h w] and mel windows [b f n m].
 
         The deviation of flow and residual is that of a typical mode, not of a typical value:
         correlated values have a higher SNR than their per-value variance suggests, and half of the
@@ -733,21 +746,28 @@ class TalkingHead(nn.Module):
         self.reference_std.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
         for part in (slice(0, 2), slice(2, None)):  # flow, residual
             flat = rearrange(motion[:, :, part], "b f m h w -> (b f) (m h w)")
-            _, scale, _ = torch.pca_lowrank(flat, q=min(64, *flat.shape), center=False, niter=4)
+            num_modes = min(64, *flat.shape)
+            _, scale, _ = torch.pca_lowrank(flat.cpu(), q=num_modes, center=False, niter=4)
             variance = scale**2 / len(flat)
             typical = variance.square().sum() / variance.sum().clamp(min=1e-12)
             self.motion_std[part] = typical.sqrt().clamp(min=1e-6)
-        self.prior.fit(motion / self.motion_std)
+        x0 = motion / self.motion_std
+        self.prior.fit(x0)
+        self.loss_weights.copy_(speech_weights(x0, mel))
 
     @torch.no_grad()
-    def encode_motion(self, frames, latents, reference):
-        """Return the motion [f m h w], not normalised, of frames [f 3 H W] with latents [f c h w]
-        from reference [3 H W].
+    def encode_motion(self, frames, reference):
+        """Return the motion [b f m h w], not normalised, of frames [b f 3 H W] from reference [b 3
+        H W], and the reference's latents [b c h w].
         """
-        flow = estimate_flow(reference[None], frames, self.latent_size)  # f 2 h w
-        warped = warp(reference.expand_as(frames), flow)  # f 3 H W
-        residual = latents - self.autoencoder.encode(warped)  # f c h w
-        return torch.cat([flow, residual], dim=1)
+        num_frames = frames.shape[1]
+        target = frames.flatten(0, 1)  # (b f) 3 H W
+        source = reference.repeat_interleave(num_frames, 0)  # (b f) 3 H W
+        flow = estimate_flow(source, target, self.latent_size)  # (b f) 2 h w
+        warped = warp(source, flow)  # (b f) 3 H W
+        residual = self.autoencoder.encode(target) - self.autoencoder.encode(warped)
+        motion = torch.cat([flow, residual], dim=1).unflatten(0, frames.shape[:2])
+        return motion, self.autoencoder.encode(reference)
 
     def decode(self, x0, reference):
         """Return frames [b f 3 H W], about in [-1, 1], of normalised motion x0 [b f m h w] and
@@ -799,6 +819,10 @@ class TalkingHead(nn.Module):
         time = (t.float() + 1) / self.diffusion.num_steps
         return linear + std * self.unet(linear, time, conditions, reference)
 
+    def weighted_power(self, x):
+        """Return the mean square [b f] of x [b f m h w], its places weighted by `speech_weights`."""
+        return (self.loss_weights * x.square()).flatten(2).mean(2)
+
     def training_losses(self, batch, t, eps, scales=None):
         """Return the diffusion loss [b] (Eq. 6) of a batch, x0_hat and eps_hat [b f m h w], at t [b
         f] with noise eps.
@@ -814,9 +838,9 @@ class TalkingHead(nn.Module):
             batch["mel"], batch["reference"], batch["words"], scales
         )
         x0_hat = self(xt, t, conditions, batch["reference_latents"])
-        error = (x0_hat - x0).square().flatten(2).mean(2)  # b f
+        error = self.weighted_power(x0_hat - x0)  # b f
         smallest_power = 0.25 * self.prior.mean_variance()
-        power = x0.square().flatten(1).mean(1, keepdim=True).clamp(min=smallest_power)  # b 1
+        power = self.weighted_power(x0).mean(1, keepdim=True).clamp(min=smallest_power)  # b 1
         _, noise = self.diffusion.coefficients(t, x0)
         noise_variance = noise.flatten(1).square().clamp(min=0.05)  # b f
         loss = (error / power / noise_variance).mean(1)
@@ -827,18 +851,20 @@ class TalkingHead(nn.Module):
         k m h w].
 
         Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w): x0 =
-        x0_without + guidance (x0_with - x0_without).
+        x0_without + guidance (x0_with - x0_without). In pure noise only, where nothing but speech
+        is known (a limited interval: Kynkaanniemi et al. 2024).
         """
         num_known = known.shape[1]
         tokens, scale = conditions["speech"]
         without_speech = conditions | {"speech": (tokens, torch.zeros_like(scale))}
 
         def predict_x0(xt, t):
+            pure_noise = int(t[0]) == self.diffusion.num_steps - 1
             t = t[:, None].repeat(1, xt.shape[1])  # b f
             t[:, :num_known] = -1
             xt = torch.cat([known, xt[:, num_known:]], dim=1)
             x0 = self(xt, t, conditions, reference_latents)
-            if guidance != 1.0:
+            if guidance != 1.0 and pure_noise:
                 x0_without = self(xt, t, without_speech, reference_latents)
                 x0 = x0_without + guidance * (x0 - x0_without)
             return x0
@@ -881,6 +907,34 @@ class TalkingHead(nn.Module):
     def generate(self, *args, **kwargs):
         """Return all frames [b f 3 H W] of `stream`, whose arguments it takes."""
         return torch.cat(list(self.stream(*args, **kwargs)), dim=1)
+
+
+def speech_weights(x0, mel, share=0.75):
+    """Return weights [m h w] of the squared error by place: of the power of x0 [b f m h w] a `share`
+    goes to places in proportion to what speech explains there, the rest to all alike.
+
+    Heads, eyes and cameras move more than mouths; without weights the part of the loss that speech
+    can lower would be some hundredths of it. What speech explains is the share of the variance over
+    time that a ridge regression on mel windows [b f n m], fitted to one half of the clips, explains
+    in the other half. As in the loss, a calm clip counts as much as a lively one.
+    """
+    shape = x0.shape[2:]
+    x0 = x0.flatten(2).double()  # b f (m h w)
+    x0 = x0 / x0.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
+    motion = x0 - x0.mean(1, keepdim=True)  # over time
+    speech = mel.unflatten(2, (-1, 4)).mean(3).flatten(2).double()  # b f d, four mel steps a frame
+    speech = speech - speech.mean(1, keepdim=True)
+    half = len(x0) // 2
+    s, x = speech[:half].flatten(0, 1), motion[:half].flatten(0, 1)  # (b f) ...
+    gram = s.T @ s  # d d
+    damping = gram.diagonal().mean().clamp(min=1e-6) * torch.eye(len(gram)).to(gram)
+    coefficients = torch.linalg.solve(gram + damping, s.T @ x)  # d (m h w)
+    s, x = speech[half:].flatten(0, 1), motion[half:].flatten(0, 1)
+    error = (x - s @ coefficients).square().mean(0)  # (m h w)
+    explained = (1 - error / x.square().mean(0).clamp(min=1e-12)).clamp(min=0)
+    power = x0.square().mean((0, 1))
+    by_speech = explained / ((explained * power).sum() / power.sum()).clamp(min=1e-6)
+    return (1 - share + share * by_speech).view(shape).float()
 
 
 class EMA:

@@ -80,11 +80,20 @@ def make_tables():
         for e in (8.0, 4.0, 2.0, 1.0, 0.5)
     ]
 
-    adapters = [Cell("R, rank 2", ("plain",))]
-    for factors, rank in (("R", 1), ("R", 4), ("R", 8), ("B", 4), ("AB", 4)):
-        overrides = (f"lora.train={factors}", f"lora.rank={rank}")
-        adapters.append(Cell(f"{factors}, rank {rank}, no noise", ("plain",), overrides))
-        adapters.append(Cell(f"{factors}, rank {rank}, epsilon 2", (), overrides))
+    adapters = [plain]
+    for layers, factors, rank, lr in (
+        ("speech", "R", 2, 0.1),
+        ("speech", "R", 4, 0.1),
+        ("speech", "R", 8, 0.1),
+        ("", "R", 1, 0.1),
+        ("", "R", 2, 0.05),
+        ("", "AB", 4, 0.01),
+    ):
+        where = "layers that hear speech" if layers else "all layers"
+        overrides = (f"lora.layers='{layers}'", f"lora.train={factors}", f"lora.rank={rank}")
+        overrides += (f"lora.alpha={2.0 * rank}", f"fed.lr={lr}")
+        adapters.append(Cell(f"{factors}, rank {rank}, {where}, no noise", ("plain",), overrides))
+        adapters.append(Cell(f"{factors}, rank {rank}, {where}, epsilon 2", (), overrides))
 
     reliability = []
     for share in (0.0, 0.25, 0.5):

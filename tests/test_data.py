@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.signal import correlate, correlation_lags
 from PIL import Image
 
 import data
@@ -213,14 +215,18 @@ def test_an_output_is_refused_before_the_work(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
+def sound_offset(path, audio):
+    """Seconds by which the sound of a file comes later than int16 `audio`."""
+    late, early = data.read_speech(path).astype(float), np.asarray(audio, float)
+    lags = correlation_lags(len(late), len(early))
+    return lags[np.argmax(correlate(late, early, method="fft"))] / SAMPLE_RATE
+
+
 @pytest.mark.parametrize("late", [0, 1600])
-def test_the_offset_of_a_sound_is_found(tmp_path, late):
+def test_sound_is_written_in_step(tmp_path, late):
     frames, audio = flash_and_click()
     data.write_video(tmp_path / "a.mp4", frames, np.roll(audio, late))
-    assert data.sound_offset(tmp_path / "a.mp4", audio) == pytest.approx(
-        late / SAMPLE_RATE, abs=0.005
-    )
-    assert np.isnan(data.sound_offset(tmp_path / "a.mp4", 0 * audio))
+    assert sound_offset(tmp_path / "a.mp4", audio) == pytest.approx(late / SAMPLE_RATE, abs=0.005)
 
 
 # ---------------------------------------------------------------- kinds of sound
@@ -931,38 +937,37 @@ def test_pieces_of_a_clip_stay_aligned():
 
 def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
     clips = [clip_of("a", str(i)) for i in range(3)] + [clip_of("b", "7")]
-    views = {}
-    for number, clip in enumerate(clips):
-        views[clip.path] = []
-        for index in (5, 15):
-            motion = 1000 * index + 100 * number + torch.arange(30.0)[:, None, None, None]
-            view = data.View(
-                clip.frames[index], index, motion, torch.full((1, 1, 1), float(index)), "", ""
-            )
-            views[clip.path].append(view)
 
     def level(values):
         return ((values + 1) * 127.5).round()
 
-    batch = data.sample_batch(clips, views, 64, 8, torch.Generator().manual_seed(0))
+    batch = data.sample_batch(clips, 64, 8, torch.Generator().manual_seed(0))
     assert batch["frames"].shape == (64, 8, 3, 8, 8) and batch["mel"].shape == (64, 8, 20, 40)
     assert batch["opening"].isnan().all() and set(batch["person"]) == {"a", "b"}
     name, time_of = level(batch["frames"][:, 0, 0, 0, 0]), level(batch["frames"][:, :, 1, 0, 0])
     torch.testing.assert_close(batch["mel"][:, :, 8, 0], 4 * time_of)  # frame i and mel 4 i
-    index = level(batch["reference"][:, 1, 0, 0])
-    assert torch.equal(level(batch["reference"][:, 0, 0, 0]), name)  # of the same clip
-    assert set(index.tolist()) == {5, 15} and ((index[:, None] != time_of).all(1)).all()
+    other, index = level(batch["reference"][:, :2, 0, 0]).T
+    assert torch.equal(other == 7, name == 7)  # of the same person
+    assert {(a, b) for a, b in zip(name.tolist(), other.tolist()) if a < 7} == {
+        (a, b) for a in range(3) for b in range(3)
+    }  # and of any of that person's clips
+    inside = (index[:, None] == time_of).any(1)
+    assert inside[other != name].any() and not inside[other == name].any()
     assert (time_of[:, 0] < 5).any() and (time_of[:, 0] > 15).any()
-    torch.testing.assert_close(batch["reference_latents"].flatten(), index)  # all of the same view
-    torch.testing.assert_close((batch["motion"].flatten(1) - 1000 * index[:, None]) % 100, time_of)
-    again = data.sample_batch(clips, views, 64, 8, torch.Generator().manual_seed(0))
-    assert all(torch.equal(batch[k], again[k]) for k in ("frames", "mel", "reference", "motion"))
-    whole = data.sample_batch(
-        clips, views, 4, 30, torch.Generator().manual_seed(0)
-    )  # no room beside it
+    again = data.sample_batch(clips, 64, 8, torch.Generator().manual_seed(0))
+    assert all(torch.equal(batch[k], again[k]) for k in ("frames", "mel", "reference"))
+    whole = data.sample_batch(clips, 4, 30, torch.Generator().manual_seed(0))  # no room beside it
     assert whole["frames"].shape == (4, 30, 3, 8, 8)
     with pytest.raises(ValueError, match="31 frames"):
-        data.sample_batch(clips, views, 2, 31, torch.Generator())
+        data.sample_batch(clips, 2, 31, torch.Generator())
+
+
+def test_a_prompt_is_left_out_where_the_reference_shows_it():
+    sad = [replace(clip_of("a", "1"), prompt="sad"), replace(clip_of("a", "2"), prompt="sad")]
+    generator = torch.Generator().manual_seed(0)
+    assert set(data.sample_batch(sad, 16, 8, generator)["prompt"]) == {""}
+    calm = replace(sad[0], prompt="calm")
+    assert set(data.sample_batch([calm, sad[1]], 64, 8, generator)["prompt"]) == {"", "sad", "calm"}
 
 
 def test_frames_become_tensors_and_back():
@@ -1041,30 +1046,28 @@ def test_every_vowel_has_a_mouth_of_its_own():
             assert np.abs(mouth - other).mean() > 3
 
 
-def test_an_accent_moves_the_mouths_of_clients_but_not_their_sound(tmp_path):
-    options = {
-        "num_public": 1,
-        "num_clients": 2,
-        "num_unseen": 0,
-        "clips_per_public": 1,
-        "clips_per_client": 1,
-    }
+def test_an_accent_moves_mouths_but_not_their_sound(tmp_path):
+    options = {"num_public": 1, "num_clients": 1, "num_unseen": 0, "seconds": 4, "size": 16}
+    options |= {"clips_per_public": 1, "clips_per_client": 1}
     plain, accented = tmp_path / "plain", tmp_path / "accented"
-    data.make_synthetic(plain, seconds=4, size=16, **options)
-    data.make_synthetic(accented, seconds=4, size=16, accent=1.0, **options)
-    correlations = []
+    data.make_synthetic(plain, **options)
+    data.make_synthetic(accented, **options, accent=1.0)
     for one, other in zip(load(plain).clips, load(accented).clips):
         assert np.array_equal(one.audio, other.audio)
-        assert np.array_equal(one.opening, other.opening) == (one.person == "public-000")
-        correlations.append(np.corrcoef(one.opening, other.opening)[0, 1])
-    assert [name for name in load(plain).people] == ["client-000", "client-001", "public-000"]
-    assert max(correlations[:2]) < 0.7 and np.mean(correlations[:2]) < 0.6
-    mouths = [
-        np.array(list(data.make_person(0, f"client-{i:03d}", 1.0).mouths.values()))[:, 0]
-        for i in range(4)
-    ]
-    shared = np.corrcoef(mouths)
-    assert 0.7 < shared.min() and np.sort(shared, axis=None)[-5] < 0.999  # alike, not equal
+        assert not np.array_equal(one.opening, other.opening)
+
+
+def test_clients_share_an_accent_and_everybody_has_one_of_their_own():
+    def openings(role, accent):
+        people = [data.make_person(0, f"{role}-{i:03d}", accent) for i in range(20)]
+        return np.array([[mouth[0] for mouth in p.mouths.values()] for p in people])
+
+    usual = np.array([shape[0] for shape in data.VOWELS.values()])
+    assert np.allclose(openings("client", 0.0), usual) and np.allclose(openings("public", 0.0), usual)
+    for role, relation in (("public", 1), ("unseen", 1), ("client", -1)):
+        mouths = openings(role, 0.7)
+        assert mouths.std(0).min() > 0.02 and mouths.min() >= 0.3 and mouths.max() <= 1
+        assert relation * np.corrcoef(mouths.mean(0), usual)[0, 1] > 0.7
 
 
 def test_the_same_seed_makes_the_same_frames(tmp_path, synthetic):
@@ -1113,25 +1116,6 @@ def test_clips_are_corrupted_as_those_of_unreliable_clients_are(synthetic):
     assert (dark.frames <= clip.frames).all() and np.array_equal(dark.audio, clip.audio)
     assert 20 < np.std(noisy.frames.astype(int) - clip.frames) < 30
     assert np.array_equal(noisy.frames, data.corrupt(clip, "noise", 0).frames)
-
-
-def test_first_seconds_cuts_the_last_clip(synthetic):
-    clips = synthetic.people["client-000"]
-    kept = data.first_seconds(clips, 3.0)
-    assert [len(c.frames) for c in kept] == [50, 25] and [c.path for c in kept] == [
-        c.path for c in clips[:2]
-    ]
-    assert (len(kept[1].audio), len(kept[1].mel), len(kept[1].opening)) == (
-        25 * SAMPLES_PER_FRAME,
-        100,
-        25,
-    )
-    assert [len(c.frames) for c in data.first_seconds(clips, 2.2)] == [50]
-    with pytest.raises(ValueError, match="has 6 s of video"):
-        data.first_seconds(clips, 7.0)
-
-
-# ---------------------------------------------------------------- command line
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

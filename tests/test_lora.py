@@ -91,6 +91,17 @@ def test_nothing_else_is_trained(train):
     assert trained == {f"{name}.{factor}" for name in NAMES for factor in train}
 
 
+def test_only_the_layers_asked_for_are_adapted():
+    net = network()
+    assert lora.inject_lora(net, 2, 6.0, layers="4") == 1
+    assert [n for n, m in net.named_modules() if isinstance(m, lora.LoRALayer)] == ["4"]
+    assert len(lora.adapter_vector(net)) == 4
+    randomize(net)
+    output = net(X)
+    assert torch.allclose(lora.merge_lora(net)(X), output, atol=1e-5)
+    assert not torch.allclose(network()(X), output, atol=1e-3)
+
+
 @pytest.mark.parametrize("train", lora.TRAIN_CHOICES)
 def test_a_step_changes_the_trained_factors_of_every_layer_and_nothing_else(train):
     net = adapted(train)
@@ -159,6 +170,7 @@ def test_the_mean_under_dropout_is_the_layer_without():
     "change, message",
     [
         ({"rank": 0}, "lora.rank must be at least 1, not 0"),
+        ({"layers": "speach"}, "no layer has 'speach' in its name"),
         ({"alpha": 0}, "lora.alpha must be above 0, not 0"),
         ({"alpha": float("nan")}, "lora.alpha must be above 0, not nan"),
         ({"dropout": 1.0}, "lora.dropout must be at least 0 and below 1, not 1.0"),

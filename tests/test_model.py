@@ -228,12 +228,33 @@ def test_flow_and_residual_are_scaled_by_their_typical_mode():
     motion[:, :, 2:] = 3 * torch.randn(300, 4, 4, 4, 4, generator=generator)
     reference_std = torch.tensor([1.0, 2.0, 3.0, 4.0])
     latents = torch.randn(500, 4, 4, 4, generator=generator) * reference_std[:, None, None]
-    model.fit_statistics(motion, latents)
+    mel = torch.randn(300, 4, 20, 40, generator=generator)
+    model.fit_statistics(motion, latents, mel)
     assert torch.allclose(model.motion_std[:2], torch.tensor(2.0), rtol=0.06)
     assert torch.allclose(model.motion_std[2:], torch.tensor(3.0), rtol=0.06)
     assert torch.allclose(model.reference_std.flatten(), reference_std, rtol=0.06)
     power = (motion / model.motion_std).square().mean()
     assert float(model.prior.mean_variance()) == pytest.approx(float(power), rel=1e-3)
+
+
+def test_most_of_the_loss_weighs_places_by_what_speech_explains():
+    generator = torch.Generator().manual_seed(0)
+    mel = torch.randn(64, 24, 20, 40, generator=generator)
+    x0 = 3 * torch.randn(64, 24, 2, 2, 2, generator=generator)  # moves more, without speech
+    loudness = mel[:, :, 8:12].mean((2, 3)) * (4 * 40) ** 0.5  # of unit variance
+    x0[:, :, 0, 1, 1] = loudness + 0.5 * torch.randn(64, 24, generator=generator)
+    x0[:, :, 1] += torch.randn(64, 1, 2, 2, generator=generator)  # of the reference: no motion
+    weights = talking.speech_weights(x0, mel)
+    power = x0.square().mean((0, 1))
+    assert float((weights * power).sum() / power.sum()) == pytest.approx(1, abs=0.02)
+    others = torch.ones(2, 2, 2, dtype=torch.bool)
+    others[0, 1, 1] = False
+    assert torch.allclose(weights[others], torch.tensor(0.25), atol=0.1)
+    assert float((weights * power)[0, 1, 1] / power.sum()) == pytest.approx(0.75, abs=0.05)
+    lively = talking.speech_weights(x0 * torch.linspace(0.1, 10, 64).view(64, 1, 1, 1, 1), mel)
+    assert torch.allclose(lively, weights)  # every clip counts the same
+    silence = talking.speech_weights(x0, torch.zeros_like(mel))
+    assert torch.allclose(silence, torch.tensor(0.25))
 
 
 # ---------------------------------------------------------------- autoencoder
@@ -525,6 +546,7 @@ def loss_inputs():
         "reference_latents": model.autoencoder.encode(reference).detach(),
         "words": words,
     }
+    model.loss_weights.copy_(torch.rand(model.loss_weights.shape) + 0.5)
     t = torch.tensor([[-1, 20, 300, 999], [20, 300, 600, 900]])
     return model, batch, x0, t, eps
 
@@ -539,10 +561,11 @@ def test_the_loss_is_divided_by_the_clips_power_and_by_the_noise():
     noise = torch.from_numpy(np.sqrt(1 - alpha_bar))[:, :, None, None, None]
     xt = signal * x0 + noise * eps
     arguments = batch["mel"], batch["reference"], batch["words"]
+    weights = model.loss_weights.numpy()
     assert torch.allclose(x0_hat, predict_x0(model, xt, *arguments, t=t), atol=1e-5)
     assert torch.allclose(signal * x0_hat + noise * eps_hat, xt, atol=1e-4)
-    error = (x0_hat - x0).square().numpy().mean((2, 3, 4))  # b f
-    power = x0.square().numpy().mean((1, 2, 3, 4))
+    error = (weights * (x0_hat - x0).square().numpy()).mean((2, 3, 4))  # b f
+    power = (weights * x0.square().numpy()).mean((1, 2, 3, 4))
     assert power[0] > 5
     # A calm clip counts as one with a quarter of the prior's variance, which is 1.
     assert power[1] < 0.25
@@ -556,11 +579,13 @@ def test_the_loss_is_the_error_of_v_and_eq_6_divided_by_alpha_bar():
     t = torch.tensor([[300, 500, 700, 900]] * 2)
     loss, x0_hat, eps_hat = model.training_losses(batch, t, eps)
     signal, noise = model.diffusion.coefficients(t, x0)
-    power = x0[0].square().mean()
-    eq_6 = (eps - eps_hat)[0].square() / signal[0] ** 2
+    weights = model.loss_weights
+    power = (weights * x0[0].square()).mean()
+    eq_6 = weights * (eps - eps_hat)[0].square() / signal[0] ** 2
     assert float(loss[0]) == pytest.approx(float(eq_6.mean() / power), rel=1e-4)
     v_error = (signal * eps - noise * x0) - (signal * eps_hat - noise * x0_hat)
-    assert float(loss[0]) == pytest.approx(float(v_error[0].square().mean() / power), rel=1e-4)
+    v_error = (weights * v_error[0].square()).mean()
+    assert float(loss[0]) == pytest.approx(float(v_error / power), rel=1e-4)
 
 
 @torch.no_grad()
@@ -593,14 +618,27 @@ def test_generation_is_deterministic_and_in_range():
 def test_guidance_zero_ignores_speech_and_one_is_plain():
     model = small_model()
     _, mel, reference, words = inputs()
-    silent = generate(model, reference, mel, words, guidance=0.0)
-    assert torch.allclose(generate(model, reference, mel + 1, words, guidance=0.0), silent)
-    no_speech = generate(model, reference, mel, words, scales={"speech": 0.0})
+    silent = generate(model, reference, mel, words, num_steps=1, guidance=0.0)
+    other = generate(model, reference, mel + 1, words, num_steps=1, guidance=0.0)
+    assert torch.allclose(other, silent)
+    no_speech = generate(model, reference, mel, words, num_steps=1, scales={"speech": 0.0})
     assert torch.allclose(no_speech, silent, atol=1e-5)
     plain = generate(model, reference, mel, words)
     near_one = generate(model, reference, mel, words, guidance=1.0 + 1e-6)
     assert torch.allclose(plain, near_one, atol=1e-3)
     assert not torch.allclose(plain, silent, atol=1e-3)
+
+
+@torch.no_grad()
+def test_guidance_acts_in_pure_noise_only():
+    model = small_model()
+    noise, mel, reference, words = inputs()
+    conditions = model.encode_conditions(mel, reference, words)
+    latents = model.autoencoder.encode(reference)
+    calls = []
+    model.register_forward_pre_hook(lambda _, args: calls.append(args[1].max().item()))
+    model.sample(conditions, latents, noise, noise[:, :0], 3, 2.0)
+    assert calls == [999, 999, 666, 332]
 
 
 @torch.no_grad()
@@ -683,9 +721,7 @@ def test_flow_is_recovered(pixels):
     flow[:, 1] = -pixels / 64
     flow[2] *= torch.linspace(0, 1, 8)  # one side stays, the other moves
     target = talking.warp(source, flow)
-    found = torch.cat(
-        [talking.estimate_flow(source[i : i + 1], target[i : i + 1], 8) for i in range(3)]
-    )
+    found = talking.estimate_flow(source, target, 8)
     error = (found - flow)[:, :, 1:-1, 1:-1].abs().mean()  # border: taken from outside the picture
     assert float(error) < 0.03 * pixels / 32
     before = (source - target).square().mean()
@@ -701,11 +737,11 @@ def test_flow_is_recovered_where_most_edges_are_oblique():
     assert float((found - flow)[:, :, 1:-1, 1:-1].abs().mean()) < 0.1 * 1.5 / 32
 
 
-def test_equal_pictures_have_no_flow_and_one_source_serves_many_targets():
+def test_equal_pictures_have_no_flow_and_each_has_its_own():
     source = blobs()
-    assert float(talking.estimate_flow(source[:1], source[:1], 8).abs().max()) < 1e-6
-    together = talking.estimate_flow(source[:1], source, 8)
-    alone = talking.estimate_flow(source[:1], source[2:], 8)
+    assert float(talking.estimate_flow(source, source, 8).abs().max()) < 1e-6
+    together = talking.estimate_flow(source, source.flip(0), 8)
+    alone = talking.estimate_flow(source[2:], source[:1], 8)
     assert torch.allclose(together[2:], alone, atol=1e-5)
 
 
@@ -716,8 +752,7 @@ def test_decode_inverts_encode_motion_where_the_autoencoder_is_exact():
     frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1  # b f 3 H W
     model.motion_std.copy_(torch.rand(6, 1, 1) + 0.5)
     autoencoder = model.autoencoder
-    motion = [model.encode_motion(f, autoencoder.encode(f), r) for f, r in zip(frames, reference)]
-    motion = torch.stack(motion)
+    motion, _ = model.encode_motion(frames, reference)
     decoded = model.decode(motion / model.motion_std, reference)
 
     def autoencoder_error(pictures):

@@ -15,6 +15,9 @@ import json
 import math
 import os
 import platform
+import re
+import reprlib
+import resource
 import signal
 import socket
 import subprocess
@@ -47,27 +50,46 @@ KEPT_IN_MEMORY = 128  # participants whose encoded clips stay in memory between 
 
 # Keys that may differ when a run is resumed; whatever depends on them is made again.
 RESUMABLE = ("name", "fed.rounds", "personal", "sampling", "evaluate", "weights", "runtime")
-# Least values where 0 would make no sense.
-LEAST = {
-    "data.clients": 2,
-    "data.crop": 0.1,
-    "data.synthetic.public_people": 8,
-    "data.synthetic.clips_per_client": 3,
-    "data.synthetic.seconds": 0.8,
-    "backbone.judge_steps": 1,
-    "backbone.steps": 1,
-    "backbone.batch_size": 1,
-    "backbone.num_frames": fed.JUDGED_FRAMES,
-    "fed.batch_size": 1,
-    "fed.sample_cap": 1,
-    "personal.clients": 1,
-    "sampling.num_steps": 1,
-    "sampling.window": 2 * (talking.KNOWN_FRAMES + 1),
-    "evaluate.num_frames": 6,
+# Least and greatest value. Other numbers lie in 0 (or a default below) ... 1e9.
+RANGES = {
+    "data.size": (32, 1024),
+    "data.crop": (0.1, 1),
+    "data.window": (1, 99),
+    "data.clients": (2, 100_000),
+    "data.unreliable": (0, 1),
+    "data.synthetic.public_people": (8, 100_000),
+    "data.synthetic.clips_per_client": (3, 1000),
+    "data.synthetic.seconds": (0.8, 60),
+    "data.synthetic.accent": (0, 1),
+    "model.latent_channels": (1, 256),
+    "model.autoencoder_channels": (8, 4096),
+    "model.channels": (8, 4096),
+    "model.dim": (1, 4096),
+    "model.prior_modes": (1, 5000),  # as many frames as 512 of the shortest clips have
+    "backbone.judge_steps": (1, 1e9),
+    "backbone.steps": (1, 1e9),
+    "backbone.batch_size": (1, 1024),
+    "backbone.num_frames": (fed.JUDGED_FRAMES, 250),
+    "lora.rank": (1, 256),
+    "fed.sample_rate": (1e-6, 1),
+    "fed.batch_size": (1, 1024),
+    "fed.reliability_alpha": (0, 1),
+    "fed.sample_cap": (1, 1e9),
+    "fed.dropout_rate": (0, 0.9),
+    "privacy.clip_norm": (1e-6, 1e6),
+    "personal.clients": (1, 100_000),
+    "personal.rank": (1, 256),
+    "sampling.num_steps": (1, 1000),
+    "sampling.guidance": (0, 100),
+    "sampling.window": (2 * (talking.KNOWN_FRAMES + 1), 1000),
+    "evaluate.num_frames": (6, 1e9),
+    "runtime.threads": (0, 1024),
 }
-# Values between 0 and 1.
-SHARES = ("data.crop", "data.unreliable", "data.synthetic.accent", "fed.sample_rate")
-SHARES += ("fed.reliability_alpha", "fed.dropout_rate")
+CHOICES = {
+    "fed.algorithm": ("isfa", "scaffold", "centralized"),
+    "lora.train": lora.TRAIN_CHOICES,
+    "personal.train": lora.TRAIN_CHOICES,
+}
 
 
 def load_config(path, presets=(), overrides=()):
@@ -78,10 +100,12 @@ def load_config(path, presets=(), overrides=()):
     """
     config = read_yaml(DEFAULTS)
     known_presets = config.pop("presets")
-    if Path(path).resolve() != DEFAULTS:
-        own = read_yaml(path)
-        known_presets |= own.pop("presets", {})
-        merge(config, own, str(path))
+    own = read_yaml(path)
+    own_presets = own.pop("presets", {})
+    if not isinstance(own_presets, dict):
+        raise ValueError(f"{path}: presets is a section of names and settings")
+    known_presets |= own_presets
+    merge(config, own, str(path))
     for name in presets:
         if name not in known_presets:
             raise ValueError(f"--preset {name}: no such preset{nearest(name, known_presets)}")
@@ -90,13 +114,10 @@ def load_config(path, presets=(), overrides=()):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--set {item}: write key=value")
-        try:
-            nested = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {item}: {value!r} is not valid YAML") from None
+        nested = parse_yaml(value, f"--set {key}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        merge(config, nested, f"--set {item}")
+        merge(config, nested, "--set")
     check_config(config)
     return config
 
@@ -104,105 +125,109 @@ def load_config(path, presets=(), overrides=()):
 def read_yaml(path):
     """Return the dict in a YAML file; raises ValueError if there is none."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    content = parse_yaml(text, path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys and values")
     return content
 
 
+class YamlLoader(yaml.SafeLoader):
+    """Loader that refuses a section with one key twice, of which PyYAML would drop the first."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise ValueError(f"one key stands twice in a section{node.start_mark}")
+        return mapping
+
+
+def parse_yaml(text, where):
+    """Return the content of a YAML text; raises ValueError if it is not valid."""
+    try:
+        return yaml.load(text, YamlLoader)
+    except Exception as error:  # PyYAML raises many kinds, such as KeyError and RecursionError
+        raise ValueError(f"{where} is not valid YAML: {error}") from None
+
+
 def nearest(name, names):
     """Return a hint at the most similar of `names`, or at all of them."""
+    names = [str(known) for known in names]
     similar = difflib.get_close_matches(name, names, 1, 0.4)
     return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(names)}"
 
 
 def merge(config, changes, where, prefix=""):
-    """Write `changes` over `config`, in place. Every key has to exist and to keep the type of its
-    default.
-    """
+    """Write `changes` over `config`, in place; every key has to exist and to keep its type."""
+    if not isinstance(changes, dict):
+        section = prefix.rstrip(".") or "it"
+        raise ValueError(f"{where}: {section} is a section: set one of {', '.join(config)}")
     for key, value in changes.items():
         name = prefix + str(key)
         if key not in config:
             raise ValueError(f"{where}: no key {name!r}{nearest(str(key), config)}")
-        default = config[key]
-        if isinstance(default, dict):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {name} is a section: set one of {', '.join(default)}")
-            merge(default, value, where, name + ".")
+        if isinstance(config[key], dict):
+            merge(config[key], value, where, name + ".")
         else:
-            config[key] = convert(value, default, f"{where}: {name}")
+            config[key] = convert(value, config[key], name, where)
 
 
-def convert(value, default, where):
-    """Return `value` in the type of `default`; numbers have to be finite and at least 0 (or at
-    least a default below).
+def convert(value, default, name, where):
+    """Return the value of key `name` in the type of its default.
+
+    Raises ValueError for another type, a number out of RANGES, or an unknown choice.
     """
     if isinstance(default, float) and type(value) in (int, str):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # also of 1e-3, which YAML 1.1 reads as a word
     if type(value) is not type(default):
-        raise ValueError(f"{where} must be {type(default).__name__}, not {value!r}")
+        kind = type(default).__name__
+        raise ValueError(f"{where}: {name} must be {kind}, not {reprlib.repr(value)}")
     if isinstance(default, list):
-        return [convert(item, default[0], where) for item in value]
-    if isinstance(default, (int, float)) and not min(0, default) <= value <= 1e9:
-        raise ValueError(f"{where} must lie in {min(0, default)} ... 1e9, not {value}")
+        if len(value) > 8:
+            raise ValueError(f"{where}: {name} may have up to 8 numbers, not {len(value)}")
+        return [convert(item, default[0], name, where) for item in value]
+    if isinstance(default, (int, float)):
+        least, most = RANGES.get(name, (min(0, default), 1e9))
+        if not least <= value <= most:
+            raise ValueError(f"{where}: {name} must lie in {least:g} ... {most:g}, not {value}")
+    if name in CHOICES and value not in CHOICES[name]:
+        choices = ", ".join(CHOICES[name])
+        raise ValueError(f"{where}: {name} must be one of {choices}, not {value!r}")
     return value
 
 
-def lookup(config, name):
-    """Return the value of a dotted key."""
-    for part in name.split("."):
-        config = config[part]
-    return config
-
-
 def check_config(config):
-    """Raise ValueError for settings that cannot run, by building everything that they describe
-    once, without memory.
-    """
-    for name, least in LEAST.items():
-        if lookup(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, not {lookup(config, name)}")
-    for name in SHARES:
-        if lookup(config, name) > 1:
-            raise ValueError(f"{name} is a share and must be at most 1, not {lookup(config, name)}")
-    if config["fed"]["algorithm"] not in ("isfa", "scaffold", "centralized"):
-        algorithm = config["fed"]["algorithm"]
-        raise ValueError(f"fed.algorithm must be isfa, scaffold or centralized, not {algorithm!r}")
-    if config["fed"]["algorithm"] == "scaffold":
-        if config["fed"]["gamma"] or config["fed"]["sample_cap"] > 1 or config["fed"]["proximal"]:
-            raise ValueError(
-                "fed.algorithm scaffold averages clients equally and without a proximal term: "
-                "set fed.gamma=0, fed.sample_cap=1 and fed.proximal=0"
-            )
-    if config["fed"]["algorithm"] == "centralized" and config["privacy"]["enabled"]:
-        raise ValueError(
-            "fed.algorithm centralized pools the clips: set privacy.enabled=false, too"
-        )
+    """Raise ValueError for settings that cannot run together; models are built without memory."""
+    f = config["fed"]
+    p = config["privacy"]
+    if Path(config["name"]).name != config["name"]:
+        raise ValueError(f"name becomes the end of a folder's name, not {config['name']!r}")
+    if f["algorithm"] == "scaffold" and (f["gamma"] or f["sample_cap"] > 1 or f["proximal"]):
+        raise ValueError("fed.algorithm scaffold needs fed.gamma=0, sample_cap=1 and proximal=0")
+    if f["algorithm"] == "centralized" and p["enabled"]:
+        raise ValueError("fed.algorithm centralized pools the clips: set privacy.enabled=false")
+    if p["target_epsilon"] and p["noise_multiplier"]:
+        raise ValueError("privacy.target_epsilon chooses the noise: set it or noise_multiplier to 0")
     with torch.device("meta"):
         model = build_model(config)
     for section in ("personal", "lora"):
-        settings = config[section]
-        unet = copy.deepcopy(model.unet)
-        rank, alpha = settings["rank"], config["lora"]["alpha"]
-        lora.inject_lora(unet, rank, alpha, config["lora"]["dropout"], settings["train"])
-        if settings["train"] == "R" and rank > MAX_RANK:
+        adapted = add_adapter(config, copy.deepcopy(model), None, section)
+        if config[section]["train"] == "R" and config[section]["rank"] > MAX_RANK:
             raise ValueError(f"{section}.rank must be at most {MAX_RANK} where R is trained")
+    mechanism = make_mechanism(config, sum(p.numel() for p in lora.adapter_parameters(adapted)))
     num_clients = config["data"]["clients"]
-    mechanism = make_mechanism(config, sum(p.numel() for p in lora.adapter_parameters(unet)))
-    if mechanism:
-        privacy.check_delta(config["privacy"]["delta"], num_clients)
-        cohort = round(config["fed"]["sample_rate"] * num_clients)
-        needed = mechanism.min_survivors(cohort)
-        if needed > cohort:
-            raise ValueError(
-                f"privacy.num_curious and survivor_share ask for {needed} survivors of a cohort of "
-                f"{cohort}: no round could be opened"
-            )
+    privacy.check_delta(p["delta"], num_clients if mechanism else 1)
+    cohort = f["sample_rate"] * num_clients
+    survivors = round(cohort * (1 - f["dropout_rate"]))
+    needed = max(2, mechanism.min_survivors(round(cohort))) if mechanism else 1
+    if survivors < needed:
+        raise ValueError(
+            f"of a cohort of {cohort:g} clients, {needed} have to stay and {survivors} would: see "
+            "fed.sample_rate, fed.dropout_rate, privacy.survivor_share and privacy.num_curious"
+        )
 
 
 def build_model(config):
@@ -356,6 +381,16 @@ def optimizer_step(optimizer, lr):
     optimizer.zero_grad()
 
 
+def sample_frames(clips, num_frames, generator):
+    """Return single public frames [n 3 H W] in [-1, 1], seen as by other cameras."""
+    frames = data.sample_batch(clips, num_frames, 1, generator)["frames"]  # n 1 3 H W
+    # half as far off as the judges see them
+    view = torch.rand(num_frames, len(data.VIEW_NAMES), generator=generator) - 0.5
+    for name in ("roll", "degradation"):  # people hold their heads upright; blur is not to be learned
+        view[:, data.VIEW_NAMES.index(name)] = 0
+    return 2 * data.augment(data.to_unit(frames), view, generator)[:, 0] - 1
+
+
 def train_autoencoder(config, clips, device):
     """Return the state of an AutoencoderKL trained on single public frames: L1 + L2 + a small KL."""
     settings = config["backbone"]
@@ -364,27 +399,11 @@ def train_autoencoder(config, clips, device):
     sizes = config["model"]["latent_channels"], config["model"]["autoencoder_channels"]
     autoencoder = talking.AutoencoderKL(*sizes).to(device, memory_format=torch.channels_last)
 
-    def sample_frames(num):
-        frames = []
-        for i in torch.randint(len(clips), (num,), generator=generator).tolist():
-            index = int(torch.randint(clips[i].num_frames, (), generator=generator))
-            frames.append(data.to_unit(data.to_float(clips[i].frames[index])))
-        view = (
-            torch.rand(num, len(data.VIEW_NAMES), generator=generator) - 0.5
-        )  # half as far as judges
-        for name in (
-            "roll",
-            "degradation",
-        ):  # pictures are upright, and what is blurred should not be learned
-            view[:, data.VIEW_NAMES.index(name)] = 0
-        frames = data.augment(torch.stack(frames)[:, None], view, generator)[:, 0]  # n 3 H W
-        return (2 * frames - 1).to(device)
-
-    autoencoder.init_linear_path(sample_frames(512))
+    autoencoder.init_linear_path(sample_frames(clips, 512, generator).to(device))
     optimizer = torch.optim.AdamW(autoencoder.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     bar = tqdm(range(settings["autoencoder_steps"]), "autoencoder", mininterval=1)
     for step in bar:
-        frames = sample_frames(24)
+        frames = sample_frames(clips, 24, generator).to(device)
         mean, log_variance = autoencoder.moments(frames)
         noise = torch.randn(mean.shape, generator=generator).to(device)
         error = autoencoder.decode(mean + noise * (log_variance / 2).exp()) - frames
@@ -414,7 +433,6 @@ def train_unet(config, autoencoder, public, device, partial):
     model.autoencoder.load_state_dict(autoencoder)
     model.autoencoder.requires_grad_(False)
     model.text_encoder.learn_words(clip.prompt for clip in clips)
-    views = fed.encode_views(model, clips)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
     losses = []
@@ -429,12 +447,9 @@ def train_unet(config, autoencoder, public, device, partial):
         average.step = len(losses)
     else:
         num_frames = min(24, min(clip.num_frames for clip in clips))
-        batches = [
-            fed.sample_batch(model, clips, views, 32, num_frames, generator) for _ in range(16)
-        ]
-        motion = torch.cat([batch["motion"] for batch in batches])
-        reference_latents = torch.cat([batch["reference_latents"] for batch in batches])
-        model.fit_statistics(motion, reference_latents)
+        batches = [fed.sample_batch(model, clips, 32, num_frames, generator) for _ in range(8)]
+        names = ("motion", "reference_latents", "mel")
+        model.fit_statistics(*(torch.cat([batch[name] for batch in batches]) for name in names))
         average = talking.EMA(model, 0.995)
     no_judges = dict.fromkeys(config["loss"], 0.0)  # Eq. 12 is for the clients; here L_diff alone
     step_kwargs = {"micro_batch": config["runtime"]["micro_batch"], "bf16": device.type == "cuda"}
@@ -442,7 +457,7 @@ def train_unet(config, autoencoder, public, device, partial):
     bar = tqdm(range(first, settings["steps"]), "backbone", initial=first, total=settings["steps"])
     for step in bar:
         size = settings["batch_size"], settings["num_frames"]
-        batch = fed.sample_batch(model, clips, views, *size, generator)
+        batch = fed.sample_batch(model, clips, *size, generator)
         terms = fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         optimizer_step(optimizer, learning_rate(step, settings["steps"], settings["lr"]))
         average.update(model)
@@ -457,7 +472,7 @@ def train_unet(config, autoencoder, public, device, partial):
     moments = {}
     for own in tqdm(list(public.values())[:48], "directions", mininterval=1):
         size = min(8, 4 * len(own)), settings["num_frames"]
-        batch = fed.sample_batch(model, own, views, *size, generator)
+        batch = fed.sample_batch(model, own, *size, generator)
         fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         lora.add_gradient_moments(model.unet, moments)
     directions = lora.leading_directions(model.unet, moments, MAX_RANK)
@@ -491,8 +506,8 @@ def backbone_key(config, public):
         *(data.log_mel, data.augment, data.sample_batch),
         *(metrics.Judges, metrics.train_judges, metrics.split_for_judges),
         *(metrics.judge_loss, metrics.draw_stretches),
-        *(fed.draw_noise, fed.objective, fed.backward, fed.encode_views, fed.sample_batch),
-        *(train_autoencoder, train_unet, learning_rate, optimizer_step),
+        *(fed.draw_noise, fed.objective, fed.backward, fed.encode_batch, fed.sample_batch),
+        *(sample_frames, train_autoencoder, train_unet, learning_rate, optimizer_step),
     )
     recipe = json.dumps([settings, clips, code], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]
@@ -585,9 +600,16 @@ def restore_backbone(config, backbone, device):
 def add_adapter(config, model, directions, section):
     """Put the adapters of config section `lora` or `personal` into the frozen model and return it."""
     settings = config[section]
-    shared = config["lora"]
-    shape = settings["rank"], shared["alpha"], shared["dropout"], settings["train"]
-    lora.inject_lora(model.unet, *shape, directions, config["seed"])
+    lora.inject_lora(
+        model.unet,
+        settings["rank"],
+        config["lora"]["alpha"],
+        config["lora"]["dropout"],
+        settings["train"],
+        directions,
+        config["seed"],
+        settings["layers"],
+    )
     return model
 
 
@@ -753,9 +775,8 @@ def describe_adapter(config, section, origin):
     """Return what an adapter file is checked against: its shape, and the checksum of what it was
     trained on.
     """
-    settings = config[section]
-    shape = {"train": settings["train"], "rank": settings["rank"], "alpha": config["lora"]["alpha"]}
-    return shape | {"origin": origin}
+    shape = {key: config[section][key] for key in ("train", "rank", "layers")}
+    return shape | {"alpha": config["lora"]["alpha"], "origin": origin}
 
 
 def load_or_initialize(config, model, backbone, run):
@@ -855,9 +876,10 @@ def describe_communication(config, model, numbers):
     bytes.
     """
     whole = sum(p.numel() for p in model.parameters())
-    about = {"numbers": numbers, "model_parameters": whole, "bytes_down": 4 * numbers}
+    num_vectors = 2 if config["fed"]["algorithm"] == "scaffold" else 1  # with c, and c_i's change
+    about = {"numbers": numbers, "model_parameters": whole, "bytes_down": 4 * numbers * num_vectors}
     mechanism = make_mechanism(config, numbers)
-    about["bytes_up"] = 4 * numbers
+    about["bytes_up"] = about["bytes_down"]
     if mechanism:
         cohort_size = round(config["fed"]["sample_rate"] * config["data"]["clients"])
         about["bytes_up"] = fed.round_params(
@@ -1003,8 +1025,8 @@ def baseline_frames(method, case, model, split):
     device = model.motion_std.device
     frames = (2 * case.frames - 1).to(device)
     reference = (2 * reference - 1).to(device)
-    motion = model.encode_motion(frames, model.autoencoder.encode(frames), reference)  # f m h w
-    decoded = model.decode(motion[None] / model.motion_std, reference[None])[0]
+    motion, _ = model.encode_motion(frames[None], reference[None])  # 1 f m h w
+    decoded = model.decode(motion / model.motion_std, reference[None])[0]
     return data.to_unit(decoded).cpu()
 
 
@@ -1087,7 +1109,7 @@ class Pictures:
             if chosen is case:
                 moment = len(frames) // 2
                 if case.opening is not None:
-                    moment = int(np.argmax(case.opening[: len(frames)]))
+                    moment = int(case.opening[: len(frames)].argmax())
                 pixels = to_pixels(frames)
                 self.tiles[number, method] = pixels[moment]
                 if number % 2 == 0:
@@ -1326,25 +1348,69 @@ def personalize_own(args, config, device):
 
 
 def dry_run(config, device):
-    """--action dry-run: print what a run would be, send, spend and take, from two timed steps."""
-    model = build_model(config).to(device)
-    whole = sum(p.numel() for p in model.parameters())
-    add_adapter(config, model, None, "lora")
-    numbers = len(lora.adapter_vector(model))
+    """--action dry-run: print what a run would be, send, spend and take, from timed steps."""
     print(yaml.safe_dump(config, sort_keys=False))
-    print(f"parameters: {whole:,}; trained and sent by a client: {numbers:,}")
-    mechanism = make_mechanism(config, numbers)
-    f = config["fed"]
-    if mechanism:
-        accountant = privacy.Accountant()
-        accountant.spend(f["sample_rate"], mechanism.noise_multiplier, f["rounds"])
-        epsilon = accountant.epsilon_known_cohorts(config["privacy"]["delta"])
-        print(
-            f"bytes of a masked update: {mechanism.num_bytes:,}; noise {mechanism.noise_multiplier:.3f}"
-        )
-        print(
-            f"epsilon {epsilon:.4g} at delta {config['privacy']['delta']:g} against who knows the cohorts"
-        )
+    memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    b, f, synthetic = config["backbone"], config["fed"], config["data"]["synthetic"]
+    model = build_model(config).to(device)
+    model.autoencoder.requires_grad_(False)
+    whole = sum(p.numel() for p in model.parameters())
+    backbone_step = time_step(config, model, None, b["batch_size"])
+    add_adapter(config, model.eval().requires_grad_(False), None, "lora")
+    judges = metrics.Judges().to(device).eval().requires_grad_(False)
+    client_step = time_step(config, model, judges, f["batch_size"])
+    adapter = lora.adapter_vector(model)
+    sent = describe_communication(config, model, len(adapter))
+    print(f"parameters: {whole:,}; trained and sent by a client: {len(adapter):,}")
+    print(f"bytes per client and round: {sent['bytes_up']:,} up, {sent['bytes_down']:,} down")
+
+    mechanism = make_mechanism(config, len(adapter))
+    noise_multiplier = mechanism.noise_multiplier if mechanism else 0.0
+    spent = [[f["sample_rate"], noise_multiplier, f["rounds"]]]
+    report = describe_privacy(config, {"adapter": adapter, "accountant": spent})
+    epsilon = f"inf: {report.get('reason') or report.get('no_privacy_because')}"
+    if report["private"]:
+        epsilon = f"{report['epsilon']:.4g} at delta {report['delta']:g} against who knows the cohorts"
+    print(f"epsilon {epsilon}; noise multiplier {noise_multiplier:.4g}")
+
+    num_clips = synthetic["clips_per_client"]
+    num_clips -= 2 * max(1, round(num_clips / 5))  # for validation and test
+    windows = num_clips * int(synthetic["seconds"] * data.FPS / b["num_frames"])
+    local_steps = max(1, round(f["local_epochs"] * windows / f["batch_size"]))
+    cohort = f["sample_rate"] * config["data"]["clients"]
+    backbone_hours = b["steps"] * backbone_step / 3600
+    rounds_hours = f["rounds"] * cohort * local_steps * client_step / 3600
+    print(f"a step takes {backbone_step:.3g} s in the backbone and {client_step:.3g} s at a client")
+    print(f"{cohort:g} clients a round of {local_steps} steps, if they have {windows} windows each")
+    print(f"hours on one {device.type}: backbone {backbone_hours:.3g}, rounds {rounds_hours:.3g}")
+    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    print(f"peak memory: {peak / 1e9:.3g} GB")
+
+
+def time_step(config, model, judges, batch_size):
+    """Return the seconds of a training step on random clips, the mean of three after a warm-up.
+
+    As many clips are timed as go through the network at once, on a CPU at most 4, and the time is
+    multiplied up to `batch_size`. Without judges it is a step of the backbone.
+    """
+    device = model.motion_std.device
+    at_once = config["runtime"]["micro_batch"] or batch_size
+    b = min(batch_size, at_once, 4 if device.type == "cpu" else batch_size)
+    f = config["backbone"]["num_frames"]
+    size = config["data"]["size"]
+    mel_shape = data.MELS_PER_FRAME * config["data"]["window"], data.NUM_MELS
+    batch = {"frames": torch.rand(b, f, 3, size, size), "reference": torch.rand(b, 3, size, size)}
+    batch |= {"mel": torch.randn(b, f, *mel_shape), "prompt": [""] * b}
+    loss_weights = config["loss"] if judges else dict.fromkeys(config["loss"], 0.0)
+    generator = torch.Generator().manual_seed(config["seed"])
+    for step in range(4):
+        if step == 1:
+            started = time.perf_counter()
+        encoded = fed.encode_batch(model, batch)
+        fed.backward(model, judges, encoded, loss_weights, generator, bf16=device.type == "cuda")
+    return (time.perf_counter() - started) / 3 * batch_size / b
 
 
 # ---------------------------------------------------------------- command line and workers
@@ -1354,13 +1420,12 @@ def parse_arguments(argv):
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--config", default="config.yaml", help="YAML file; what it leaves out has the default")
-    add("--preset", nargs="*", default=[], help="sets of overrides from the config's `presets`")
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides, e.g. fed.rounds=20")
-    add(
-        "--gpus",
-        help="one worker each: CUDA indices (0,1), cpu, or cpu:2; default: all GPUs, else cpu:2",
-    )
+    parser.error = refuse
+    add("--config", help="YAML file; what it leaves out has the default, of config.yaml")
+    several = {"nargs": "*", "action": "extend", "default": []}
+    add("--preset", **several, help="sets of overrides from the config's `presets`")
+    add("--set", **several, metavar="KEY=VALUE", help="overrides, e.g. fed.rounds=20")
+    add("--gpus", help="0,1 or cpu or cpu:2: one worker each; default: all GPUs, else cpu:2")
     add("--resume", metavar="RUN", help="continue or use the run in this folder")
     actions = ("train", "evaluate", "generate", "personalize", "dry-run")
     add("--action", default="train", choices=actions)
@@ -1377,15 +1442,18 @@ def parse_arguments(argv):
     add("--clips", help="personalize: a folder of videos of one person, or one video")
     add("--output", help="generate: the video (talk.mp4); personalize: the adapter (me.pt)")
     args = parser.parse_args(argv)
-    scales = [getattr(args, f"{name}_scale") for name in talking.CONDITIONS]
-    if args.seconds is not None and not 0 < args.seconds < math.inf:
-        parser.error(f"--seconds must be above 0, not {args.seconds}")
-    if args.steps is not None and not 1 <= args.steps <= 1000:
-        parser.error(f"--steps must be from 1 to 1000, not {args.steps}")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
-    if not all(math.isfinite(scale) for scale in scales):
-        parser.error("the scales of conditions must be finite")
+    scales = [f"{name}_scale" for name in talking.CONDITIONS]
+    ranges = {"seconds": (0.04, 86400), "steps": (1, 1000), "seed": (0, 2**63 - 1)}
+    for name, (least, most) in (ranges | dict.fromkeys(scales, (-100, 100))).items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name} must lie in {least} ... {most}, not {value}")
+    generating = (*ranges, *scales, "reference", "speech", "prompt", "no_watermark", "adapter")
+    users = dict.fromkeys(generating, ["generate"])
+    users |= {"clips": ["personalize"], "output": ["generate", "personalize"]}
+    for name, actions in users.items():
+        if args.action not in actions and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --action {' or '.join(actions)}, not {args.action}")
     return args
 
 
@@ -1398,10 +1466,11 @@ def choose_devices(gpus):
     if gpus is None:
         cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         return cuda or ["cpu"] * min(2, os.cpu_count())
-    kind, _, number = gpus.partition(":")
-    if kind == "cpu" and (number or "1").isdigit() and 1 <= int(number or 1) <= 64:
-        return ["cpu"] * int(number or 1)
-    if not all(index.isdigit() for index in gpus.split(",")):
+    kind, colon, number = gpus.partition(":")
+    number = number if colon else "1"
+    if kind == "cpu" and number.isdecimal() and 1 <= int(number) <= 64:
+        return ["cpu"] * int(number)
+    if not all(index.isdecimal() for index in gpus.split(",")):
         raise ValueError(f"--gpus {gpus}: give CUDA indices such as 0,1, or cpu, or cpu:2")
     if max(int(index) for index in gpus.split(",")) >= torch.cuda.device_count():
         raise ValueError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()} GPUs")
@@ -1474,11 +1543,15 @@ def run_action(args, config, devices, workers):
 
 def configure(args):
     """Return the config of the command line, checked against that of the run that it resumes."""
-    if not args.resume:
+    if args.resume is None:
         if args.action == "evaluate":
             raise ValueError("--action evaluate needs --resume runs/NAME")
-        return load_config(args.config, args.preset, args.set)
+        return load_config(args.config or DEFAULTS, args.preset, args.set)
+    if args.config is not None:
+        raise ValueError("--resume reads the run's own config.yaml: leave out --config")
     run = Path(args.resume)
+    if "presets" in read_yaml(run / "config.yaml"):
+        raise ValueError(f"--resume {run}: no run is there, but a config.yaml with presets")
     own = load_config(run / "config.yaml")
     config = load_config(run / "config.yaml", args.preset, args.set)
     check_resumed(own, config)
@@ -1489,6 +1562,12 @@ def configure(args):
     return config
 
 
+def refuse(message):
+    """Print one line and end with status 2."""
+    print("error:", textwrap.shorten(str(message), 900, placeholder=" ..."), file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv=None):
     """Run the command line; a user's error is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -1497,6 +1576,8 @@ def main(argv=None):
     try:
         devices = choose_devices(args.gpus)
         config = configure(args)
+        if config["weights"] and not Path(config["weights"]).is_dir():
+            raise ValueError(f"weights: no folder {config['weights']}")  # read after the training
         if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
             sys.exit(launch(argv, len(devices)))
         if size > 1:  # the others wait for rank 0 as long as a backbone takes
@@ -1505,15 +1586,15 @@ def main(argv=None):
         run_action(args, config, devices, fed.Workers())
         if size > 1:
             torch.distributed.destroy_process_group()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        # torch has no class for a CPU whose memory is short; any other RuntimeError is our fault
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(1)  # if rank 0 fails of the same, this process ends without repeating it
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(str(error) or type(error).__name__)
     except KeyboardInterrupt:
-        hint = ": continue with --resume" if args.action == "train" else ""
-        print(f"error: interrupted{hint}", file=sys.stderr)
-        sys.exit(2)
+        refuse("interrupted" + (": continue with --resume" if args.action == "train" else ""))
 
 
 if __name__ == "__main__":

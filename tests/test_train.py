@@ -20,6 +20,7 @@ import fed
 import lora
 import privacy
 import train
+from test_data import sound_offset
 
 ROOT = Path(train.__file__).parent
 TINY = [
@@ -63,9 +64,9 @@ def fails(capsys, *arguments):
     "arguments, words",
     [
         (["--set", "fed.ronds=3"], "did you mean 'rounds'"),
-        (["--set", "lora.rank=0"], "lora.rank must be at least 1"),
+        (["--set", "lora.rank=0"], "lora.rank must lie in 1"),
         (["--set", "lora.rank=two"], "lora.rank must be int"),
-        (["--set", "lora.rank=500"], "at most 16"),
+        (["--set", "lora.rank=17"], "at most 16"),
         (["--set", "lora.train=C"], "lora.train must be one of R, B, AB"),
         (["--set", "fed=3"], "is a section"),
         (["--set", "seed"], "key=value"),
@@ -75,9 +76,9 @@ def fails(capsys, *arguments):
         (["--set", "fed.lr=nan"], "fed.lr"),
         (["--set", "fed.lr=.inf"], "fed.lr"),
         (["--set", "fed.lr=-1"], "fed.lr must lie in 0"),
-        (["--set", "fed.sample_rate=1.5"], "is a share"),
-        (["--set", "fed.batch_size=0"], "fed.batch_size must be at least 1"),
-        (["--set", "fed.algorithm=fedsgd"], "isfa, scaffold or centralized"),
+        (["--set", "fed.sample_rate=1.5"], "must lie in 1e-06 ... 1,"),
+        (["--set", "fed.batch_size=0"], "fed.batch_size must lie in 1"),
+        (["--set", "fed.algorithm=fedsgd"], "isfa, scaffold, centralized"),
         (["--set", "fed.algorithm=scaffold"], "fed.gamma=0"),
         (["--set", "fed.algorithm=centralized"], "privacy.enabled=false"),
         (["--set", "model.channels=[]"], "channels"),
@@ -110,6 +111,79 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         arguments = [*arguments, "--set", directory]
     assert words in fails(capsys, *arguments)
     assert not (tmp_path / "runs").exists() and not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--action", "trian"], "invalid choice"),
+        (["--seed", "3"], "--seed is for --action generate"),
+        (["--action", "generate", "--seconds", "nan"], "--seconds must lie in"),
+        (["--action", "generate", "--text-scale", "1e30"], "text_scale must lie in"),
+        (["--gpus", "cpu:"], "--gpus cpu:"),
+        (["--gpus", "²"], "--gpus ²: give CUDA indices"),
+        (["--resume", "nowhere", "--config", "config.yaml"], "leave out --config"),
+        (["--resume", str(ROOT)], "no run is there"),
+        (["--preset", "a\nb"], "--preset a b"),
+        (["--set", "fed.lr=!!bool x"], "--set fed.lr is not valid YAML"),
+        (["--set", "fed.lr=" + "[" * 3000], "--set fed.lr is not valid YAML"),
+        (["--set", "data={size: 32, size: 64}"], "stands twice"),
+        (["--set", f"model.channels={[8] * 9}"], "up to 8 numbers"),
+        (["--set", "model.channels=[0]"], "model.channels must lie in 8"),
+        (["--set", "model.autoencoder_channels=[8]", "model.latent_channels=49"], "too few for 49"),
+        (["--set", "model.prior_modes=6000"], "model.prior_modes must lie in 1 ... 5000"),
+        (["--set", "personal.rank=0"], "personal.rank must lie in 1"),
+        (["--set", "personal.train=C"], "personal.train must be one of R, B, AB"),
+        (["--set", "sampling.num_steps=1001"], "sampling.num_steps must lie in 1 ... 1000"),
+        (["--set", "privacy.noise_multiplier=1.0"], "privacy.target_epsilon chooses the noise"),
+        (["--set", "privacy.enabled=false", "privacy.delta=0.0"], "delta"),
+        (["--set", "privacy.clip_norm=1e-320"], "privacy.clip_norm must lie in"),
+        (["--set", "privacy.num_curious=0", "fed.sample_rate=0.01"], "2 have to stay"),
+        (["--set", "privacy.num_curious=0", "fed.dropout_rate=0.3"], "70 would"),
+        (["--set", "name=a/b"], "name becomes"),
+        (["--set", "weights=nowhere"], "no folder nowhere"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_trained(arguments, words, capsys, tmp_path):
+    before = (ROOT / "config.yaml").read_bytes()
+    if "--resume" not in arguments:
+        arguments = [*arguments, "--set", f"runtime.directory={tmp_path / 'runs'}"]
+    assert words in fails(capsys, *arguments)
+    assert not (tmp_path / "runs").exists()
+    assert (ROOT / "config.yaml").read_bytes() == before
+
+
+def test_a_fuzz_of_settings_and_flags_finds_no_fault(tmp_path):
+    from fuzz_config import fuzz  # which imports this file
+
+    counts, faults = fuzz(200, 0, tmp_path)
+    assert not faults
+    assert min(counts.values()) >= 10
+
+
+def test_ranges_and_choices_are_of_keys_that_exist():
+    from fuzz_config import KEYS
+
+    for name in [*train.RANGES, *train.CHOICES]:
+        assert name in KEYS, name
+
+
+def test_settings_given_in_two_places_all_count(capsys):
+    args = train.parse_arguments(["--set", "seed=2", "--preset", "plain", "--set", "fed.rounds=3"])
+    assert args.set == ["seed=2", "fed.rounds=3"] and args.preset == ["plain"]
+
+
+def test_too_little_memory_is_a_users_error_and_other_faults_are_ours(monkeypatch, capsys):
+    message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+
+    def fail(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(train, "run_action", fail)
+    assert message in fails(capsys, "--action", "dry-run")
+    message = "mat1 and mat2 shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="shapes"):
+        train.main(["--gpus", "cpu", "--action", "dry-run"])
 
 
 def test_broken_yaml_is_named(tmp_path, capsys):
@@ -250,13 +324,13 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
     names = {name for name in people.public}
     assert not names & set(people.clients) and not names & set(people.unseen)
     seen = set()
-    real = fed.encode_views
+    real = data.sample_batch
 
-    def watched(model, clips, *args):
+    def watched(clips, *args):
         seen.update(clip.person for clip in clips)
-        return real(model, clips, *args)
+        return real(clips, *args)
 
-    monkeypatch.setattr(fed, "encode_views", watched)
+    monkeypatch.setattr(data, "sample_batch", watched)
     monkeypatch.setitem(config["runtime"], "directory", str(folder / "other"))
     (folder / "other").mkdir()
     cpu = torch.device("cpu")
@@ -296,7 +370,7 @@ def test_a_finished_run_speaks_in_step_with_the_sound(finished, tmp_path, capsys
     assert "ignored furious" in printed and "20 frames" in printed
     frames, _ = data.read_video(whole, 32)
     assert frames.shape == (20, 3, 32, 32)
-    assert abs(data.sound_offset(whole, data.read_speech(clip))) < 0.02
+    assert abs(sound_offset(whole, data.read_speech(clip))) < 0.02
     assert b"synthetic" in whole.read_bytes()
     short = tmp_path / "short.mp4"
     generate(run, clip, short, "--seconds", "0.5", "--steps", "3", "--seed", "7", "--no-watermark")
@@ -359,7 +433,7 @@ def test_a_refused_resume_changes_nothing(finished, capsys):
     _, run = finished
     before = snapshot(run)
     error = fails(capsys, "--resume", str(run), "--set", "lora.rank=2")
-    assert "lora.rank=1" in error
+    assert "lora.rank=4" in error
     assert "fed.algorithm" in fails(capsys, "--resume", str(run), "--preset", "scaffold", "plain")
     assert "is a section" in fails(capsys, "--resume", str(run), "--set", "fed=1")
     with train.run_lock(run):
@@ -508,6 +582,60 @@ def test_a_dry_run_prints_what_a_run_sends_and_spends(capsys):
     printed = capsys.readouterr().out
     for words in ("epsilon 2 at delta 1e-05", "trained and sent by a client", "bytes"):
         assert words in printed, words
+
+
+def test_a_dry_run_multiplies_timed_steps(monkeypatch, capsys):
+    """Steps of an hour: 2 of the backbone; 2 rounds of 5 clients with 3 clips of 50 frames each."""
+    monkeypatch.setattr(train, "time_step", lambda *args: 3600.0)
+    settings = [*TINY, "fed.rounds=2", "fed.local_epochs=2.0"]  # 18 windows, batches of 4
+    train.main(["--gpus", "cpu", "--action", "dry-run", "--set", *settings])
+    assert "hours on one cpu: backbone 2, rounds 90\n" in capsys.readouterr().out
+
+
+def test_a_timed_step_is_the_mean_of_three_after_one(monkeypatch):
+    config = train.load_config(train.DEFAULTS, overrides=TINY)
+    clock = iter((10.0, 16.0))
+    calls = []
+
+    def backward(model, judges, batch, *args, **kwargs):
+        assert batch["motion"].isfinite().all()
+        calls.append(len(batch["frames"]))
+
+    monkeypatch.setattr(fed, "backward", backward)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    seconds = train.time_step(config, train.build_model(config), None, 16)
+    assert calls == [4] * 4 and seconds == 2.0 * 16 / 4
+
+
+def test_a_dry_run_counts_scaffolds_second_vector(capsys):
+    sent = []
+    for presets in (["plain"], ["plain", "scaffold"]):
+        train.main(
+            ["--gpus", "cpu", "--action", "dry-run", "--preset", *presets, "--set", *TINY]
+        )
+        printed = capsys.readouterr().out
+        assert "epsilon inf: privacy.enabled is false" in printed
+        sent.append(int(re.search(r"round: ([\d,]+) up", printed)[1].replace(",", "")))
+    assert sent[1] == 2 * sent[0]
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_the_sync_loss_hears_five_frames_whatever_the_networks_window(window):
+    torch.manual_seed(0)
+    mel = np.random.default_rng(0).standard_normal((80, 40)).astype(np.float32)
+    judges = train.metrics.Judges().eval()
+    model = train.build_model(train.load_config(train.DEFAULTS, overrides=TINY))
+    losses = []
+    for frames in (5, window):
+        windows = torch.from_numpy(data.audio_windows(mel, frames, 8, 13))[None]
+        clip = {"mel": windows, "frames": torch.zeros(1, 5, 3, 32, 32)}
+        x0_hat = torch.zeros(1, 5, model.motion_channels, model.latent_size, model.latent_size)
+        clip["reference"] = torch.zeros(1, 3, 32, 32)
+        losses.append(float(fed.auxiliary_losses(model, judges, clip, x0_hat)["sync"]))
+    assert losses[0] == losses[1]
+    heard = judges.mouth_audio(torch.from_numpy(data.audio_windows(mel, 5, 8, 13))[None])
+    seen = judges.mouth_video(train.data.to_unit(clip["frames"]))
+    assert losses[0] == pytest.approx(1 - float((heard * seen).sum()), abs=0.02)
 
 
 def test_a_personal_adapter_belongs_to_its_person(finished, monkeypatch):

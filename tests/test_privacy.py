@@ -1283,3 +1283,56 @@ def test_verify_on_the_command_line(tmp_path):
     with pytest.raises(SystemExit) as stop:
         privacy.main(["--verify", str(tmp_path)])
     assert stop.value.code == 2
+
+
+# ---------------------------------------------------------------- attacks on persons
+
+
+def planted_updates(num_people, length=77):
+    """Updates of two sets of clips of each person, [people length] each, at the clip norm: a part
+    that all people share, the person's own part and the clips'.
+    """
+    rng = np.random.default_rng(0)
+    person = rng.normal(size=(num_people, length))
+    shared = 2 * rng.normal(size=length)
+    both = shared + person + 0.7 * rng.normal(size=(2, num_people, length))
+    return 1.4 * both / np.linalg.norm(both, axis=2, keepdims=True)
+
+
+def test_attacks_on_persons_succeed_in_the_clear_and_stay_below_the_bound_under_noise():
+    import bench_attacks  # here, as it imports every module
+
+    z = privacy.find_noise_multiplier(2.0, 1e-5, 1.0, 1)
+    protected = Mechanism(1.4, z, 77, 100, 0.3, 1.0, survivor_share=0.8, seed=0)
+    sent, other = planted_updates(16)
+    # An update that the attacker computes and a mean of 1 or 4 clients; then two uploads.
+    for size, first in ((1, None), (4, None), (1, protected)):
+        attacked = bench_attacks.similarity_scores(other, sent, (1, size), (None, None), 20)
+        assert bench_attacks.auc_over_people(*attacked)["mean"] > 0.95
+        attacked = bench_attacks.similarity_scores(other, sent, (1, size), (first, protected), 20)
+        auc = bench_attacks.auc_over_people(*attacked)
+        assert auc["mean"] < 0.65 and auc["ci95"][1] < bench_attacks.auc_bound(2 / z) < 0.77
+    # The share that a client adds hides it no longer, without the sum.
+    share = bench_attacks.share_of_noise(protected, 100)
+    attacked = bench_attacks.similarity_scores(other, sent, (1, 1), (None, share), 20)
+    assert bench_attacks.auc_over_people(*attacked)["mean"] > 0.75
+    # An attacker who knows everything else comes as close to the bound as tau lets it.
+    weighty = Mechanism(1.4, z, 77, 100, 1.0, 1.0, survivor_share=0.8, seed=0)
+    attacked = bench_attacks.worst_case_scores(sent, weighty, 200)
+    auc = bench_attacks.auc_over_people(*attacked)["mean"]
+    assert auc == pytest.approx(bench_attacks.auc_bound(0.8**0.5 / z), abs=0.02)
+    assert auc < bench_attacks.auc_bound(1 / z) < 0.64
+
+
+def test_the_interval_of_an_auc_over_people_covers_it():
+    import bench_attacks
+
+    rng = np.random.default_rng(0)
+    exact = bench_attacks.auc_bound(0.5)  # of N(0, 1) and N(0.5, 1)
+    covered = 0
+    for _ in range(100):
+        inside = rng.normal(size=(15, 2)) + 0.5
+        outside = rng.normal(size=(15, 2))
+        result = bench_attacks.auc_over_people(inside, outside)
+        covered += result["ci95"][0] <= exact <= result["ci95"][1]
+    assert 88 <= covered <= 99

@@ -20,9 +20,8 @@ import metrics
 import privacy
 from model import CONDITIONS, KNOWN_FRAMES
 
-CONTINUED = (
-    0.25  # share of training clips whose first frames are known, as in the windows of a long clip
-)
+# Share of training clips whose first frames are known, as in the windows of a long clip.
+CONTINUED = 0.25
 JUDGED_FRAMES = 5  # frames that Eq. 9-11 decode: a window of the sync network
 
 
@@ -252,9 +251,8 @@ class Client:
             self.controls = {}
             if self.control_file and self.control_file.exists():
                 self.controls = torch.load(self.control_file, weights_only=True)
-        earlier = [
-            r for r in self.controls if r <= num_rounds
-        ]  # a killed round may have left a later one
+        # A killed round may have left a later one.
+        earlier = [r for r in self.controls if r <= num_rounds]
         return self.controls[max(earlier)] if earlier else torch.zeros(length)
 
     def save_control(self, num_rounds, control):

@@ -121,9 +121,8 @@ class AutoencoderKL(nn.Module):
         mean = blocks.mean(0)
         variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
         basis = axes.flip(1)[:, :num_latents].T  # c (3 p p), largest variance first
-        scale = (
-            variance.flip(0)[:num_latents].mean().sqrt()
-        )  # one for all: the spectrum keeps its decay
+        # One scale for all, so that the spectrum keeps its decay.
+        scale = variance.flip(0)[:num_latents].mean().sqrt()
         self.linear_in.weight.copy_((basis / scale).view(num_latents, 3, p, p))
         self.linear_in.bias.copy_(-(basis @ mean) / scale)
         self.linear_out.weight.copy_((basis * scale).view(num_latents, 3, p, p))
@@ -567,9 +566,8 @@ def warp(pictures, flow):
     """Return pictures [n c H W] with pixel p taken from p + flow(p); flow [n 2 h w] is (x, y) in
     half picture sides.
     """
-    flow = (
-        flow.nan_to_num()
-    )  # a diverged network: grid_sample's backward pass would crash the process
+    # Of a diverged network: grid_sample's backward pass would crash the process.
+    flow = flow.nan_to_num()
     flow = F.interpolate(flow, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
     identity = torch.eye(2, 3, device=flow.device).expand(len(flow), 2, 3)
     grid = F.affine_grid(identity, pictures.shape, align_corners=False)  # n H W 2
@@ -651,9 +649,8 @@ class GaussianPrior(nn.Module):
         num_frames = x0.shape[1]
         power = x0.square().mean()
         for lag in range(len(self.autocorrelation)):
-            lag_measured = min(
-                lag, num_frames - 1
-            )  # beyond the clips' length: as at the longest lag
+            # Beyond the clips' length: as at the longest lag.
+            lag_measured = min(lag, num_frames - 1)
             product = x0[:, lag_measured:] * x0[:, : num_frames - lag_measured]
             self.autocorrelation[lag] = product.mean() / power
 

@@ -211,10 +211,10 @@ def check_config(config):
         raise ValueError("fed.algorithm centralized pools the clips: set privacy.enabled=false")
     if p["target_epsilon"] and p["noise_multiplier"]:
         raise ValueError("privacy.target_epsilon chooses the noise: set it or noise_multiplier to 0")
-    with torch.device("meta"):
-        model = build_model(config)
     for section in ("personal", "lora"):
-        adapted = add_adapter(config, copy.deepcopy(model), None, section)
+        with torch.device("meta"):
+            model = build_model(config)
+        adapted = add_adapter(config, model, None, section)
         if config[section]["train"] == "R" and config[section]["rank"] > MAX_RANK:
             raise ValueError(f"{section}.rank must be at most {MAX_RANK} where R is trained")
     mechanism = make_mechanism(config, sum(p.numel() for p in lora.adapter_parameters(adapted)))
@@ -986,8 +986,8 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
             pictures.add(method, case, frames)
     pictures.save(run)
     report = {"name": config["name"], "rows": evaluation.rows(), "paired": {}}
-    for method in TRAINED[1:]:
-        report["paired"][f"{method} - backbone"] = evaluation.paired(method, "backbone")
+    for before, method in zip(TRAINED, TRAINED[1:]):
+        report["paired"][f"{method} - {before}"] = evaluation.paired(method, before)
     models = {
         "linear denoiser": backbone_model,
         "backbone": backbone_model,
@@ -1061,10 +1061,8 @@ def unexplained_table(models, adaptable, personal, clients, num_frames):
             use_unet = name != "linear denoiser"
             shares[name].append(fed.unexplained_variance(used, batch, 0, use_unet=use_unet).cpu())
     table = {"no motion": {"mean": 1.0}}
-    shares = {
-        name: torch.cat(parts, dim=1).numpy() for name, parts in shares.items()
-    }  # levels clips
-    for name, values in shares.items():
+    shares = {name: torch.cat(parts, dim=1).numpy() for name, parts in shares.items()}
+    for name, values in shares.items():  # levels clips
         table[name] = metrics.mean_ci(values.mean(0), groups)
         table[name]["by_level"] = values.mean(1).tolist()
         table[name]["values"] = dict(zip(names, values.mean(0).tolist()))
@@ -1256,9 +1254,8 @@ def generate(args, config, device):
 
     size = config["data"]["size"]
     pictures = [data.read_image(path, size, config["data"]["crop"]) for path in args.reference]
-    reference = torch.stack([data.to_float(picture, device) for picture in pictures])[
-        None
-    ]  # 1 n 3 H W
+    pictures = torch.stack([data.to_float(picture, device) for picture in pictures])
+    reference = pictures[None]  # 1 n 3 H W
     audio, mel = read_speech_windows(args, config)
     sampling = config["sampling"] | {"num_steps": args.steps or config["sampling"]["num_steps"]}
     scales = {name: getattr(args, f"{name}_scale") for name in talking.CONDITIONS}
@@ -1493,9 +1490,8 @@ def launch(argv, num_workers):
         port = probe.getsockname()[1]
     variables = {"WORLD_SIZE": num_workers, "LOCAL_WORLD_SIZE": num_workers}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    variables["OMP_WAIT_POLICY"] = (
-        "passive"  # waiting threads must not hold the other workers' cores
-    )
+    # Waiting threads must not hold the other workers' cores.
+    variables["OMP_WAIT_POLICY"] = "passive"
     processes = []
     try:
         for rank in range(num_workers):

@@ -360,7 +360,7 @@ def call(arguments):
                 train.main(arguments)
             except SystemExit as stop:
                 status = stop.code or 0
-            except BaseException:
+            except Exception:
                 status = None
                 traceback.print_exc()
             finally:

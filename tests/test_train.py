@@ -606,9 +606,7 @@ def test_a_timed_step_is_the_mean_of_three_after_one(monkeypatch):
 def test_a_dry_run_counts_scaffolds_second_vector(capsys):
     sent = []
     for presets in (["plain"], ["plain", "scaffold"]):
-        train.main(
-            ["--gpus", "cpu", "--action", "dry-run", "--preset", *presets, "--set", *TINY]
-        )
+        train.main(["--gpus", "cpu", "--action", "dry-run", "--preset", *presets, "--set", *TINY])
         printed = capsys.readouterr().out
         assert "epsilon inf: privacy.enabled is false" in printed
         sent.append(int(re.search(r"round: ([\d,]+) up", printed)[1].replace(",", "")))
@@ -631,7 +629,7 @@ def test_the_sync_loss_hears_five_frames_whatever_the_networks_window(window):
     assert losses[0] == losses[1]
     heard = judges.mouth_audio(torch.from_numpy(data.audio_windows(mel, 5, 8, 13))[None])
     seen = judges.mouth_video(train.data.to_unit(clip["frames"]))
-    assert losses[0] == pytest.approx(1 - float((heard * seen).sum()), abs=0.02)
+    assert losses[0] == pytest.approx(1 - (heard * seen).sum().item(), abs=0.02)
 
 
 def test_a_personal_adapter_belongs_to_its_person(finished, monkeypatch):

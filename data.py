@@ -980,6 +980,11 @@ def split_people(names, num_clients, num_unseen, seed):
     return public, sorted(roles["client"]), sorted(roles["unseen"])
 
 
+def num_held_out(num_clips):
+    """How many of a person's clips are for validation; as many are for testing."""
+    return max(1, round(num_clips / 5))
+
+
 def split_clips(clips, seed):
     """{"train", "validation", "test": clips}; a fifth of each person's in either of the last two.
 
@@ -993,8 +998,8 @@ def split_clips(clips, seed):
             )
         # A person's split does not depend on who else is there.
         order = rng_of("clips", seed, person).permutation(len(own))
-        fifth = max(1, round(len(own) / 5))
-        chosen = np.split(order, [fifth, 2 * fifth])
+        held_out = num_held_out(len(own))
+        chosen = np.split(order, [held_out, 2 * held_out])
         for part, indices in zip(("validation", "test", "train"), chosen):
             parts[part] += [own[i] for i in sorted(indices)]
     return parts

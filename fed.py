@@ -29,8 +29,9 @@ JUDGED_FRAMES = 5  # frames that Eq. 9-11 decode: a window of the sync network
 
 
 def tdc_loss(eps_hat, eps):
-    """Return the temporal-denoising consistency of b f c h w: mean |(eps_hat_{f+1} - eps_hat_f) -
-    (eps_{f+1} - eps_f)| (Eq. 8).
+    """Return the temporal-denoising consistency (Eq. 8) of eps_hat and eps [b f c h w].
+
+    mean |(eps_hat_{f+1} - eps_hat_f) - (eps_{f+1} - eps_f)|
     """
     error = eps_hat - eps
     return (error[:, 1:] - error[:, :-1]).abs().mean()
@@ -47,7 +48,8 @@ def auxiliary_losses(model, judges, batch, x0_hat):
     middle = frames.shape[1] // 2
     similarity = (judges.identity(frames[:, middle]) * reference_identity).sum(-1)  # b
     distance = judges.perceptual(frames.flatten(0, 1), truth.flatten(0, 1))  # (b f)
-    # The frames' own mel steps: the judges' five frames of speech, however many a frame of ours sees.
+    # The frames' own mel steps are the judges' window around the middle frame, however long ours are.
+    # `mouth_audio` leaves out the two windows at either end: of five equal ones it embeds one.
     first = batch["mel"].shape[2] // 2 - 2
     mel = batch["mel"][:, :, first : first + 4].flatten(1, 2)  # b 20 mels
     audio = judges.mouth_audio(mel[:, None].expand(-1, JUDGED_FRAMES, -1, -1))  # b 1 d
@@ -349,6 +351,11 @@ def train_adapter(
     return trained, sums
 
 
+def num_local_steps(num_samples, local_epochs, batch_size):
+    """Return how many steps a client trains in a round, at least one."""
+    return max(1, round(local_epochs * num_samples / batch_size))
+
+
 def local_update(model, judges, client, state, seed, *, local_epochs, lr, batch_size, **kwargs):
     """Return a client's update phi_k - g [d] of one round, and the mean terms of its loss; kwargs
     as `train_adapter`.
@@ -356,7 +363,7 @@ def local_update(model, judges, client, state, seed, *, local_epochs, lr, batch_
     With SCAFFOLD's c in the state the update is [2 d]: its second half is c_i+ - c_i with c_i+ =
     c_i - c - (phi_k - g) / (K lr) (Karimireddy et al. 2020, Algorithm 1, option II).
     """
-    num_steps = max(1, round(local_epochs * client.num_samples / batch_size))
+    num_steps = num_local_steps(client.num_samples, local_epochs, batch_size)
     kwargs |= {"num_steps": num_steps, "lr": lr, "batch_size": batch_size}
     start = state["adapter"]
     if "control" not in state:
@@ -456,9 +463,7 @@ def server_update(state, mean, server_lr, participation):
 
 
 def zero_update(state):
-    """Return zeros of the length of a client's update: [d], or with SCAFFOLD's control variate [2
-    d].
-    """
+    """Return zeros of the length of a client's update, [d] or with SCAFFOLD's c_i [2 d]."""
     return torch.zeros(len(state["adapter"]) * (2 if "control" in state else 1))
 
 

@@ -729,7 +729,8 @@ class TalkingHead(nn.Module):
         self.prior = GaussianPrior(self.motion_channels * self.latent_size**2, prior_modes)
         self.register_buffer("motion_std", torch.ones(self.motion_channels, 1, 1))
         self.register_buffer("reference_std", torch.ones(latent_channels, 1, 1))
-        self.register_buffer("loss_weights", torch.ones(self.motion_channels, *[self.latent_size] * 2))
+        grid = self.latent_size, self.latent_size
+        self.register_buffer("loss_weights", torch.ones(self.motion_channels, *grid))
 
     @torch.no_grad()
     def fit_statistics(self, motion, reference_latents, mel):
@@ -821,8 +822,9 @@ class TalkingHead(nn.Module):
         return (self.loss_weights * x.square()).flatten(2).mean(2)
 
     def training_losses(self, batch, t, eps, scales=None):
-        """Return the diffusion loss [b] (Eq. 6) of a batch, x0_hat and eps_hat [b f m h w], at t [b
-        f] with noise eps.
+        """Return the diffusion loss [b] (Eq. 6), x0_hat and eps_hat [b f m h w] of a batch.
+
+        t [b f] are the noise levels, eps [b f m h w] is the noise.
 
         The squared error of x0 is divided by the clip's own power (at least a quarter of the
         prior's variance), so that calm clips count as much as lively ones, and by 1 - alpha_bar (at
@@ -844,8 +846,9 @@ class TalkingHead(nn.Module):
         return loss, x0_hat, self.diffusion.implied_eps(x0_hat, xt, t)
 
     def sample(self, conditions, reference_latents, noise, known, num_steps, guidance):
-        """Return x0 [b f m h w] sampled from `noise` [b f m h w], its first frames being `known` [b
-        k m h w].
+        """Return x0 [b f m h w] sampled from `noise` [b f m h w].
+
+        Its first frames are `known` [b k m h w].
 
         Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w): x0 =
         x0_without + guidance (x0_with - x0_without). In pure noise only, where nothing but speech
@@ -876,10 +879,10 @@ class TalkingHead(nn.Module):
         """Yield frames [b w 3 H W] in [-1, 1], one window after another, of `reference` speaking
         `mel` [b f n m].
 
-        reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves; words [b
-        n]: of the prompt. Each window continues from the last KNOWN_FRAMES frames of the one before
-        and starts from the reference again, so that neither memory nor errors grow with the clip.
-        The first window is half as long, so that its frames come sooner.
+        reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves;
+        words [b n]: of the prompt. Each window continues from the last KNOWN_FRAMES frames of the
+        one before and starts from the reference again, so that neither memory nor errors grow with
+        the clip. The first window is half as long, so that its frames come sooner.
         """
         if window <= 2 * KNOWN_FRAMES:
             raise ValueError(f"sampling.window must be above {2 * KNOWN_FRAMES}, not {window}")

@@ -43,7 +43,7 @@ import privacy
 DEFAULTS = Path(__file__).with_name("config.yaml")
 MAX_RANK = 16  # directions of each layer that backbone.pt keeps (lora.leading_directions)
 SAVE_EVERY = 100  # steps of the backbone
-KEPT_IN_MEMORY = 128  # participants whose encoded clips stay in memory between rounds
+KEPT_IN_MEMORY = 128  # participants whose validation batch stays in memory between rounds
 
 
 # ---------------------------------------------------------------- configuration
@@ -386,7 +386,8 @@ def sample_frames(clips, num_frames, generator):
     frames = data.sample_batch(clips, num_frames, 1, generator)["frames"]  # n 1 3 H W
     # half as far off as the judges see them
     view = torch.rand(num_frames, len(data.VIEW_NAMES), generator=generator) - 0.5
-    for name in ("roll", "degradation"):  # people hold their heads upright; blur is not to be learned
+    # People hold their heads upright, and blur is not to be learned.
+    for name in ("roll", "degradation"):
         view[:, data.VIEW_NAMES.index(name)] = 0
     return 2 * data.augment(data.to_unit(frames), view, generator)[:, 0] - 1
 
@@ -882,9 +883,8 @@ def describe_communication(config, model, numbers):
     about["bytes_up"] = about["bytes_down"]
     if mechanism:
         cohort_size = round(config["fed"]["sample_rate"] * config["data"]["clients"])
-        about["bytes_up"] = fed.round_params(
-            mechanism, cohort_size
-        ).num_bytes()  # keys and shares, too
+        params = fed.round_params(mechanism, cohort_size)
+        about["bytes_up"] = params.num_bytes()  # keys and shares, too
     return about
 
 
@@ -1285,9 +1285,7 @@ def speaking_blocks(stream, num_frames, watermark):
 
 
 def read_speech_windows(args, config):
-    """Return the audio int16 [640 f] of --speech, at most --seconds of it, and its mel windows [1 f
-    n m].
-    """
+    """Return --speech, at most --seconds of it: audio int16 [640 f] and mel windows [1 f n m]."""
     audio = data.read_speech(args.speech)
     if args.seconds:
         audio = audio[: round(args.seconds * data.SAMPLE_RATE)]
@@ -1309,9 +1307,7 @@ def add_watermark(frames):
 
 
 def personalize_own(args, config, device):
-    """--action personalize: a person's own videos become an adapter; its gain is measured on held-
-    out pieces.
-    """
+    """--action personalize: make an adapter of a person's videos, and measure it on others."""
     for flag in ("clips", "resume"):
         if not getattr(args, flag):
             raise ValueError(f"--action personalize needs --{flag}")
@@ -1370,10 +1366,10 @@ def dry_run(config, device):
         epsilon = f"{report['epsilon']:.4g} at delta {report['delta']:g} if cohorts are known"
     print(f"epsilon {epsilon}; noise multiplier {noise_multiplier:.4g}")
 
-    held_out = 2 * max(1, round(synthetic["clips_per_client"] / 5))  # validation and test clips
-    num_clips = synthetic["clips_per_client"] - held_out
+    num_clips = synthetic["clips_per_client"]
+    num_clips -= 2 * data.num_held_out(num_clips)
     windows = num_clips * int(synthetic["seconds"] * data.FPS / b["num_frames"])
-    local_steps = max(1, round(f["local_epochs"] * windows / f["batch_size"]))
+    local_steps = fed.num_local_steps(windows, f["local_epochs"], f["batch_size"])
     cohort = f["sample_rate"] * config["data"]["clients"]
     backbone_hours = b["steps"] * backbone_step / 3600
     rounds_hours = f["rounds"] * cohort * local_steps * client_step / 3600
@@ -1585,7 +1581,8 @@ def main(argv=None):
             torch.distributed.destroy_process_group()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         # torch has no class for a CPU whose memory is short; any other RuntimeError is our fault
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+        short_of_memory = re.search("(out of|allocate) memory", str(error))
+        if isinstance(error, RuntimeError) and not short_of_memory:
             raise
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(1)  # if rank 0 fails of the same, this process ends without repeating it

@@ -253,6 +253,9 @@ def test_most_of_the_loss_weighs_places_by_what_speech_explains():
     assert float((weights * power)[0, 1, 1] / power.sum()) == pytest.approx(0.75, abs=0.05)
     lively = talking.speech_weights(x0 * torch.linspace(0.1, 10, 64).view(64, 1, 1, 1, 1), mel)
     assert torch.allclose(lively, weights)  # every clip counts the same
+    x0[:, :, 1, 1, 1] = x0[:, :, 0, 1, 1] + 3 * torch.randn(64, 1, generator=generator)
+    weights = talking.speech_weights(x0, mel)  # motion is what changes over time
+    assert float(weights[1, 1, 1]) == pytest.approx(float(weights[0, 1, 1]), rel=0.1)
     silence = talking.speech_weights(x0, torch.zeros_like(mel))
     assert torch.allclose(silence, torch.tensor(0.25))
 
@@ -627,6 +630,15 @@ def test_guidance_zero_ignores_speech_and_one_is_plain():
     near_one = generate(model, reference, mel, words, guidance=1.0 + 1e-6)
     assert torch.allclose(plain, near_one, atol=1e-3)
     assert not torch.allclose(plain, silent, atol=1e-3)
+
+
+def test_the_odds_of_a_timestep_are_three_times_those_of_u():
+    u = torch.tensor([0.0, 0.25, 0.5, 0.9])
+    odds = 3 * u / (1 - u)
+    expected = 1000 * odds / (1 + odds)
+    t = talking.Diffusion().timestep(u)
+    assert (t - expected).abs().max() < 1
+    assert int(talking.Diffusion(50).timestep(torch.tensor([1 - 1e-6]))) == 49
 
 
 @torch.no_grad()

@@ -906,11 +906,12 @@ def read_notes(path, num_frames):
     return prompt, None, f"its .txt does not give {num_frames} mouth openings in 0..1"
 
 
-def by_person(clips):
-    """{person: [Clip]}, in the order of the clips."""
+def by_person(clips, min_frames=0):
+    """{person: [Clip of at least so many frames]}, in the order of the clips."""
     people = {}
     for clip in clips:
-        people.setdefault(clip.person, []).append(clip)
+        if clip.num_frames >= min_frames:
+            people.setdefault(clip.person, []).append(clip)
     return people
 
 
@@ -1045,16 +1046,16 @@ def add_fault(rng, frames, audio, fault):
 # ---------------------------------------------------------------- batches
 
 
-def sample_batch(clips, batch_size, num_frames, generator, window=5):
-    """Draw windows of clips, with equal probability for all people, each with a reference picture:
-    a frame of any clip of the person, outside of the window where there is room.
+def sample_batch(people, batch_size, num_frames, generator, window=5):
+    """Draw windows of clips {person: [Clip of at least num_frames]}, with equal probability for all
+    people, each with a reference picture: a frame of any of the person's clips, outside of the
+    window where there is room.
 
     Returns a dict of tensors frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f (4
     window) 40], opening [b f] (NaN if unknown), and of lists person and prompt. Where the reference
     is of a clip with the same prompt, it shows the expression already and the prompt is "". Raises
-    ValueError if no clip is long enough.
+    ValueError if nobody has a clip.
     """
-    people = by_person(clip for clip in clips if clip.num_frames >= num_frames)
     if not people:
         raise ValueError(f"no clip has the {num_frames} frames that a training window needs")
     names = sorted(people)

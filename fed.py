@@ -190,10 +190,10 @@ def encode_batch(model, batch):
     return encoded
 
 
-def sample_batch(model, clips, batch_size, num_frames, generator):
-    """Return a random batch of windows of `clips`, encoded."""
+def sample_batch(model, people, batch_size, num_frames, generator):
+    """Return a random batch of windows of clips {person: [Clip]}, encoded."""
     window = model.speech_encoder.window
-    return encode_batch(model, data.sample_batch(clips, batch_size, num_frames, generator, window))
+    return encode_batch(model, data.sample_batch(people, batch_size, num_frames, generator, window))
 
 
 def fixed_batch(model, clips, picture, num_frames):
@@ -218,22 +218,24 @@ class Client:
     """One person's clips, split into train, validation and test, the batches made of them, and
     SCAFFOLD's c_i.
 
-    Everything here stays with the client. `folder` keeps c_i on the client's disk; without it, it
-    lives in memory.
+    Everything here stays with the client. c_i = {round: c_i after that many rounds}, the last two,
+    is kept in `folder`, where every process finds it, as another may have the client's next round;
+    without a folder it lives in memory.
     """
 
     def __init__(self, name, split, num_frames, folder=None):
         self.name = name
         self.split = split
         self.num_frames = num_frames
+        self.train_clips = data.by_person(split["train"], num_frames)
         self.num_samples = sum(clip.num_frames // num_frames for clip in split["train"])
         self.control_file = folder / f"{name}.pt" if folder else None
-        self.controls = None  # {round: c_i after that many rounds}, the last two
+        self.controls = {}
         self.held_out = None
 
     def train_batch(self, model, batch_size, generator):
         """Return a random batch of training windows."""
-        return sample_batch(model, self.split["train"], batch_size, self.num_frames, generator)
+        return sample_batch(model, self.train_clips, batch_size, self.num_frames, generator)
 
     def validation_batch(self, model, num_frames=16):
         """Return a fixed batch of the first validation clip, its reference picture taken from the
@@ -245,38 +247,45 @@ class Client:
             self.held_out = fixed_batch(model, clips, picture, num_frames)
         return self.held_out
 
+    def read_controls(self):
+        """Return the last two c_i by round."""
+        if self.control_file and self.control_file.exists():
+            return torch.load(self.control_file, weights_only=True)
+        return self.controls
+
+    def write_controls(self, controls):
+        """Keep these c_i by round."""
+        if self.control_file is None:
+            self.controls = controls
+            return
+        self.control_file.parent.mkdir(parents=True, exist_ok=True)
+        with data.atomic_write(self.control_file) as temporary:
+            torch.save(controls, temporary)
+
     def load_control(self, num_rounds, length):
         """Return c_i [length] as it was after the run's first `num_rounds` rounds, zeros before the
         client's first.
         """
-        if self.controls is None:
-            self.controls = {}
-            if self.control_file and self.control_file.exists():
-                self.controls = torch.load(self.control_file, weights_only=True)
+        controls = self.read_controls()
         # A killed round may have left a later one.
-        earlier = [r for r in self.controls if r <= num_rounds]
-        return self.controls[max(earlier)] if earlier else torch.zeros(length)
+        earlier = [r for r in controls if r <= num_rounds]
+        return controls[max(earlier)] if earlier else torch.zeros(length)
 
     def save_control(self, num_rounds, control):
         """Keep c_i as it is after `num_rounds` rounds, beside the one before."""
-        kept = sorted(r for r in self.controls if r < num_rounds)[-1:]
-        self.controls = {r: self.controls[r] for r in kept} | {num_rounds: control}
-        if self.control_file:
-            self.control_file.parent.mkdir(parents=True, exist_ok=True)
-            with data.atomic_write(self.control_file) as temporary:
-                torch.save(self.controls, temporary)
+        controls = self.read_controls()
+        kept = sorted(r for r in controls if r < num_rounds)[-1:]
+        self.write_controls({r: controls[r] for r in kept} | {num_rounds: control})
 
     def undo_control(self, num_rounds):
         """Take back c_i of round `num_rounds`: the client vanished before its update counted."""
-        if self.controls and self.controls.pop(num_rounds, None) is not None and self.control_file:
-            with data.atomic_write(self.control_file) as temporary:
-                torch.save(self.controls, temporary)
+        controls = self.read_controls()
+        if controls.pop(num_rounds, None) is not None:
+            self.write_controls(controls)
 
     def release(self):
         """Drop what is kept in memory, to bound that of large federations."""
         self.held_out = None
-        if self.control_file:
-            self.controls = None
 
 
 def pool_clients(clients):

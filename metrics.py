@@ -977,7 +977,9 @@ def split_for_judges(public, seed):
     return tuple({name: public[name] for name in sorted(half)} for half in halves)
 
 
-def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, progress=False):
+def train_judges(
+    people, steps=150, seed=0, batch_size=8, num_frames=28, progress=False, device="cpu"
+):
     """Return Judges trained on people {name: [data.Clip]}; every eighth is held out to score them.
 
     Each step sees `batch_size` stretches of `num_frames` frames, or of fewer where half of the
@@ -994,9 +996,10 @@ def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, progres
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judges = Judges()
+        judges = Judges().to(device)  # drawn on the CPU, so that a GPU starts from the same
         judges.has_opening = all(clip.opening is not None for _, clip in clips)
-        prototypes = nn.Parameter(torch.randn(len(trained), judges.face_head[-1].num_features))
+        prototypes = torch.randn(len(trained), judges.face_head[-1].num_features)
+        prototypes = nn.Parameter(prototypes.to(device))
         optimizer = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
         for step in tqdm(range(steps), "judges", mininterval=1, disable=not progress):
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
@@ -1006,7 +1009,7 @@ def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, progres
             loss.backward()
             optimizer.step()
     judges.eval().requires_grad_(False)
-    judges.scores = score_judges(judges, {name: people[name] for name in names[::8]})
+    judges.scores = score_judges(judges, {name: people[name] for name in names[::8]}, device)
     return judges
 
 
@@ -1028,8 +1031,10 @@ def draw_stretches(clips, batch_size, num_frames, generator):
 def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
     """Return the sum of all judges' losses on a batch of stretches, each seen in a random view."""
     b, f = frames.shape[:2]
+    device = prototypes.device
     view = torch.rand(b, len(data.VIEW_NAMES), generator=generator) * 2 - 1
-    frames = data.augment(frames, view, generator)  # b f 3 64 64
+    frames = data.augment(frames, view, generator).to(device)  # b f 3 64 64
+    labels, mel, opening, view = (x.to(device) for x in (labels, mel, opening, view))
     # -- identity: cosine softmax with a margin (CosFace, Wang et al. 2018), on a few frames
     faces = frames[:, :: f // 4]  # b k 3 64 64
     labels = labels.repeat_interleave(faces.shape[1])
@@ -1046,7 +1051,7 @@ def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
     video = judges.mouth_video(frames).flatten(0, 1)  # (b t) d
     audio = judges.mouth_audio(mel).flatten(0, 1)
     logits = 12 * video @ audio.T
-    target = torch.arange(len(logits))
+    target = torch.arange(len(logits), device=device)
     loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     # -- opening: how it moves counts more than its level
     if judges.has_opening:
@@ -1283,7 +1288,7 @@ class Evaluation:
         return mean_ci(list(values.values()), groups) | {"values": values}
 
 
-def score_judges(judges, people):
+def score_judges(judges, people, device="cpu"):
     """Return scores of judges on the true clips of people {name: [data.Clip]} unknown to them.
 
     These are the metrics with a star that compare with chance, and AUC and equal error rate of
@@ -1294,12 +1299,12 @@ def score_judges(judges, people):
         if len(clips) > 1:
             splits[name] = {"train": clips[:1], "test": clips[1:]}
     cases = make_cases(splits, num_frames=100, clips_per_person=4, window=5)
-    evaluation = Evaluation(cases, judges)
+    evaluation = Evaluation(cases, judges, device=device)
     right = []
     wrong = []
     for case in cases:
         evaluation.add("truth", case, case.frames)
-        identity = per_frame(judges.identity, case.frames).mean(0)
+        identity = per_frame(judges.identity, case.frames.to(device)).mean(0)
         for person, own in evaluation.gallery.items():
             similarity = float(F.cosine_similarity(identity, own, dim=0))
             (right if person == case.person else wrong).append(similarity)

@@ -381,9 +381,9 @@ def optimizer_step(optimizer, lr):
     optimizer.zero_grad()
 
 
-def sample_frames(clips, num_frames, generator):
+def sample_frames(public, num_frames, generator):
     """Return single public frames [n 3 H W] in [-1, 1], seen as by other cameras."""
-    frames = data.sample_batch(clips, num_frames, 1, generator)["frames"]  # n 1 3 H W
+    frames = data.sample_batch(public, num_frames, 1, generator)["frames"]  # n 1 3 H W
     # half as far off as the judges see them
     view = torch.rand(num_frames, len(data.VIEW_NAMES), generator=generator) - 0.5
     # People hold their heads upright, and blur is not to be learned.
@@ -392,7 +392,7 @@ def sample_frames(clips, num_frames, generator):
     return 2 * data.augment(data.to_unit(frames), view, generator)[:, 0] - 1
 
 
-def train_autoencoder(config, clips, device):
+def train_autoencoder(config, public, device):
     """Return the state of an AutoencoderKL trained on single public frames: L1 + L2 + a small KL."""
     settings = config["backbone"]
     torch.manual_seed(config["seed"])
@@ -400,11 +400,11 @@ def train_autoencoder(config, clips, device):
     sizes = config["model"]["latent_channels"], config["model"]["autoencoder_channels"]
     autoencoder = talking.AutoencoderKL(*sizes).to(device, memory_format=torch.channels_last)
 
-    autoencoder.init_linear_path(sample_frames(clips, 512, generator).to(device))
+    autoencoder.init_linear_path(sample_frames(public, 512, generator).to(device))
     optimizer = torch.optim.AdamW(autoencoder.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     bar = tqdm(range(settings["autoencoder_steps"]), "autoencoder", mininterval=1)
     for step in bar:
-        frames = sample_frames(clips, 24, generator).to(device)
+        frames = sample_frames(public, 24, generator).to(device)
         mean, log_variance = autoencoder.moments(frames)
         noise = torch.randn(mean.shape, generator=generator).to(device)
         error = autoencoder.decode(mean + noise * (log_variance / 2).exp()) - frames
@@ -448,7 +448,8 @@ def train_unet(config, autoencoder, public, device, partial):
         average.step = len(losses)
     else:
         num_frames = min(24, min(clip.num_frames for clip in clips))
-        batches = [fed.sample_batch(model, clips, 32, num_frames, generator) for _ in range(8)]
+        people = data.by_person(clips, num_frames)
+        batches = [fed.sample_batch(model, people, 32, num_frames, generator) for _ in range(8)]
         names = ("motion", "reference_latents", "mel")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches]) for name in names))
         average = talking.EMA(model, 0.995)
@@ -456,9 +457,10 @@ def train_unet(config, autoencoder, public, device, partial):
     step_kwargs = {"micro_batch": config["runtime"]["micro_batch"], "bf16": device.type == "cuda"}
     first = len(losses)
     bar = tqdm(range(first, settings["steps"]), "backbone", initial=first, total=settings["steps"])
+    people = data.by_person(clips, settings["num_frames"])  # grouped once: there may be 200,000
     for step in bar:
         size = settings["batch_size"], settings["num_frames"]
-        batch = fed.sample_batch(model, clips, *size, generator)
+        batch = fed.sample_batch(model, people, *size, generator)
         terms = fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         optimizer_step(optimizer, learning_rate(step, settings["steps"], settings["lr"]))
         average.update(model)
@@ -471,9 +473,9 @@ def train_unet(config, autoencoder, public, device, partial):
             save_checkpoint(partial, "partial backbone", state | {"losses": losses})
     model = average.module.requires_grad_(True)
     moments = {}
-    for own in tqdm(list(public.values())[:48], "directions", mininterval=1):
+    for name, own in tqdm(list(people.items())[:48], "directions", mininterval=1):
         size = min(8, 4 * len(own)), settings["num_frames"]
-        batch = fed.sample_batch(model, own, *size, generator)
+        batch = fed.sample_batch(model, {name: own}, *size, generator)
         fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         lora.add_gradient_moments(model.unet, moments)
     directions = lora.leading_directions(model.unet, moments, MAX_RANK)
@@ -548,10 +550,11 @@ def pretrain(config, public, cache, device, workers):
     for i in workers.assign([1.0] * len(missing)):
         started = time.perf_counter()
         if missing[i] == "autoencoder":
-            state = train_autoencoder(config, clips, device)
+            state = train_autoencoder(config, public, device)
         else:
             people = for_losses if missing[i] == "loss judges" else for_tables
-            state = metrics.train_judges(people, *judge_settings, progress=True).state_dict()
+            judges = metrics.train_judges(people, *judge_settings, progress=True, device=device)
+            state = judges.state_dict()
         finished[missing[i]] = {"state": state, "seconds": time.perf_counter() - started}
     finished = workers.merge(finished)
     if workers.rank > 0:

@@ -936,12 +936,12 @@ def test_pieces_of_a_clip_stay_aligned():
 
 
 def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
-    clips = [clip_of("a", str(i)) for i in range(3)] + [clip_of("b", "7")]
+    people = {"a": [clip_of("a", str(i)) for i in range(3)], "b": [clip_of("b", "7")]}
 
     def level(values):
         return ((values + 1) * 127.5).round()
 
-    batch = data.sample_batch(clips, 64, 8, torch.Generator().manual_seed(0))
+    batch = data.sample_batch(people, 64, 8, torch.Generator().manual_seed(0))
     assert batch["frames"].shape == (64, 8, 3, 8, 8) and batch["mel"].shape == (64, 8, 20, 40)
     assert batch["opening"].isnan().all() and set(batch["person"]) == {"a", "b"}
     name, time_of = level(batch["frames"][:, 0, 0, 0, 0]), level(batch["frames"][:, :, 1, 0, 0])
@@ -954,20 +954,21 @@ def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
     inside = (index[:, None] == time_of).any(1)
     assert inside[other != name].any() and not inside[other == name].any()
     assert (time_of[:, 0] < 5).any() and (time_of[:, 0] > 15).any()
-    again = data.sample_batch(clips, 64, 8, torch.Generator().manual_seed(0))
+    again = data.sample_batch(people, 64, 8, torch.Generator().manual_seed(0))
     assert all(torch.equal(batch[k], again[k]) for k in ("frames", "mel", "reference"))
-    whole = data.sample_batch(clips, 4, 30, torch.Generator().manual_seed(0))  # no room beside it
+    whole = data.sample_batch(people, 4, 30, torch.Generator().manual_seed(0))  # no room beside it
     assert whole["frames"].shape == (4, 30, 3, 8, 8)
     with pytest.raises(ValueError, match="31 frames"):
-        data.sample_batch(clips, 2, 31, torch.Generator())
+        data.sample_batch(data.by_person(people["a"], 31), 2, 31, torch.Generator())
 
 
 def test_a_prompt_is_left_out_where_the_reference_shows_it():
     sad = [replace(clip_of("a", "1"), prompt="sad"), replace(clip_of("a", "2"), prompt="sad")]
     generator = torch.Generator().manual_seed(0)
-    assert set(data.sample_batch(sad, 16, 8, generator)["prompt"]) == {""}
+    assert set(data.sample_batch({"a": sad}, 16, 8, generator)["prompt"]) == {""}
     calm = replace(sad[0], prompt="calm")
-    assert set(data.sample_batch([calm, sad[1]], 64, 8, generator)["prompt"]) == {"", "sad", "calm"}
+    both = data.sample_batch({"a": [calm, sad[1]]}, 64, 8, generator)
+    assert set(both["prompt"]) == {"", "sad", "calm"}
 
 
 def test_frames_become_tensors_and_back():
@@ -1063,7 +1064,9 @@ def test_clients_share_an_accent_and_everybody_has_one_of_their_own():
         return np.array([[mouth[0] for mouth in p.mouths.values()] for p in people])
 
     usual = np.array([shape[0] for shape in data.VOWELS.values()])
-    assert np.allclose(openings("client", 0.0), usual) and np.allclose(openings("public", 0.0), usual)
+    assert np.allclose(openings("client", 0.0), usual) and np.allclose(
+        openings("public", 0.0), usual
+    )
     for role, relation in (("public", 1), ("unseen", 1), ("client", -1)):
         mouths = openings(role, 0.7)
         assert mouths.std(0).min() > 0.02 and mouths.min() >= 0.3 and mouths.max() <= 1

@@ -6,8 +6,8 @@ bit by bit. torch's own FakeTensorMode holds shapes only: a run would end where 
 read, and without a driver its backward pass raises.
 
 Not covered, because it needs hardware: CUDA's kernels, their rounding, memory and speed, several
-GPUs. Inception, ArcFace and SyncNet are replaced by small networks, as theirs are large. Judges are
-trained on the CPU in any run (`metrics.train_judges`) and are random here.
+GPUs. Inception, ArcFace and SyncNet are replaced by small networks, as theirs are large. In whole runs
+the judges are random, and their training has a test of its own.
 """
 
 import contextlib
@@ -319,9 +319,9 @@ def runs(config, tmp_path_factory):
     save_checkpoint = train.save_checkpoint
     sample_batch = data.sample_batch
 
-    def sample_few(clips, batch_size, num_frames, *args):
+    def sample_few(people, batch_size, num_frames, *args):
         few = batch_size if num_frames == 1 else min(batch_size, 4)
-        return sample_batch(clips, few, num_frames, *args)
+        return sample_batch(people, few, num_frames, *args)
 
     def run(device):
         own = folder / device.type
@@ -506,7 +506,7 @@ def test_a_training_step_in_bfloat16(config, tmp_path):
         model = adapted_model(config, device)
         model.unet.conv_in.register_forward_hook(lambda *call: computed.append(call[2].dtype))
         judges = random_judges().to(device)
-        batch = fed.sample_batch(model, clips, 3, 6, torch.Generator().manual_seed(0))
+        batch = fed.sample_batch(model, {"c0": clips}, 3, 6, torch.Generator().manual_seed(0))
         generator = torch.Generator().manual_seed(1)
         terms = fed.backward(model, judges, batch, LOSS_WEIGHTS, generator, micro_batch, bf16)
         gradients = [p.grad.cpu().flatten() for p in lora.adapter_parameters(model)]
@@ -562,3 +562,16 @@ def test_clips_are_scored_equally_on_both_devices(tmp_path):
     assert ours == theirs
     of_others = {"kid", "kid*", "fid", "fid*", "lpips_vgg", "tlp_vgg", "id_similarity_r100"}
     assert set(metrics.METRICS) - set(ours[0]) <= of_others | {"silence_ratio*"}
+
+
+def test_judges_are_trained_equally_on_both_devices(tmp_path):
+    people = {f"p{i}": noise_clips(tmp_path, f"p{i}", 2) for i in range(5)}
+
+    def train_judges(device):
+        judges = metrics.train_judges(people, steps=2, batch_size=2, num_frames=10, device=device)
+        weights = [value.cpu() for value in judges.parameters()]
+        assert all(parameter.device == device for parameter in judges.parameters())
+        return train.checksum(weights), judges.scores
+
+    ours, theirs = on_both(train_judges, ["bernoulli_"])  # dropout's masks
+    assert ours == theirs

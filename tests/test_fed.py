@@ -211,7 +211,7 @@ def clips(tmp_path_factory):
 
 def test_a_batch_holds_the_motion_of_its_reference(clips):
     model = small_model()
-    batch = fed.sample_batch(model, clips, 2, 8, torch.Generator().manual_seed(0))
+    batch = fed.sample_batch(model, data.by_person(clips), 2, 8, torch.Generator().manual_seed(0))
     assert not batch["motion"].requires_grad and not batch["motion"].is_inference()
     motion, latents = model.encode_motion(batch["frames"][1:], batch["reference"][1:])
     assert torch.allclose(batch["motion"][1:], motion, atol=1e-5)
@@ -236,9 +236,9 @@ def test_only_training_clips_are_trained_on(clips, monkeypatch):
     used = []
     real = data.sample_batch
 
-    def watched(own_clips, *args, **kwargs):
-        used.extend(own_clips)
-        return real(own_clips, *args, **kwargs)
+    def watched(people, *args):
+        used.extend(clip for clips in people.values() for clip in clips)
+        return real(people, *args)
 
     monkeypatch.setattr(data, "sample_batch", watched)
     client.train_batch(model, 2, torch.Generator().manual_seed(0))
@@ -445,6 +445,18 @@ def test_scaffolds_control_variates_stay_with_the_clients(monkeypatch, tmp_path)
     assert torch.equal(kept, again) and not torch.equal(kept, before)
     clients[1].undo_control(2)
     assert torch.equal(clients[1].load_control(2, 4), before)
+
+
+def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
+    """Another process may have had the client's last round, and its memory may be released."""
+    one, other = (fed.Client("a", {"train": []}, 8, tmp_path) for _ in range(2))
+    one.save_control(1, torch.tensor([1.0]))
+    other.save_control(2, torch.tensor([2.0]))
+    assert one.load_control(2, 1) == 2
+    one.save_control(3, torch.tensor([3.0]))
+    one.release()
+    one.undo_control(3)
+    assert one.load_control(3, 1) == other.load_control(3, 1) == 2
 
 
 def test_a_round_weighs_clients_by_isfa(monkeypatch, tmp_path):

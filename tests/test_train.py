@@ -322,9 +322,9 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
     seen = set()
     real = data.sample_batch
 
-    def watched(clips, *args):
-        seen.update(clip.person for clip in clips)
-        return real(clips, *args)
+    def watched(people, *args):
+        seen.update(clip.person for clips in people.values() for clip in clips)
+        return real(people, *args)
 
     monkeypatch.setattr(data, "sample_batch", watched)
     monkeypatch.setitem(config["runtime"], "directory", str(folder / "other"))
@@ -466,10 +466,9 @@ def test_a_backbone_that_was_cut_off_is_continued_to_the_same(finished, tmp_path
     overrides = [*TINY, *places(folder), "backbone.steps=4"]
     config = train.load_config(train.DEFAULTS, overrides=overrides)
     public = train.load_people(config).public
-    clips = [clip for own in public.values() for clip in own]
     cpu = torch.device("cpu")
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
-    autoencoder = train.train_autoencoder(config, clips, cpu)
+    autoencoder = train.train_autoencoder(config, public, cpu)
     whole = train.train_unet(config, autoencoder, public, cpu, tmp_path / "whole.pt")
     real = train.talking.EMA.update
     calls = []

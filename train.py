@@ -972,11 +972,12 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     seconds = 0.0
     num_frames = 0
     for method in BASELINES + TRAINED:
+        used = global_model if method == "global adapter" else backbone_model
+        person = None
         for case in tqdm(cases, method, leave=False):
-            if method.startswith("personal"):
-                used = merged_copy(adaptable, personal[case.person])
-            else:
-                used = global_model if method == "global adapter" else backbone_model
+            if method.startswith("personal") and case.person != person:
+                person = case.person  # whose clips follow each other: one merged model at a time
+                used = merged_copy(adaptable, personal[person])
             started = time.perf_counter()
             if method in BASELINES:
                 frames = baseline_frames(method, case, used, splits[case.person])

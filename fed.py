@@ -563,6 +563,8 @@ def peers_alive():
     """Turn the error of a lost worker into a ConnectionError with a plain sentence."""
     try:
         yield
+    except dist.DistError as error:
+        raise ConnectionError(f"the workers cannot meet: {error}") from None
     except RuntimeError:
         time.sleep(3)  # the launcher may end this process, too, and knows more
         raise ConnectionError("another worker has ended: continue with --resume") from None

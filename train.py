@@ -631,6 +631,8 @@ def train(config, people, run, device, workers):
     # -- between clients and server: Algorithm 1
     clients = make_clients(config, people, run)
     state = workers.broadcast(load_or_initialize(config, model, backbone, run))
+    if "control" in state and not (run / "config.yaml").exists():  # which rank 0 has written
+        raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
     jitter = backbone["public_jitter"]
     state = federate(config, model, judges["loss"], clients, state, jitter, run, device, workers)
     stopwatch.lap("rounds")
@@ -929,23 +931,29 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     kwargs = training_kwargs(config, "personal", device) | {"num_steps": settings["steps"]}
     origin = checksum([state["adapter"], kwargs])
     description = describe_adapter(config, "personal", origin)
-    (run / "personal").mkdir(exist_ok=True)
-    own = {}
-    todo = workers.assign([1.0] * len(clients))
-    for k in tqdm(todo, "personal adapters", disable=workers.rank > 0):
-        client = clients[k]
-        path = run / "personal" / f"{client.name}.pt"
-        if path.exists():
+    (run / "personal").mkdir(parents=True, exist_ok=True)
+    paths = {client.name: run / "personal" / f"{client.name}.pt" for client in clients}
+    finished = {}
+    for name, path in paths.items():
+        if workers.rank == 0 and path.exists():
             content = load_checkpoint(path, "personal adapter")
             if content["description"] == description:  # else: of an earlier global adapter
-                own[client.name] = content["adapter"]
-                continue
-        seed = fed.derive_seed(config["fed"]["seed"], 10**6, k)
+                finished[name] = content
+    finished = workers.broadcast(finished)
+    todo = [k for k, client in enumerate(clients) if client.name not in finished]
+    own = {}
+    mine = workers.assign([1.0] * len(todo))
+    for i in tqdm(mine, "personal adapters", disable=workers.rank > 0):
+        client = clients[todo[i]]
+        seed = fed.derive_seed(config["fed"]["seed"], 10**6, todo[i])
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
-        content = {"adapter": trained, "description": description}
-        save_checkpoint(path, "personal adapter", content)
-        own[client.name] = trained
-    return workers.merge(own)
+        own[client.name] = {"adapter": trained, "description": description}
+        save_checkpoint(paths[client.name], "personal adapter", own[client.name])
+    trained = workers.merge(own)
+    if workers.rank == 0:
+        for name in trained.keys() - own.keys():  # they may be on the disk of another machine
+            save_checkpoint(paths[name], "personal adapter", trained[name])
+    return {name: content["adapter"] for name, content in (finished | trained).items()}
 
 
 # ---------------------------------------------------------------- evaluation and report
@@ -1532,6 +1540,11 @@ def run_action(args, config, devices, workers):
         run = workers.broadcast(Path(args.resume or Path(config["runtime"]["directory"]) / name))
         with workers.first_on_machine():
             people = load_people(config)  # refuses what it must before anything is written
+        clips = [
+            (c.person, c.name, c.num_frames) for p in people for own in p.values() for c in own
+        ]
+        if len(set(workers.merge({workers.rank: checksum(clips)}).values())) > 1:
+            raise ValueError(f"{config['data']['root']}: its clips differ between the machines")
         with run_lock(run) if workers.rank == 0 else contextlib.nullcontext():
             if workers.rank == 0:
                 write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -1572,15 +1585,20 @@ def main(argv=None):
     size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         devices = choose_devices(args.gpus)
-        config = configure(args)
-        if config["weights"] and not Path(config["weights"]).is_dir():
-            raise ValueError(f"weights: no folder {config['weights']}")  # read after the training
-        if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
-            sys.exit(launch(argv, len(devices)))
         if size > 1:  # the others wait for rank 0 as long as a backbone takes
             timeout = datetime.timedelta(days=30)
-            torch.distributed.init_process_group("gloo", timeout=timeout)
-        run_action(args, config, devices, fed.Workers())
+            with fed.peers_alive():
+                torch.distributed.init_process_group("gloo", timeout=timeout)
+        workers = fed.Workers()
+        config = None
+        if workers.rank == 0:  # the folder of a run need not be there on every machine
+            config = configure(args)
+            if config["weights"] and not Path(config["weights"]).is_dir():
+                raise ValueError(f"weights: no folder {config['weights']}")  # read after training
+        config = workers.broadcast(config)
+        if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
+            sys.exit(launch(argv, len(devices)))
+        run_action(args, config, devices, workers)
         if size > 1:
             torch.distributed.destroy_process_group()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

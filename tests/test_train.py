@@ -4,7 +4,9 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -542,6 +544,45 @@ def test_two_workers_one_of_them_killed_make_the_same_run_as_one(finished, monke
         paths = [run / "personal" / f"{name}.pt" for run in (one, two)]
         own = [train.load_checkpoint(path, "personal adapter")["adapter"] for path in paths]
         assert torch.equal(*own)
+
+
+def run_node(rank, num_workers, port, folder, *arguments):
+    """Start one of two machines of a run by torchrun, with `folder` for its disk."""
+    options = {"nnodes": 2, "node-rank": rank, "nproc-per-node": num_workers}
+    options |= {"master-addr": "127.0.0.1", "master-port": port}
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    command += [str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+
+
+def test_two_machines_that_share_no_disk_make_the_run_of_one_process(
+    finished, tmp_path, monkeypatch
+):
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    skip_evaluation(monkeypatch)
+    shutil.copytree(folder / "people", tmp_path / "people")
+    places = ["data.root=people", "runtime.directory=runs", "runtime.cache=cache"]
+    settings = ["--set", *TINY, *places, "privacy.seed=0"]
+    train.main(["--gpus", "cpu", *settings, "name=alone"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings += ["name=nodes"]
+    with (
+        run_node(0, 1, port, folder, *settings) as first,
+        run_node(1, 2, port, tmp_path, *settings) as second,
+    ):
+        for node in (first, second):
+            output = node.communicate()[0]
+            assert node.returncode == 0, output
+    alone, nodes = (next((folder / "runs").glob(f"*-{name}")) for name in ("alone", "nodes"))
+    for name in ("last.pt", "personal/client-000.pt", "personal/client-001.pt"):
+        kind = "global adapter" if name == "last.pt" else "personal adapter"
+        states = [train.load_checkpoint(run / name, kind)["adapter"] for run in (alone, nodes)]
+        assert torch.equal(*states), name
 
 
 def test_workers_end_with_their_parent_also_while_they_start(finished):

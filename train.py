@@ -1375,7 +1375,8 @@ def dry_run(config, device):
     report = describe_privacy(config, {"adapter": adapter, "accountant": spent})
     epsilon = f"inf: {report.get('reason') or report.get('no_privacy_because')}"
     if report["private"]:
-        epsilon = f"{report['epsilon']:.4g} at delta {report['delta']:g} if cohorts are known"
+        epsilon = f"{report['epsilon']:.4g} at delta {report['delta']:g} if cohorts are known, "
+        epsilon += f"{report['epsilon_with_sampling']:.4g} if they are not"
     print(f"epsilon {epsilon}; noise multiplier {noise_multiplier:.4g}")
 
     num_clips = synthetic["clips_per_client"]

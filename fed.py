@@ -335,7 +335,9 @@ def train_adapter(
         optimizer = torch.optim.SGD(parameters, lr=lr)
         corrections = lora.split_vector(parameters, correction)
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # of the adapters' dropout
+    torch.default_generator.manual_seed(seed)  # of the adapters' dropout
+    if parameters[0].is_cuda:  # torch.manual_seed is slow: it asks for each kind of device
+        torch.cuda.manual_seed(seed)
     model.unet.train()
     sums = {}
     for step in range(num_steps):
@@ -355,7 +357,7 @@ def train_adapter(
             sums[name] = sums.get(name, 0.0) + value / num_steps
     model.unet.eval()
     trained = lora.adapter_vector(model)
-    if not trained.isfinite().all():
+    if not trained.sum().isfinite():
         raise ValueError("the adapter is not finite")
     return trained, sums
 
@@ -453,7 +455,9 @@ def plain_mean(uploads, dropouts):
     if not survivors:
         raise privacy.AggregationAborted("no client is left")
     weight_sum = sum(uploads[i][1] for i in survivors)
-    total = sum(uploads[i][1] * uploads[i][0].double() for i in survivors)
+    total = torch.zeros(len(uploads[survivors[0]][0]), dtype=torch.float64)
+    for i in survivors:
+        total.add_(uploads[i][0], alpha=uploads[i][1])
     return total / weight_sum, weight_sum, survivors
 
 

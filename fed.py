@@ -337,7 +337,7 @@ def train_adapter(
     generator = torch.Generator().manual_seed(seed)
     torch.default_generator.manual_seed(seed)  # of the adapters' dropout
     if parameters[0].is_cuda:  # torch.manual_seed is slow: it asks for each kind of device
-        torch.cuda.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)
     model.unet.train()
     sums = {}
     for step in range(num_steps):
@@ -357,7 +357,7 @@ def train_adapter(
             sums[name] = sums.get(name, 0.0) + value / num_steps
     model.unet.eval()
     trained = lora.adapter_vector(model)
-    if not trained.sum().isfinite():
+    if not trained.sum().isfinite():  # one value that is not makes the sum so
         raise ValueError("the adapter is not finite")
     return trained, sums
 

@@ -949,11 +949,12 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
         own[client.name] = {"adapter": trained, "description": description}
         save_checkpoint(paths[client.name], "personal adapter", own[client.name])
-    trained = workers.merge(own)
+    finished |= workers.merge(own)
     if workers.rank == 0:
-        for name in trained.keys() - own.keys():  # they may be on the disk of another machine
-            save_checkpoint(paths[name], "personal adapter", trained[name])
-    return {name: content["adapter"] for name, content in (finished | trained).items()}
+        others = {clients[k].name for k in todo} - own.keys()
+        for name in others:  # these may be on the disk of another machine
+            save_checkpoint(paths[name], "personal adapter", finished[name])
+    return {name: content["adapter"] for name, content in finished.items()}
 
 
 # ---------------------------------------------------------------- evaluation and report

@@ -50,8 +50,8 @@ def protocol(n, length, neighbors, num_dropped=0):
 if __name__ == "__main__":
     accountant()
     key_agreement()
-    protocol(100, 1233, 34)
-    protocol(100, 1233, 34, num_dropped=20)
-    protocol(100, 1233, None)
+    protocol(100, 2000, 34)
+    protocol(100, 2000, 34, num_dropped=20)
+    protocol(100, 2000, None)
     protocol(100, 100_000, 34)
-    protocol(750, 1233, privacy.choose_neighbors(750))
+    protocol(750, 2000, privacy.choose_neighbors(750))

@@ -1,0 +1,262 @@
+"""The same linear task here, in Flower's simulation, in pfl-research and in a bare loop.
+
+    pip install "flwr[simulation]" pfl psutil
+    python tests/bench_peers.py
+
+100 clients with a batch of 8 rows each, 10 of them in a round, 100 rounds, one local step on 1,024
+trained numbers. Each system runs in processes of its own, one after another, once without privacy
+and once with all of secure sum and noise that it has. It writes tests/results/peers.md: the median
+of a round by the clock, the processor time of the whole run, and the largest memory of all its
+processes together.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_CLIENTS = 100
+COHORT = 10
+NUM_ROUNDS = 100
+NUM_INPUTS = 1023  # and a bias
+CLIP_NORM = 2.6
+SYSTEMS = {
+    "bare loop": ("loop", False, "–"),
+    "PrivFedTalk": ("ours", False, "–"),
+    "Flower": ("flower", False, "–"),
+    "pfl-research": ("pfl", False, "–"),
+    "PrivFedTalk, private": ("ours", True, "secure sum, noise of the clients"),
+    "Flower, private": ("flower", True, "secure sum (SecAgg+), noise of the server"),
+    "pfl-research, private": ("pfl", True, "noise of the server"),
+}
+
+
+def make_batch(client):
+    """Return a client's x [8 1023] and y [8 1]."""
+    generator = torch.Generator().manual_seed(client)
+    x = torch.randn(8, NUM_INPUTS, generator=generator)
+    return x, torch.randn(8, 1, generator=generator)
+
+
+def train_step(net, x, y):
+    """Take one local step."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    (net(x) - y).square().mean().backward()
+    optimizer.step()
+
+
+def run_loop(private):
+    """Return the moments at which rounds ended, in seconds."""
+    start = torch.nn.Linear(NUM_INPUTS, 1).state_dict()
+    rng = np.random.default_rng(0)
+    moments = [time.perf_counter()]
+    for _ in range(NUM_ROUNDS):
+        total = {name: torch.zeros_like(value) for name, value in start.items()}
+        for client in rng.choice(NUM_CLIENTS, COHORT, replace=False).tolist():
+            net = torch.nn.Linear(NUM_INPUTS, 1)
+            net.load_state_dict(start)
+            train_step(net, *make_batch(client))
+            total = {name: total[name] + value for name, value in net.state_dict().items()}
+        start = {name: value / COHORT for name, value in total.items()}
+        moments.append(time.perf_counter())
+    return moments
+
+
+def run_ours(private):
+    """Return the moments at which rounds ended; adapters of 1,024 numbers, saved every round."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from bench_rounds import run_linear
+
+    settings = [] if private else ["privacy.enabled=false"]
+    clock = time.process_time
+    time.process_time = time.perf_counter  # run_linear counts processor time
+    seconds, _, _ = run_linear(NUM_ROUNDS, NUM_INPUTS + 1, NUM_CLIENTS, *settings)
+    time.process_time = clock
+    return np.cumsum([0, *seconds]).tolist()
+
+
+def run_flower(private):
+    """Return the moments at which rounds ended."""
+    from flwr.client import ClientApp, NumPyClient
+    from flwr.client.mod import fixedclipping_mod, secaggplus_mod
+    from flwr.common import ndarrays_to_parameters
+    from flwr.server import LegacyContext, ServerApp, ServerConfig
+    from flwr.server.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg
+    from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+    from flwr.simulation import run_simulation
+
+    class Client(NumPyClient):
+        def __init__(self, number):
+            self.number = number
+
+        def fit(self, parameters, config):
+            net = torch.nn.Linear(NUM_INPUTS, 1)
+            names = list(net.state_dict())
+            net.load_state_dict(dict(zip(names, map(torch.tensor, parameters))))
+            x, y = make_batch(self.number)
+            train_step(net, x, y)
+            return [value.numpy() for value in net.state_dict().values()], len(x), {}
+
+    class Timed(FedAvg):
+        def aggregate_fit(self, *args):
+            moments.append(time.perf_counter())
+            return super().aggregate_fit(*args)
+
+    moments = []
+    start = torch.nn.Linear(NUM_INPUTS, 1).state_dict()
+    strategy = Timed(
+        fraction_fit=COHORT / NUM_CLIENTS,
+        fraction_evaluate=0.0,
+        min_available_clients=NUM_CLIENTS,
+        initial_parameters=ndarrays_to_parameters([value.numpy() for value in start.values()]),
+    )
+    fit = None
+    mods = []
+    if private:
+        strategy = DifferentialPrivacyClientSideFixedClipping(strategy, 1.0, CLIP_NORM, COHORT)
+        fit = SecAggPlusWorkflow(num_shares=COHORT, reconstruction_threshold=COHORT // 2 + 1)
+        mods = [secaggplus_mod, fixedclipping_mod]
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        config = ServerConfig(num_rounds=NUM_ROUNDS)
+        context = LegacyContext(context=context, config=config, strategy=strategy)
+        DefaultWorkflow(fit_workflow=fit)(grid, context)
+
+    def make_client(context):
+        return Client(int(context.node_config["partition-id"])).to_client()
+
+    run_simulation(
+        server_app=server,
+        client_app=ClientApp(client_fn=make_client, mods=mods),
+        num_supernodes=NUM_CLIENTS,
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0}},
+    )
+    return moments
+
+
+def run_pfl(private):
+    """Return the moments at which rounds ended."""
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.callback.base import TrainingProcessCallback
+    from pfl.data.federated_dataset import FederatedDataset
+    from pfl.data.pytorch import PyTorchTensorDataset
+    from pfl.data.sampling import get_user_sampler
+    from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.model.pytorch import PyTorchModel
+    from pfl.privacy.gaussian_mechanism import GaussianMechanism
+    from pfl.privacy.privacy_mechanism import CentrallyAppliedPrivacyMechanism
+
+    class Net(torch.nn.Linear):
+        def loss(self, x, y, eval=False):
+            return (self(x) - y).square().mean()
+
+        def metrics(self, x, y, eval=False):
+            return {}
+
+    class Clock(TrainingProcessCallback):
+        def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
+            moments.append(time.perf_counter())
+            return False, {}
+
+    moments = []
+    users = FederatedDataset(
+        lambda user: PyTorchTensorDataset(make_batch(user)),
+        get_user_sampler("random", list(range(NUM_CLIENTS))),
+    )
+    mechanism = CentrallyAppliedPrivacyMechanism(GaussianMechanism(CLIP_NORM, 1.0))
+    backend = SimulatedBackend(users, users, [mechanism] if private else [])
+    net = Net(NUM_INPUTS, 1)
+    model = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), lr=1.0))
+    FederatedAveraging().run(
+        NNAlgorithmParams(
+            central_num_iterations=NUM_ROUNDS,
+            evaluation_frequency=10**6,
+            train_cohort_size=COHORT,
+            val_cohort_size=0,
+        ),
+        backend,
+        model,
+        NNTrainHyperParams(local_num_epochs=1, local_learning_rate=0.01, local_batch_size=None),
+        NNEvalHyperParams(local_batch_size=None),
+        [Clock()],
+    )
+    return moments
+
+
+def watch(function, private):
+    """Run one system in a process of its own; return its figures, or why it did not run."""
+    import psutil
+
+    peak = 0
+    spent = {}  # process -> processor time
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "moments.json")
+        command = [sys.executable, __file__, function, str(int(private)), str(output)]
+        with open(Path(folder, "log"), "w+") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            tree = psutil.Process(process.pid)
+            while process.poll() is None:
+                memory = 0
+                try:
+                    for member in [tree, *tree.children(recursive=True)]:
+                        memory += member.memory_info().rss
+                        times = member.cpu_times()
+                        spent[member.pid] = times.user + times.system
+                except psutil.NoSuchProcess:
+                    continue
+                peak = max(peak, memory)
+                time.sleep(0.1)
+            log.seek(0)
+            lines = log.read().strip().splitlines()
+        if process.returncode or not output.exists():
+            return None, (lines or ["no output"])[-1]
+        moments = json.loads(output.read_text())
+    median = 1e3 * np.median(np.diff(moments))
+    return (median, sum(spent.values()), peak / 2**20), None
+
+
+def main():
+    packages = {"flwr": "Flower", "pfl": "pfl-research"}
+    versions = [
+        f"{title} {importlib.metadata.version(name)}"
+        for name, title in packages.items()
+        if importlib.util.find_spec(name)
+    ]
+    lines = ["# Beside other simulators", "", __doc__.strip().split("\n\n", 2)[2], ""]
+    lines += [f"{', '.join(versions)}; {os.cpu_count()} cores.", ""]
+    lines += ["| system | privacy | ms a round | processor s | MiB |", "|---|---|---|---|---|"]
+    for name, (function, private, privacy) in SYSTEMS.items():
+        figures, reason = watch(function, private)
+        if figures:
+            cells = "{:.1f} | {:.0f} | {:.0f}".format(*figures)
+        else:
+            cells = f"did not run: {reason} | |"
+        lines.append(f"| {name} | {privacy} | {cells} |")
+        print(lines[-1], flush=True)
+    Path(__file__).parent.joinpath("results", "peers.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        run = {"loop": run_loop, "ours": run_ours, "flower": run_flower, "pfl": run_pfl}[
+            sys.argv[1]
+        ]
+        Path(sys.argv[3]).write_text(json.dumps(run(bool(int(sys.argv[2])))))
+    else:
+        main()

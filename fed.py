@@ -2,7 +2,8 @@
 update, the workers.
 
 A batch is a dict of tensors: frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f n m],
-motion [b f m h w], reference_latents [b c h w], words [b n] (token ids of the prompt).
+motion [b f m h w] divided by liveliness [b], reference_latents [b c h w], words [b n] (token ids of
+the prompt).
 """
 
 import contextlib
@@ -40,9 +41,10 @@ def tdc_loss(eps_hat, eps):
 def auxiliary_losses(model, judges, batch, x0_hat):
     """Return L_id, L_perc and L_sync (Eq. 9-11) of the decoded x0_hat [b 5 m h w], by name.
 
-    `batch` holds frames, reference and mel of the same five frames.
+    `batch` holds frames, reference, liveliness and mel of the same five frames.
     """
-    frames = data.to_unit(model.decode(x0_hat, batch["reference"]))  # b f 3 H W
+    decoded = model.decode(x0_hat, batch["reference"], batch["liveliness"])
+    frames = data.to_unit(decoded)  # b f 3 H W
     truth = data.to_unit(batch["frames"])
     reference_identity = judges.identity(data.to_unit(batch["reference"]))  # b d
     middle = frames.shape[1] // 2
@@ -119,6 +121,7 @@ def objective(model, judges, batch, noise, loss_weights, clips, bf16=False):
             "frames": own["frames"][row : row + 1, frames],
             "mel": own["mel"][row : row + 1, frames],
             "reference": own["reference"][row : row + 1],
+            "liveliness": own["liveliness"][row : row + 1],
         }
         losses = auxiliary_losses(model, judges, inputs, x0_hat[row : row + 1, frames].float())
         terms |= {name: noise["judged_weight"] * value for name, value in losses.items()}
@@ -178,36 +181,41 @@ def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
 
 @torch.no_grad()
 def encode_batch(model, batch):
-    """Return a batch of frames, reference, mel and prompt on the model's device, with what the
-    model is trained on: motion, reference_latents, words.
+    """Return a batch of frames, reference, liveliness, mel and prompt on the model's device, with
+    what the model is trained on: motion, reference_latents, words.
     """
     device = model.motion_std.device
-    encoded = {name: batch[name].to(device) for name in ("frames", "reference", "mel")}
+    names = ("frames", "reference", "liveliness", "mel")
+    encoded = {name: batch[name].to(device) for name in names}
     encoded["words"] = model.text_encoder.ids(batch["prompt"]).to(device)
     encoded["motion"], encoded["reference_latents"] = model.encode_motion(
-        encoded["frames"], encoded["reference"]
+        encoded["frames"], encoded["reference"], encoded["liveliness"]
     )
     return encoded
 
 
-def sample_batch(model, people, batch_size, num_frames, generator):
-    """Return a random batch of windows of clips {person: [Clip]}, encoded."""
+def sample_batch(model, people, batch_size, num_frames, generator, same_clip=False):
+    """Return a random batch of windows of clips {person: [Clip]}, encoded (`data.sample_batch`)."""
+    size = batch_size, num_frames
     window = model.speech_encoder.window
-    return encode_batch(model, data.sample_batch(people, batch_size, num_frames, generator, window))
+    return encode_batch(model, data.sample_batch(people, *size, generator, window, same_clip))
 
 
-def fixed_batch(model, clips, picture, num_frames):
-    """Return the first frames of every clip as the motion of `picture` uint8 [3 H W], as a batch.
+def fixed_batch(model, clips, training_clips, num_frames):
+    """Return the first frames of every clip as a batch.
 
-    The picture is of another clip than those whose loss or generation is reported. As long as the
-    shortest clip, at most `num_frames`.
+    The reference picture and the liveliness are those of the person's training clips, not of the
+    clips whose loss or generation is reported. As long as the shortest clip, at most `num_frames`.
     """
+    picture = data.reference_frame(training_clips)  # 3 H W
+    liveliness = data.typical_liveliness(training_clips)
     f = min(num_frames, *(clip.num_frames for clip in clips))
     window = model.speech_encoder.window
     mel = [torch.from_numpy(data.audio_windows(clip.mel, window, 0, f)) for clip in clips]
     batch = {
         "frames": torch.stack([data.to_float(clip.frames[:f]) for clip in clips]),
         "reference": data.to_float(picture).expand(len(clips), -1, -1, -1),
+        "liveliness": torch.full([len(clips)], liveliness),
         "mel": torch.stack(mel),
         "prompt": [clip.prompt for clip in clips],
     }
@@ -223,10 +231,11 @@ class Client:
     without a folder it lives in memory.
     """
 
-    def __init__(self, name, split, num_frames, folder=None):
+    def __init__(self, name, split, num_frames, folder=None, same_clip=False):
         self.name = name
         self.split = split
         self.num_frames = num_frames
+        self.same_clip = same_clip
         self.train_clips = data.by_person(split["train"], num_frames)
         self.num_samples = sum(clip.num_frames // num_frames for clip in split["train"])
         self.control_file = folder / f"{name}.pt" if folder else None
@@ -235,16 +244,16 @@ class Client:
 
     def train_batch(self, model, batch_size, generator):
         """Return a random batch of training windows."""
-        return sample_batch(model, self.train_clips, batch_size, self.num_frames, generator)
+        size = batch_size, self.num_frames
+        return sample_batch(model, self.train_clips, *size, generator, self.same_clip)
 
     def validation_batch(self, model, num_frames=16):
         """Return a fixed batch of the first validation clip, its reference picture taken from the
         training clips.
         """
         if self.held_out is None:
-            picture = data.reference_frame(self.split["train"])
             clips = self.split["validation"][:1]
-            self.held_out = fixed_batch(model, clips, picture, num_frames)
+            self.held_out = fixed_batch(model, clips, self.split["train"], num_frames)
         return self.held_out
 
     def read_controls(self):
@@ -296,7 +305,7 @@ def pool_clients(clients):
     for client in clients:
         for part, clips in client.split.items():
             split[part] += clips
-    return Client("pooled", split, clients[0].num_frames)
+    return Client("pooled", split, clients[0].num_frames, same_clip=clients[0].same_clip)
 
 
 # ---------------------------------------------------------------- one client's round
@@ -410,7 +419,9 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
     """
     generator = torch.Generator().manual_seed(seed)
     speech = batch["reference"], batch["mel"], batch["words"]
-    frames = data.to_unit(model.generate(*speech, generator, **sampling))  # b f 3 H W
+    liveliness = batch["liveliness"]
+    generated = model.generate(*speech, generator, liveliness=liveliness, **sampling)
+    frames = data.to_unit(generated)  # b f 3 H W
     reference_identity = judges.identity(data.to_unit(batch["reference"]))  # b d
     identity = judges.identity(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # b f d
     similarity = float((identity * reference_identity[:, None]).sum(-1).mean().clamp(0, 1))

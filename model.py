@@ -3,7 +3,7 @@ sampler.
 
 A frame is the reference picture, warped by a coarse flow, plus what its latent then lacks. Both
 together are the clip's *motion*: two channels of flow and c of latent residual on the latent grid,
-divided by their standard deviation. The diffusion runs on this x0, so that the network never has to
+divided by their standard deviation and by the clip's liveliness. The diffusion runs on this x0, so that the network never has to
 draw the face that the reference shows already.
 
 Before any network, x0 is modelled as a Gaussian N(0, S) whose covariance S = K (x) (U diag(v) U^T +
@@ -728,20 +728,22 @@ class TalkingHead(nn.Module):
         self.diffusion = Diffusion()
         self.prior = GaussianPrior(self.motion_channels * self.latent_size**2, prior_modes)
         self.register_buffer("motion_std", torch.ones(self.motion_channels, 1, 1))
+        self.register_buffer("typical_liveliness", torch.ones(()))
         self.register_buffer("reference_std", torch.ones(latent_channels, 1, 1))
         grid = self.latent_size, self.latent_size
         self.register_buffer("loss_weights", torch.ones(self.motion_channels, *grid))
 
     @torch.no_grad()
-    def fit_statistics(self, motion, reference_latents, mel):
+    def fit_statistics(self, motion, reference_latents, mel, liveliness):
         """Measure standard deviations, prior and loss weights on motion [b f m h w], reference
-        latents [b c h w] and mel windows [b f n m].
+        latents [b c h w], mel windows [b f n m] and liveliness [b] of public clips.
 
         The deviation of flow and residual is that of a typical mode, not of a typical value:
         correlated values have a higher SNR than their per-value variance suggests, and half of the
         noise levels would teach nothing (Hoogeboom et al. 2023, Sec. 3.1).
         """
         self.reference_std.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
+        self.typical_liveliness.copy_(liveliness.median())
         for part in (slice(0, 2), slice(2, None)):  # flow, residual
             flat = rearrange(motion[:, :, part], "b f m h w -> (b f) (m h w)")
             num_modes = min(64, *flat.shape)
@@ -754,9 +756,12 @@ class TalkingHead(nn.Module):
         self.loss_weights.copy_(speech_weights(x0, mel))
 
     @torch.no_grad()
-    def encode_motion(self, frames, reference):
-        """Return the motion [b f m h w], not normalised, of frames [b f 3 H W] from reference [b 3
-        H W], and the reference's latents [b c h w].
+    def encode_motion(self, frames, reference, liveliness):
+        """Return the motion [b f m h w] of frames [b f 3 H W] from reference [b 3 H W], divided by
+        the clip's liveliness [b] (`data.Clip.liveliness`), and the reference's latents [b c h w].
+
+        One Gaussian then fits calm and lively clips. For either alone it would be far too wide or
+        too narrow, and what is sampled of a calm clip would be noise.
         """
         num_frames = frames.shape[1]
         target = frames.flatten(0, 1)  # (b f) 3 H W
@@ -765,18 +770,20 @@ class TalkingHead(nn.Module):
         warped = warp(source, flow)  # (b f) 3 H W
         residual = self.autoencoder.encode(target) - self.autoencoder.encode(warped)
         motion = torch.cat([flow, residual], dim=1).unflatten(0, frames.shape[:2])
+        motion = motion / liveliness[:, None, None, None, None]
         return motion, self.autoencoder.encode(reference)
 
-    def decode(self, x0, reference):
-        """Return frames [b f 3 H W], about in [-1, 1], of normalised motion x0 [b f m h w] and
-        reference [b 3 H W].
+    def decode(self, x0, reference, liveliness):
+        """Return frames [b f 3 H W], about in [-1, 1], of normalised motion x0 [b f m h w],
+        reference [b 3 H W] and liveliness [b].
 
         The residual enters as the difference that it makes to the decoded picture, so that details
         of the reference which the autoencoder would lose (a pattern, a strand of hair) stay.
         Gradients reach the flow through the warped picture only: through the two decodings they
         cancel, but for terms of the residual's size.
         """
-        motion = rearrange(x0 * self.motion_std, "b f m h w -> (b f) m h w")
+        motion = x0 * self.motion_std * liveliness[:, None, None, None, None]
+        motion = rearrange(motion, "b f m h w -> (b f) m h w")
         flow, residual = motion.split([2, self.motion_channels - 2], dim=1)
         warped = warp(repeat(reference, "b c h w -> (b f) c h w", f=x0.shape[1]), flow)
         with torch.no_grad():
@@ -818,8 +825,15 @@ class TalkingHead(nn.Module):
         return linear + std * self.unet(linear, time, conditions, reference)
 
     def weighted_power(self, x):
-        """Return the mean square [b f] of x [b f m h w], its places weighted by `speech_weights`."""
-        return (self.loss_weights * x.square()).flatten(2).mean(2)
+        """Return the mean square [b f] of x [b f m h w], its places weighted by `speech_weights`
+        and its mean over the frames by a tenth.
+
+        That mean is how the window's pose and light differ from the reference's, which nothing that
+        the network hears or sees can tell.
+        """
+        still = x.mean(1, keepdim=True)  # b 1 m h w
+        square = (x - still).square() + 0.1 * still.square()
+        return (self.loss_weights * square).flatten(2).mean(2)
 
     def training_losses(self, batch, t, eps, scales=None):
         """Return the diffusion loss [b] (Eq. 6), x0_hat and eps_hat [b f m h w] of a batch.
@@ -837,12 +851,11 @@ class TalkingHead(nn.Module):
             batch["mel"], batch["reference"], batch["words"], scales
         )
         x0_hat = self(xt, t, conditions, batch["reference_latents"])
-        error = self.weighted_power(x0_hat - x0)  # b f
         smallest_power = 0.25 * self.prior.mean_variance()
-        power = self.weighted_power(x0).mean(1, keepdim=True).clamp(min=smallest_power)  # b 1
+        power = self.weighted_power(x0).mean(1).clamp(min=smallest_power)  # b
         _, noise = self.diffusion.coefficients(t, x0)
-        noise_variance = noise.flatten(1).square().clamp(min=0.05)  # b f
-        loss = (error / power / noise_variance).mean(1)
+        error = (x0_hat - x0) / noise.square().clamp(min=0.05).sqrt()  # b f m h w
+        loss = self.weighted_power(error).mean(1) / power
         return loss, x0_hat, self.diffusion.implied_eps(x0_hat, xt, t)
 
     def sample(self, conditions, reference_latents, noise, known, num_steps, guidance):
@@ -874,21 +887,35 @@ class TalkingHead(nn.Module):
 
     @torch.inference_mode()
     def stream(
-        self, reference, mel, words, generator, num_steps, guidance=1.0, window=40, scales=None
+        self,
+        reference,
+        mel,
+        words,
+        generator,
+        num_steps,
+        guidance=1.0,
+        temperature=1.0,
+        window=40,
+        scales=None,
+        liveliness=None,
     ):
         """Yield frames [b w 3 H W] in [-1, 1], one window after another, of `reference` speaking
         `mel` [b f n m].
 
         reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves;
-        words [b n]: of the prompt. Each window continues from the last KNOWN_FRAMES frames of the
-        one before and starts from the reference again, so that neither memory nor errors grow with
-        the clip. The first window is half as long, so that its frames come sooner.
+        words [b n]: of the prompt; liveliness [b]: how much the person moves, left out as public
+        people do. `temperature` scales the initial noise: at 0 the head rests and the mouth moves
+        as speech lets expect, at 1 all moves as in the training clips. Each window continues from
+        the last KNOWN_FRAMES frames of the one before and starts from the reference again, so that
+        neither memory nor errors grow with the clip. The first window is half as long, so that its frames come sooner.
         """
         if window <= 2 * KNOWN_FRAMES:
             raise ValueError(f"sampling.window must be above {2 * KNOWN_FRAMES}, not {window}")
         moving = reference if reference.dim() == 4 else reference[:, 0]  # b 3 H W
         latents = self.autoencoder.encode(moving)  # b c h w
         num_clips, num_frames = mel.shape[:2]
+        if liveliness is None:
+            liveliness = self.typical_liveliness.expand(num_clips)
         known = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:])
         start = 0
         while start < num_frames:
@@ -896,11 +923,11 @@ class TalkingHead(nn.Module):
             first = start - known.shape[1]
             mel_window = mel[:, first : first + length]  # b w n m
             shape = (num_clips, mel_window.shape[1], *known.shape[2:])
-            noise = torch.randn(shape, generator=generator).to(latents.device)
+            noise = temperature * torch.randn(shape, generator=generator).to(latents.device)
             conditions = self.encode_conditions(mel_window, reference, words, scales)
             x0 = self.sample(conditions, latents, noise, known, num_steps, guidance)
             new = x0[:, known.shape[1] :]
-            yield self.decode(new, moving).clamp(-1, 1)
+            yield self.decode(new, moving, liveliness).clamp(-1, 1)
             known = x0[:, -KNOWN_FRAMES:]
             start += new.shape[1]
 

@@ -81,6 +81,7 @@ RANGES = {
     "personal.rank": (1, 256),
     "sampling.num_steps": (1, 1000),
     "sampling.guidance": (0, 100),
+    "sampling.temperature": (0, 2),
     "sampling.window": (2 * (talking.KNOWN_FRAMES + 1), 1000),
     "evaluate.num_frames": (6, 1e9),
     "runtime.threads": (0, 1024),
@@ -427,6 +428,7 @@ def train_unet(config, autoencoder, public, device, partial):
     continues.
     """
     settings = config["backbone"]
+    same_clip = config["data"]["same_clip_reference"]
     clips = [clip for own in public.values() for clip in own]
     torch.manual_seed(config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
@@ -449,8 +451,9 @@ def train_unet(config, autoencoder, public, device, partial):
     else:
         num_frames = min(24, min(clip.num_frames for clip in clips))
         people = data.by_person(clips, num_frames)
-        batches = [fed.sample_batch(model, people, 32, num_frames, generator) for _ in range(8)]
-        names = ("motion", "reference_latents", "mel")
+        size = 32, num_frames
+        batches = [fed.sample_batch(model, people, *size, generator, same_clip) for _ in range(8)]
+        names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches]) for name in names))
         average = talking.EMA(model, 0.995)
     no_judges = dict.fromkeys(config["loss"], 0.0)  # Eq. 12 is for the clients; here L_diff alone
@@ -460,7 +463,7 @@ def train_unet(config, autoencoder, public, device, partial):
     people = data.by_person(clips, settings["num_frames"])  # grouped once: there may be 200,000
     for step in bar:
         size = settings["batch_size"], settings["num_frames"]
-        batch = fed.sample_batch(model, people, *size, generator)
+        batch = fed.sample_batch(model, people, *size, generator, same_clip)
         terms = fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         optimizer_step(optimizer, learning_rate(step, settings["steps"], settings["lr"]))
         average.update(model)
@@ -475,7 +478,7 @@ def train_unet(config, autoencoder, public, device, partial):
     moments = {}
     for name, own in tqdm(list(people.items())[:48], "directions", mininterval=1):
         size = min(8, 4 * len(own)), settings["num_frames"]
-        batch = fed.sample_batch(model, {name: own}, *size, generator)
+        batch = fed.sample_batch(model, {name: own}, *size, generator, same_clip)
         fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         lora.add_gradient_moments(model.unet, moments)
     directions = lora.leading_directions(model.unet, moments, MAX_RANK)
@@ -501,7 +504,8 @@ def backbone_key(config, public):
     it.
     """
     settings = {name: config[name] for name in ("seed", "model", "backbone")}
-    settings["data"] = [config["data"][name] for name in ("size", "crop", "window")]
+    recipe_keys = ("size", "crop", "window", "same_clip_reference")
+    settings["data"] = [config["data"][name] for name in recipe_keys]
     clips = [(c.person, c.name, c.path.stat().st_size) for own in public.values() for c in own]
     code = source_code(
         talking,
@@ -761,7 +765,8 @@ def make_clients(config, people, run):
     clients = []
     for name, clips in people.clients.items():
         split = data.split_clips(clips, config["seed"])
-        clients.append(fed.Client(name, split, num_frames, run / "clients"))
+        same_clip = config["data"]["same_clip_reference"]
+        clients.append(fed.Client(name, split, num_frames, run / "clients", same_clip))
     return clients
 
 
@@ -948,6 +953,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         seed = fed.derive_seed(config["fed"]["seed"], 10**6, todo[i])
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
         own[client.name] = {"adapter": trained, "description": description}
+        own[client.name]["liveliness"] = data.typical_liveliness(client.split["train"])
         save_checkpoint(paths[client.name], "personal adapter", own[client.name])
     finished |= workers.merge(own)
     if workers.rank == 0:
@@ -1038,8 +1044,9 @@ def baseline_frames(method, case, model, split):
     device = model.motion_std.device
     frames = (2 * case.frames - 1).to(device)
     reference = (2 * reference - 1).to(device)
-    motion, _ = model.encode_motion(frames[None], reference[None])  # 1 f m h w
-    decoded = model.decode(motion / model.motion_std, reference[None])[0]
+    whole = torch.ones(1, device=device)  # nothing is divided here
+    motion, _ = model.encode_motion(frames[None], reference[None], whole)  # 1 f m h w
+    decoded = model.decode(motion / model.motion_std, reference[None], whole)[0]
     return data.to_unit(decoded).cpu()
 
 
@@ -1050,7 +1057,10 @@ def generate_case(model, case, mel, config):
     words = model.text_encoder.ids([case.clip.prompt]).to(device)
     generator = torch.Generator().manual_seed(config["seed"])
     mel = torch.as_tensor(mel)[None].to(device)
-    frames = model.generate(reference, mel, words, generator, **config["sampling"])
+    liveliness = data.typical_liveliness(case.training_clips)
+    liveliness = torch.full([1], liveliness, device=device)
+    sampling = config["sampling"]
+    frames = model.generate(reference, mel, words, generator, liveliness=liveliness, **sampling)
     return data.to_unit(frames)[0].cpu()
 
 
@@ -1065,8 +1075,7 @@ def unexplained_table(models, adaptable, personal, clients, num_frames):
     groups = []
     names = []
     for client in clients:
-        picture = data.reference_frame(client.split["train"])
-        batch = fed.fixed_batch(adaptable, client.split["test"], picture, num_frames)
+        batch = fed.fixed_batch(adaptable, client.split["test"], client.split["train"], num_frames)
         groups += [client.name] * len(batch["motion"])
         names += [f"{client.name}/{clip.name}" for clip in client.split["test"]]
         own = models | {"personal adapter": merged_copy(adaptable, personal[client.name])}
@@ -1252,6 +1261,7 @@ def generate(args, config, device):
     data.check_output(output)
     backbone, model, _, state = load_run(config, Path(args.resume), device)
     model = merged_copy(model, state["adapter"])
+    liveliness = model.typical_liveliness[None]
     if args.adapter:
         content = load_checkpoint(args.adapter, "personal adapter")
         expected = describe_adapter(config, "personal", content["description"]["origin"])
@@ -1260,6 +1270,7 @@ def generate(args, config, device):
         model = add_adapter(config, model, backbone["directions"], "personal")
         lora.load_adapter_vector(model, content["adapter"])
         model = lora.merge_lora(model)
+        liveliness = torch.full([1], content["liveliness"], device=device)
     known = model.text_encoder.words
     unknown = sorted(set(talking.split_words(args.prompt)) - set(known))
     if unknown:
@@ -1274,7 +1285,8 @@ def generate(args, config, device):
     scales = {name: getattr(args, f"{name}_scale") for name in talking.CONDITIONS}
     generator = torch.Generator().manual_seed(config["seed"] if args.seed is None else args.seed)
     words = model.text_encoder.ids([args.prompt]).to(device)
-    stream = model.stream(reference, mel.to(device), words, generator, scales=scales, **sampling)
+    how = sampling | {"scales": scales, "liveliness": liveliness}
+    stream = model.stream(reference, mel.to(device), words, generator, **how)
     started = time.perf_counter()
     blocks = speaking_blocks(stream, mel.shape[1], not args.no_watermark)
     data.write_video(output, blocks, audio, {"comment": "synthetic: generated by PrivFedTalk"})
@@ -1336,15 +1348,17 @@ def personalize_own(args, config, device):
     backbone, model, judges, state = load_run(config, Path(args.resume), device)
     model = personal_model(config, model, state["adapter"], backbone["directions"])
     start = lora.adapter_vector(model)
-    client = fed.Client("me", split, config["backbone"]["num_frames"])
+    num_frames = config["backbone"]["num_frames"]
+    client = fed.Client("me", split, num_frames, same_clip=d["same_clip_reference"])
     kwargs = training_kwargs(config, "personal", device) | {
         "num_steps": config["personal"]["steps"]
     }
     trained, _ = fed.train_adapter(model, judges["loss"], client, start, config["seed"], **kwargs)
     description = describe_adapter(config, "personal", checksum([state["adapter"], kwargs]))
-    save_checkpoint(output, "personal adapter", {"adapter": trained, "description": description})
-    picture = data.reference_frame(split["train"])
-    batch = fed.fixed_batch(model, split["test"], picture, 50)
+    content = {"adapter": trained, "description": description}
+    content["liveliness"] = data.typical_liveliness(split["train"])
+    save_checkpoint(output, "personal adapter", content)
+    batch = fed.fixed_batch(model, split["test"], split["train"], 50)
     for name, vector in (("global adapter", start), ("personal adapter", trained)):
         share = fed.unexplained_variance(merged_copy(model, vector), batch, 0).mean()
         print(f"unexplained variance of {len(split['test'])} held-out pieces, {name}: {share:.4f}")
@@ -1411,6 +1425,7 @@ def time_step(config, model, judges, batch_size):
     mel_shape = data.MELS_PER_FRAME * config["data"]["window"], data.NUM_MELS
     batch = {"frames": torch.rand(b, f, 3, size, size), "reference": torch.rand(b, 3, size, size)}
     batch |= {"mel": torch.randn(b, f, *mel_shape), "prompt": [""] * b}
+    batch["liveliness"] = torch.ones(b)
     loss_weights = config["loss"] if judges else dict.fromkeys(config["loss"], 0.0)
     generator = torch.Generator().manual_seed(config["seed"])
     for step in range(4):

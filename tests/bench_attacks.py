@@ -249,8 +249,7 @@ class Run:
         sent = self.update(sender, num_epochs, seeds[0])  # the seed of the first round
         again = self.update(sender, num_epochs, seeds[1])
         other = self.update(attacker, as_many_steps, seeds[2])
-        picture = data.reference_frame(split["validation"])
-        batch = fed.fixed_batch(self.model, split["test"], picture, NUM_FRAMES)
+        batch = fed.fixed_batch(self.model, split["test"], split["validation"], NUM_FRAMES)
         return Person(name, sent, again, other, batch)
 
     def loss(self, model, person):

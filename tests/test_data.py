@@ -962,6 +962,24 @@ def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
         data.sample_batch(data.by_person(people["a"], 31), 2, 31, torch.Generator())
 
 
+def test_references_of_the_same_clip_and_people_by_the_root_of_their_clips():
+    people = {"a": [clip_of("a", str(i)) for i in range(4)], "b": [clip_of("b", "7")]}
+    generator = torch.Generator().manual_seed(0)
+    batch = data.sample_batch(people, 600, 8, generator, same_clip=True)
+    assert torch.equal(batch["reference"][:, 0, 0, 0], batch["frames"][:, 0, 0, 0, 0])
+    assert 370 < batch["person"].count("a") < 430  # 2 of 3: of four clips and of one
+
+
+def test_liveliness_is_the_deviation_over_time_of_grey_places():
+    frames = np.full((8, 3, 32, 32), 100, np.uint8)
+    frames[::2, :, :16] = 151  # the upper half, by a fifth of the range
+    clip = replace(clip_of("a", "1"), frames=frames)
+    assert clip.liveliness == pytest.approx(0.1 * 0.5**0.5, rel=0.01)
+    still = replace(clip_of("a", "2"), frames=frames[:1].repeat(8, 0))
+    assert still.liveliness == 0.002
+    assert data.typical_liveliness([clip, still, still]) == 0.002
+
+
 def test_a_prompt_is_left_out_where_the_reference_shows_it():
     sad = [replace(clip_of("a", "1"), prompt="sad"), replace(clip_of("a", "2"), prompt="sad")]
     generator = torch.Generator().manual_seed(0)

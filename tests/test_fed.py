@@ -31,10 +31,12 @@ def random_batch(model, num_clips, num_frames, seed, shift=0.0):
     generator = torch.Generator().manual_seed(seed)
     frames = torch.rand(num_clips, num_frames, 3, 32, 32, generator=generator) * 2 - 1
     reference = torch.rand(num_clips, 3, 32, 32, generator=generator) * 2 - 1
-    motion, reference_latents = model.encode_motion(frames, reference)
+    liveliness = torch.ones(len(frames))
+    motion, reference_latents = model.encode_motion(frames, reference, liveliness)
     return {
         "frames": frames,
         "reference": reference,
+        "liveliness": liveliness,
         "motion": motion + shift,
         "reference_latents": reference_latents,
         "mel": torch.randn(num_clips, num_frames, 20, 40, generator=generator),
@@ -99,7 +101,7 @@ def test_the_objective_is_eq_12():
     row = noise["judged"]
     frames = slice(noise["judged_frame"], noise["judged_frame"] + 5)
     own = {name: batch[name][row : row + 1, frames] for name in ("frames", "mel")}
-    own["reference"] = batch["reference"][row : row + 1]
+    own |= {name: batch[name][row : row + 1] for name in ("reference", "liveliness")}
     auxiliary = fed.auxiliary_losses(model, judges, own, x0_hat[row : row + 1, frames])
     for name, value in auxiliary.items():
         expected = noise["judged_weight"] * float(value.detach())
@@ -213,10 +215,12 @@ def test_a_batch_holds_the_motion_of_its_reference(clips):
     model = small_model()
     batch = fed.sample_batch(model, data.by_person(clips), 2, 8, torch.Generator().manual_seed(0))
     assert not batch["motion"].requires_grad and not batch["motion"].is_inference()
-    motion, latents = model.encode_motion(batch["frames"][1:], batch["reference"][1:])
+    inputs = (batch[name][1:] for name in ("frames", "reference", "liveliness"))
+    motion, latents = model.encode_motion(*inputs)
     assert torch.allclose(batch["motion"][1:], motion, atol=1e-5)
     assert torch.allclose(batch["reference_latents"][1:], latents, atol=1e-5)
-    decoded = model.decode(batch["motion"] / model.motion_std, batch["reference"])
+    x0 = batch["motion"] / model.motion_std
+    decoded = model.decode(x0, batch["reference"], batch["liveliness"])
     assert decoded.shape == batch["frames"].shape
 
 

@@ -229,7 +229,7 @@ def test_flow_and_residual_are_scaled_by_their_typical_mode():
     reference_std = torch.tensor([1.0, 2.0, 3.0, 4.0])
     latents = torch.randn(500, 4, 4, 4, generator=generator) * reference_std[:, None, None]
     mel = torch.randn(300, 4, 20, 40, generator=generator)
-    model.fit_statistics(motion, latents, mel)
+    model.fit_statistics(motion, latents, mel, torch.ones(len(motion)))
     assert torch.allclose(model.motion_std[:2], torch.tensor(2.0), rtol=0.06)
     assert torch.allclose(model.motion_std[2:], torch.tensor(3.0), rtol=0.06)
     assert torch.allclose(model.reference_std.flatten(), reference_std, rtol=0.06)
@@ -554,6 +554,12 @@ def loss_inputs():
     return model, batch, x0, t, eps
 
 
+def weighted_power(x, weights):
+    """Return the mean square [b] of x [b f m h w], of which the mean over frames counts a tenth."""
+    still = x.mean(1, keepdims=True)
+    return (weights * ((x - still) ** 2 + 0.1 * still**2)).mean((1, 2, 3, 4))
+
+
 @torch.no_grad()
 def test_the_loss_is_divided_by_the_clips_power_and_by_the_noise():
     model, batch, x0, t, eps = loss_inputs()
@@ -567,13 +573,14 @@ def test_the_loss_is_divided_by_the_clips_power_and_by_the_noise():
     weights = model.loss_weights.numpy()
     assert torch.allclose(x0_hat, predict_x0(model, xt, *arguments, t=t), atol=1e-5)
     assert torch.allclose(signal * x0_hat + noise * eps_hat, xt, atol=1e-4)
-    error = (weights * (x0_hat - x0).square().numpy()).mean((2, 3, 4))  # b f
-    power = (weights * x0.square().numpy()).mean((1, 2, 3, 4))
+    noise_level = np.sqrt(np.maximum(1 - alpha_bar, 0.05))[..., None, None, None]
+    error = weighted_power((x0_hat - x0).numpy() / noise_level, weights)
+    power = weighted_power(x0.numpy(), weights)
     assert power[0] > 5
     # A calm clip counts as one with a quarter of the prior's variance, which is 1.
     assert power[1] < 0.25
-    expected = error / np.array([[power[0]], [0.25]]) / np.maximum(1 - alpha_bar, 0.05)
-    assert np.allclose(loss.numpy(), expected.mean(1), rtol=1e-4)
+    expected = error / np.array([power[0], 0.25])
+    assert np.allclose(loss.numpy(), expected, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -582,13 +589,13 @@ def test_the_loss_is_the_error_of_v_and_eq_6_divided_by_alpha_bar():
     t = torch.tensor([[300, 500, 700, 900]] * 2)
     loss, x0_hat, eps_hat = model.training_losses(batch, t, eps)
     signal, noise = model.diffusion.coefficients(t, x0)
-    weights = model.loss_weights
-    power = (weights * x0[0].square()).mean()
-    eq_6 = weights * (eps - eps_hat)[0].square() / signal[0] ** 2
-    assert float(loss[0]) == pytest.approx(float(eq_6.mean() / power), rel=1e-4)
+    weights = model.loss_weights.numpy()
+    power = weighted_power(x0.numpy(), weights)[0]
+    eq_6 = weighted_power(((eps - eps_hat) / signal).numpy(), weights)[0]
+    assert float(loss[0]) == pytest.approx(eq_6 / power, rel=1e-4)
     v_error = (signal * eps - noise * x0) - (signal * eps_hat - noise * x0_hat)
-    v_error = (weights * v_error[0].square()).mean()
-    assert float(loss[0]) == pytest.approx(float(v_error / power), rel=1e-4)
+    v_error = weighted_power(v_error.numpy(), weights)[0]
+    assert float(loss[0]) == pytest.approx(v_error / power, rel=1e-4)
 
 
 @torch.no_grad()
@@ -607,6 +614,23 @@ def test_the_loss_drops_conditions_by_their_scales():
 def generate(model, reference, mel, words, num_steps=3, **kwargs):
     generator = torch.Generator().manual_seed(0)
     return model.generate(reference, mel, words, generator, num_steps, **kwargs)
+
+
+@torch.no_grad()
+def test_liveliness_scales_the_motion_and_temperature_its_chance():
+    model = small_model()
+    _, _, reference, _ = inputs()
+    mel = torch.randn(2, 9, 20, 40, generator=torch.Generator().manual_seed(2))
+    words = torch.zeros(2, 8, dtype=torch.long)
+    seeds = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    cold = [model.generate(reference, mel, words, seed, 2, temperature=0.0) for seed in seeds]
+    assert torch.equal(*cold)
+    model.typical_liveliness.fill_(0.01)
+    typical = generate(model, reference, mel, words)
+    lively = torch.tensor([0.01, 0.02])
+    own = generate(model, reference, mel, words, liveliness=lively)
+    assert torch.equal(own[0], typical[0])
+    assert (own[1] - reference[1]).std() > 1.5 * (typical[1] - reference[1]).std()
 
 
 def test_generation_is_deterministic_and_in_range():
@@ -690,7 +714,9 @@ def test_a_long_clip_comes_in_windows_that_continue_each_other():
         x0 = model.sample(conditions, latents, noise, known, 2, 1.0)
         assert torch.equal(x0[:, : known.shape[1]], known)
         new = x0[:, known.shape[1] :]
-        assert torch.allclose(block, model.decode(new, reference).clamp(-1, 1), atol=1e-5)
+        assert torch.allclose(
+            block, model.decode(new, reference, torch.ones(len(new))).clamp(-1, 1), atol=1e-5
+        )
         if known.shape[1]:
             shifted = model.sample(conditions, latents, noise, known + 1, 2, 1.0)
             assert not torch.allclose(shifted[:, 4:], new, atol=1e-2)
@@ -764,14 +790,16 @@ def test_decode_inverts_encode_motion_where_the_autoencoder_is_exact():
     frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1  # b f 3 H W
     model.motion_std.copy_(torch.rand(6, 1, 1) + 0.5)
     autoencoder = model.autoencoder
-    motion, _ = model.encode_motion(frames, reference)
-    decoded = model.decode(motion / model.motion_std, reference)
+    liveliness = torch.tensor([0.5, 2.0])
+    motion, _ = model.encode_motion(frames, reference, liveliness)
+    decoded = model.decode(motion / model.motion_std, reference, liveliness)
 
     def autoencoder_error(pictures):
         return autoencoder.decode(autoencoder.encode(pictures)) - pictures
 
     for clip in range(2):
-        warped = talking.warp(reference[clip].expand_as(frames[clip]), motion[clip, :, :2])
+        flow = liveliness[clip] * motion[clip, :, :2]
+        warped = talking.warp(reference[clip].expand_as(frames[clip]), flow)
         # The error is the autoencoder's for the frame, less its error for the warped reference.
         expected = autoencoder_error(frames[clip]) - autoencoder_error(warped)
         assert torch.allclose(decoded[clip] - frames[clip], expected, atol=1e-4)
@@ -780,7 +808,7 @@ def test_decode_inverts_encode_motion_where_the_autoencoder_is_exact():
 @torch.no_grad()
 def test_no_motion_is_the_reference_itself():
     _, _, reference, _ = inputs()
-    still = small_model().decode(torch.zeros(2, 3, 6, 4, 4), reference)
+    still = small_model().decode(torch.zeros(2, 3, 6, 4, 4), reference, torch.ones(2))
     assert torch.allclose(still, reference[:, None].expand_as(still), atol=1e-5)
 
 
@@ -790,7 +818,7 @@ def test_gradients_reach_the_residual_and_through_the_warped_picture_the_flow():
     x0 = 0.1 * torch.randn(2, 1, 6, 4, 4, generator=torch.Generator().manual_seed(0))
     x0.requires_grad_(True)
     weights = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    (weights * model.decode(x0, reference)[:, 0]).sum().backward()
+    (weights * model.decode(x0, reference, torch.ones(len(x0)))[:, 0]).sum().backward()
     assert x0.grad.abs().amax((0, 1, 3, 4)).min() > 0  # of every channel
     flow = x0.detach()[:, 0, :2].requires_grad_(True)
     (weights * talking.warp(reference, flow)).sum().backward()

@@ -665,6 +665,7 @@ def test_the_sync_loss_hears_five_frames_whatever_the_networks_window(window):
         clip = {"mel": windows, "frames": torch.zeros(1, 5, 3, 32, 32)}
         x0_hat = torch.zeros(1, 5, model.motion_channels, model.latent_size, model.latent_size)
         clip["reference"] = torch.zeros(1, 3, 32, 32)
+        clip["liveliness"] = torch.ones(1)
         losses.append(fed.auxiliary_losses(model, judges, clip, x0_hat)["sync"].item())
     assert losses[0] == losses[1]
     heard = judges.mouth_audio(torch.from_numpy(data.audio_windows(mel, 5, 8, 13))[None])

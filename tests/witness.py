@@ -9,6 +9,7 @@ enlarged to 320.
 """
 
 import argparse
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ BLINK = 0.7  # of the median eye opening; below it an eye is closed
 SILENT = 0.01  # of full scale: RMS of a frame's sound
 
 
+@functools.cache
 def load_dlib():
     """Return dlib's detector, landmark predictor and face embedding."""
     import dlib

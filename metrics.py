@@ -1061,6 +1061,36 @@ def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
     return loss
 
 
+def identity_distances(judges, clips):
+    """Return the cosine distance of the faces in each pair of clips, [n n]."""
+    device = judges.view_head.weight.device
+    embeddings = []
+    for clip in clips:
+        embedded = per_frame(judges.identity, unit_frames(clip.frames[::5]).to(device))
+        embeddings.append(F.normalize(embedded.mean(0), dim=0))
+    embeddings = torch.stack(embeddings).cpu()
+    return 1 - embeddings @ embeddings.T
+
+
+def identity_threshold(judges, people):
+    """Return the 99th percentile of the distances between two clips of a person.
+
+    The judges have to know none of the people {name: clips}; at most 8 clips of each are compared.
+    """
+    distances = []
+    for clips in people.values():
+        pairs = identity_distances(judges, clips[:8])
+        distances += pairs[tuple(torch.triu_indices(len(pairs), len(pairs), 1))].tolist()
+    return float(np.quantile(distances or [2.0], 0.99))
+
+
+def find_strangers(judges, clips, threshold):
+    """Return the clips whose face is farther than `threshold` from that of the most typical clip."""
+    distances = identity_distances(judges, clips)
+    typical = distances.median(1).values.argmin()
+    return [clip for clip, far in zip(clips, distances[typical] > threshold) if far]
+
+
 def load_judges(path, kind="table"):
     """Return the frozen Judges in a run's backbone.pt: those of `kind` "table" or "loss".
 

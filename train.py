@@ -485,6 +485,20 @@ def train_unet(config, autoencoder, public, device, partial):
     return model.state_dict(), losses, directions
 
 
+def public_unexplained(model, public, num_people=48):
+    """Return the greatest unexplained variance of a public clip, or None without one to measure.
+
+    It is of at most so many people's second clips, with a reference picture of the first.
+    """
+    greatest = None
+    for first, *others in list(public.values())[:num_people]:
+        if others:
+            batch = fed.fixed_batch(model, others[:1], [first], 50)
+            share = float(fed.unexplained_variance(model, batch, 0).mean())
+            greatest = max(share, greatest or 0.0)
+    return greatest
+
+
 def source_code(*objects):
     """Return the code of modules, classes and functions without comments and docstrings."""
     parts = []
@@ -513,6 +527,7 @@ def backbone_key(config, public):
         *(data.log_mel, data.augment, data.sample_batch),
         *(metrics.Judges, metrics.train_judges, metrics.split_for_judges),
         *(metrics.judge_loss, metrics.draw_stretches),
+        *(metrics.identity_threshold, public_unexplained),
         *(fed.draw_noise, fed.objective, fed.backward, fed.encode_batch, fed.sample_batch),
         *(sample_frames, train_autoencoder, train_unet, learning_rate, optimizer_step),
     )
@@ -577,6 +592,10 @@ def pretrain(config, public, cache, device, workers):
     backbone = {"model": state, "directions": directions, "losses": losses, "seconds": seconds}
     backbone["judges"] = {kind: done[f"{kind} judges"]["state"] for kind in ("loss", "table")}
     backbone["public_jitter"] = metrics.mean_jitter(clips)
+    # What personalize holds clips against that may be of a stranger, or of no face.
+    model, judges = restore_backbone(config, backbone, device)
+    backbone["identity_threshold"] = metrics.identity_threshold(judges["loss"], for_tables)
+    backbone["public_unexplained"] = public_unexplained(model, public)
     save_checkpoint(cache / "backbone.pt", "backbone", backbone)
     for name in (*stages, "partial"):
         (cache / f"{name}.pt").unlink(missing_ok=True)
@@ -1249,6 +1268,8 @@ def load_run(config, run, device):
     model, judges = restore_backbone(config, backbone, device)
     add_adapter(config, model, backbone["directions"], "lora")
     state = load_or_initialize(config, model, backbone, run)
+    if judges["loss"].has_opening:  # which is known of synthetic talkers only
+        print("this backbone has seen drawings only: expect little of it on real people")
     return backbone, model, judges, state
 
 
@@ -1343,9 +1364,13 @@ def personalize_own(args, config, device):
     )
     for path, reason in dataset.skipped:
         print(f"skipped {path}: {reason}")
+    backbone, model, judges, state = load_run(config, Path(args.resume), device)
+    others = metrics.find_strangers(judges["loss"], dataset.clips, backbone["identity_threshold"])
+    if others:
+        names = ", ".join(clip.path.name for clip in others)
+        print(f"--clips: another person than in the other clips may be in {names}")
     clips = [dataclasses.replace(clip, person="me") for clip in dataset.clips]
     split = data.split_clips(data.segment(clips, 2.0), config["seed"])
-    backbone, model, judges, state = load_run(config, Path(args.resume), device)
     model = personal_model(config, model, state["adapter"], backbone["directions"])
     start = lora.adapter_vector(model)
     num_frames = config["backbone"]["num_frames"]
@@ -1359,9 +1384,21 @@ def personalize_own(args, config, device):
     content["liveliness"] = data.typical_liveliness(split["train"])
     save_checkpoint(output, "personal adapter", content)
     batch = fed.fixed_batch(model, split["test"], split["train"], 50)
+    shares = {}
     for name, vector in (("global adapter", start), ("personal adapter", trained)):
         share = fed.unexplained_variance(merged_copy(model, vector), batch, 0).mean()
-        print(f"unexplained variance of {len(split['test'])} held-out pieces, {name}: {share:.4f}")
+        shares[name] = float(share)
+    limit = backbone["public_unexplained"]
+    if limit and shares["global adapter"] > limit:
+        print(
+            f"the model does not explain these clips: it leaves {shares['global adapter']:.4f} of "
+            f"their motion unexplained, and at most {limit:.4f} of any public clip's; is there a "
+            "talking face in the middle of them?"
+        )
+    else:
+        for name, share in shares.items():
+            pieces = f"{len(split['test'])} held-out pieces"
+            print(f"unexplained variance of {pieces}, {name}: {share:.4f}")
     print(
         f"{output}: made of {len(split['train'])} pieces of 2 s; --action generate --adapter {output}"
     )

@@ -1191,3 +1191,17 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):
         assert metrics.main(words) == 2, arguments
         error = capsys.readouterr().err.strip()
         assert reason in error and len(error.splitlines()) == 1, (arguments, error)
+
+
+def test_a_second_person_among_clips_is_named(people, judges):
+    own = people["p0"]
+    threshold = metrics.identity_threshold(judges, people)
+    assert metrics.find_strangers(judges, own, threshold) == []
+    # embeddings that the colour of the frames decides
+    plain = copy.deepcopy(judges)
+    plain.identity = lambda x: F.normalize(x.mean((-2, -1)) - 0.4, dim=-1)
+    within = metrics.identity_threshold(plain, people)
+    across = metrics.identity_distances(plain, [people["p0"][0], people["p1"][0]])[0, 1]
+    assert 0 <= within < across
+    clips = [*own, people["p1"][0]]
+    assert metrics.find_strangers(plain, clips, within) == clips[3:]

@@ -745,3 +745,20 @@ def test_the_readmes_map_of_equations_holds():
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 250 and text.count("![") >= 1
+
+
+def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, tmp_path, capsys):
+    folder, run = finished
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    backbone = train.load_checkpoint(copy / "backbone.pt", "backbone")
+    assert 0 < backbone["public_unexplained"] and 0 < backbone["identity_threshold"] < 2
+    backbone |= {"public_unexplained": 1e-6, "identity_threshold": -1.0}
+    train.save_checkpoint(copy / "backbone.pt", "backbone", backbone)
+    clips = folder / "people" / "client-001"
+    arguments = ["--clips", str(clips), "--output", str(tmp_path / "me.pt")]
+    train.main(["--gpus", "cpu", "--action", "personalize", "--resume", str(copy), *arguments])
+    printed = capsys.readouterr().out
+    assert "the model does not explain these clips" in printed and "0.0000 of any" in printed
+    assert "held-out pieces" not in printed
+    assert "another person" in printed and first_clip(folder, "client-001").name in printed

@@ -341,20 +341,22 @@ def decode_sound(inputs, track, *picture):
     return audio, log
 
 
-def picture_filters(video, size, crop):
-    """ffmpeg's filters from `Streams.video` to planar RGB at 25 frames per second."""
+def picture_filters(video, shorter=None, fps=FPS):
+    """ffmpeg's filters from `Streams.video` to planar G, B, R with square pixels.
+
+    The shorter side gets that many pixels, or as many as in the file.
+    """
     parts = re.search(r", \w+(?:\(([^)]*)\))?, (\d+)x(\d+)", video)
     tags = parts[1] or ""  # range, matrix/primaries/transfer, scan: (tv, bt709, progressive)
     sides = sorted((int(parts[2]), int(parts[3])))
     scale = "scale='round(iw*sar)':ih"  # sar: the aspect ratio of a pixel, dar: of the picture
-    if size:
-        whole = round(size / crop)  # the shorter side
-        scale = f"scale='max({whole},round({whole}*dar))':'max({whole},round({whole}/dar))'"
+    if shorter:
+        scale = f"scale='max({shorter},round({shorter}*dar))':'max({shorter},round({shorter}/dar))'"
     scale += ":flags=area+accurate_rnd+full_chroma_int"
     has_matrix = re.search("bt|smpte|fcc|gbr|ycgco|ictcp", tags.split("/")[0])
     if not has_matrix and (sides[0] > 576 or sides[1] > 1024):
         scale += ":in_color_matrix=bt709"  # as players assume for HD; ffmpeg assumes that of SD
-    filters = [f"fps={FPS}:start_time=0", scale]
+    filters = [f"fps={fps}:start_time=0", scale]
     if "smpte2084" in tags or "arib-std-b67" in tags:  # PQ or HLG
         if not can_tone_map():
             raise ValueError(
@@ -364,10 +366,7 @@ def picture_filters(video, size, crop):
         if not has_matrix:  # the filters refuse to guess
             filters.append("setparams=color_primaries=bt2020:colorspace=bt2020nc")
         filters.append(TONE_MAPPING)
-    filters.append("format=gbrp")
-    if size:
-        filters.append(f"crop={size}:{size}")
-    return ",".join([*filters, "shuffleplanes=2:0:1"])  # from G, B, R to R, G, B
+    return [*filters, "format=gbrp"]
 
 
 @functools.cache
@@ -376,19 +375,33 @@ def can_tone_map():
     return b" zscale " in output and b" tonemap " in output
 
 
-def decode_video(path, size, crop, output, sound_file=None):
+def decode_video(path, size, crop, output, sound_file=None, finder=None):
     """Write a video's frames, uint8 [f 3 h w], to the file `output` -> ((h, w), audio, note).
 
     Audio is int16 [640 f], from `sound_file` if the video has none; without either it is empty. The
-    note says what part of a damaged file is used. Raises ValueError with the reason if there are no
-    frames.
+    note says what part of a damaged file is used, and of how many faces. Raises ValueError with the
+    reason if there are no frames, or if `finder` finds no face.
     """
     streams = probe(path)
     if streams.video is None:
         raise ValueError("it has sound, but no picture")
     # Packets known to be damaged are dropped; the filter fps repeats the frame before them.
     inputs = ["-threads", 1, "-fflags", "+discardcorrupt", "-i", f"file:{path}"]
-    picture = ["-map", "0:V:0", "-vf", picture_filters(streams.video, size, crop)]
+    commands = Path(f"{output}.commands")
+    faces = ""
+    if size:
+        filters = [*picture_filters(streams.video, round(size / crop)), f"crop={size}:{size}"]
+    else:
+        filters = picture_filters(streams.video)
+    if finder:
+        crops, faces = find_track(inputs, streams.video, crop, output, finder)
+        if crops:  # it is no face track yet
+            commands.write_text(crops)
+            moving = [f"sendcmd=filename={commands}", "crop=exact=1"]
+            square = f"scale={size}:{size}:flags=area+accurate_rnd"
+            filters = [*picture_filters(streams.video), *moving, square]
+    filters.append("shuffleplanes=2:0:1")  # from G, B, R to R, G, B
+    picture = ["-map", "0:V:0", "-vf", ",".join(filters)]
     picture += ["-pix_fmt", "gbrp", "-f", "rawvideo", output]
     if streams.sound is not None:
         audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
@@ -398,6 +411,7 @@ def decode_video(path, size, crop, output, sound_file=None):
     else:
         audio = np.zeros(0, np.int16)
         _, _, log = run_ffmpeg(*inputs, *picture)
+    commands.unlink(missing_ok=True)
     shape = re.search(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)  # of the output
     if not shape or not os.path.getsize(output):
         raise ValueError(first_error(log) or "it has no frames")
@@ -415,24 +429,110 @@ def decode_video(path, size, crop, output, sound_file=None):
         damage = damage or "damaged packets"
     if used < streams.seconds - 0.5:
         damage = damage or "picture or sound ends there"
-    note = f"{used:.1f} of {max(used, streams.seconds):.1f} s are used ({damage})" if damage else ""
-    return (height, width), audio, note
+    notes = [faces] if faces else []
+    if damage:
+        notes.append(f"{used:.1f} of {max(used, streams.seconds):.1f} s are used ({damage})")
+    return (height, width), audio, "; ".join(notes)
+
+
+# ---------------------------------------------------------------- cutting faces out
+
+LOOK_HZ = 5  # frames per second in which a face is looked for
+LOOK_SIZE = 256  # pixels of their shorter side
+STEADY = 0.4  # seconds: sigma of the Gaussian that the path of a face is smoothed by
+ALREADY_CUT = 0.5  # overlap with the middle of the picture above which nothing is cut
+
+
+def find_track(inputs, video, crop, output, finder):
+    """Commands for ffmpeg's filter crop that follow the face in a video, and a note.
+
+    There are none if the face fills the middle `crop` of the picture already. `output` names a file
+    for the frames in between. Raises ValueError if there is no face in most of the video.
+    """
+    filters = ",".join([*picture_filters(video, LOOK_SIZE, LOOK_HZ), "shuffleplanes=2:0:1"])
+    options = ["-map", "0:V:0", "-vf", filters, "-pix_fmt", "gbrp", "-f", "rawvideo", output]
+    _, _, log = run_ffmpeg(*inputs, *options)
+    shape = re.search(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)
+    if not shape or not os.path.getsize(output):
+        raise ValueError(first_error(log) or "it has no frames")
+    width, height = map(int, shape.groups())
+    frames = np.memmap(output, np.uint8, "r").reshape(-1, 3, height, width)
+    times, boxes, note = follow_face(frames, crop, finder)
+    if box_overlap(np.median(boxes, 0), middle(height, width, crop)) > ALREADY_CUT:
+        return "", note
+    side = min(np.median(boxes[:, 2] - boxes[:, 0]), width, height)
+    num_frames = len(frames) * FPS // LOOK_HZ
+    path = []  # of the left upper corner, as a share of width and height
+    for axis, whole in enumerate((width, height)):
+        middles = boxes[:, axis::2].mean(1)
+        at = np.interp(np.arange(num_frames) / FPS, times / LOOK_HZ, middles)
+        at = gaussian_filter1d(at, STEADY * FPS, mode="nearest") - side / 2
+        path.append(at.clip(0, whole - side) / whole)
+    size = f"min(iw,ih)*{side / min(width, height):.5f}"
+    lines = [f"0 crop w '{size}', crop h '{size}';"]
+    for i, (x, y) in enumerate(zip(*path)):
+        lines.append(f"{max(0, i - 0.5) / FPS:.3f} crop x 'iw*{x:.5f}', crop y 'ih*{y:.5f}';")
+    return "\n".join(lines), note
+
+
+def follow_face(frames, crop, finder):
+    """The largest face in frames uint8 [f 3 h w]: indices [k] of frames, boxes [k 4], a note.
+
+    A face that fills the middle `crop` of a frame is as in training, and found more easily. Raises
+    ValueError if there is none in four fifths of the frames.
+    """
+    tracks = []  # {frame: box} of one face
+    for i, frame in enumerate(frames):
+        free = list(tracks)
+        for box in finder.find(frame, middle(*frame.shape[1:], crop)).numpy():
+            near = [track for track in free if box_overlap(list(track.values())[-1], box) > 0.3]
+            track = max(near, key=len, default={})
+            if near:
+                free = [other for other in free if other is not track]
+            else:
+                tracks.append(track)
+            track[i] = box
+    if not tracks:
+        drawings = " (the face finder has seen drawings only)" if finder.drawings else ""
+        raise ValueError(f"no face found in it{drawings}")
+    most = max(map(len, tracks))
+    faces = [track for track in tracks if len(track) >= most / 2]  # what is rare may be no face
+    largest = max(faces, key=lambda track: np.median([box[2] - box[0] for box in track.values()]))
+    if len(largest) < 0.8 * len(frames):
+        share = len(largest) / len(frames)
+        raise ValueError(f"its face is found in only {share:.0%} of it: cut out the rest")
+    note = f"{len(faces)} faces are found in it, the largest is used" if len(faces) > 1 else ""
+    return np.array(list(largest)), np.array(list(largest.values())), note
+
+
+def box_overlap(a, b):
+    """Intersection over union of two boxes (left, top, right, bottom)."""
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    shared = np.prod(sides.clip(0))
+    return shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared)
+
+
+def middle(height, width, crop):
+    """The box of the middle `crop` of a picture's central square."""
+    center = np.array([width, height]) / 2
+    half = min(width, height) * crop / 2
+    return np.concatenate([center - half, center + half])
 
 
 # ---------------------------------------------------------------- reading and writing files
 
 
-def read_video(path, size=None, crop=1.0):
+def read_video(path, size=None, crop=1.0, finder=None):
     """Decode a video -> (frames uint8 [f 3 h w] at 25 per second, audio int16 [640 f]).
 
-    Frames are `size` pixels square, the middle `crop` of each side; with size None they are as
-    large as in the file. Audio is empty if there is none. Raises ValueError with the reason; warns
-    if only a part of the file is used.
+    Frames are `size` pixels square, the middle `crop` of each side, or the face that `finder`
+    finds; with size None they are as large as in the file. Audio is empty if there is none. Raises
+    ValueError with the reason; warns if only a part of the file, or of several faces one, is used.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "frames")
         try:
-            shape, audio, note = decode_video(path, size, crop, output, find_sound(path))
+            shape, audio, note = decode_video(path, size, crop, output, find_sound(path), finder)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         frames = np.fromfile(output, np.uint8).reshape(-1, 3, *shape)
@@ -457,11 +557,11 @@ def read_speech(path):
     return audio
 
 
-def read_image(path, size=None, crop=1.0):
-    """Picture uint8 [3 size size], the middle `crop` of its central square.
+def read_image(path, size=None, crop=1.0, finder=None):
+    """Picture uint8 [3 size size], the middle `crop` of its central square, or the face in it.
 
     With size None it is as large as in the file. Transparent parts become grey. Raises ValueError
-    with the reason if it cannot be read.
+    with the reason if it cannot be read, or if `finder` finds no face; warns if it finds several.
     """
     try:
         file_state(path)  # PIL would wait for a pipe
@@ -473,11 +573,34 @@ def read_image(path, size=None, crop=1.0):
             reason = "the picture is cut off: copy or download it again"
         if reason:
             raise ValueError(f"{path}: {reason}") from None
-        frames, _ = read_video(path, size, crop)  # ffmpeg reads more kinds: RGB of floats, EXR, ...
+        frames, _ = read_video(
+            path, size, crop, finder
+        )  # ffmpeg reads more kinds: RGB of floats, EXR, ...
         return frames[0]
     image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image).convert("RGB")
+    if finder:
+        whole = image.size
+        scale = max(1, min(whole) / LOOK_SIZE)
+        small = image.resize([max(1, round(side / scale)) for side in whole], Image.Resampling.BOX)
+        try:
+            _, boxes, note = follow_face([channels_first(small)], crop, finder)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if note:
+            warnings.warn(f"{path}: {note}", stacklevel=2)
+        box = boxes[0] * scale
+        if box_overlap(box, middle(whole[1], whole[0], crop)) <= ALREADY_CUT:
+            side = min(box[2] - box[0], *whole)
+            corner = ((box[:2] + box[2:] - side) / 2).clip(0, np.array(whole) - side)
+            square = (*corner, *(corner + side))
+            return channels_first(image.resize((size, size), Image.Resampling.LANCZOS, square))
     if size:
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, bleed=(1 - crop) / 2)
+    return channels_first(image)
+
+
+def channels_first(image):
+    """An RGB picture as uint8 [3 h w]."""
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
@@ -573,7 +696,7 @@ def rng_of(*keys):
     return np.random.default_rng(int(digest(keys), 16))
 
 
-def open_cache(cache, root, size, crop):
+def open_cache(cache, root, size, crop, finder=None):
     """The folder for the decoded clips of a dataset, in `cache`.
 
     It is beside this module by default, or in the user's cache if that cannot be written. Clips of
@@ -581,7 +704,10 @@ def open_cache(cache, root, size, crop):
     """
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "privfedtalk")
     beside_module = Path(__file__).resolve().parent / "datasets" / ".cache"
-    key = digest((os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD))
+    key = (os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD)
+    if finder:
+        key += (finder.fingerprint(),)
+    key = digest(key)
     for place in [Path(cache)] if cache else [beside_module, user_cache]:
         folder = place / f"{root.name}-{key}-{size}-{crop:g}.clips"
         try:
@@ -611,11 +737,12 @@ def checksum(path, length):
 class CacheFile:
     """A decoded clip in the cache: frames, audio, mel, and a last line of JSON about them."""
 
-    def __init__(self, path, source, size, crop):
+    def __init__(self, path, source, size, crop, finder=None):
         self.path = path
         self.source = source
         self.size = size
         self.crop = crop
+        self.finder = finder
         self.bytes_per_frame = [3 * size**2, 2 * SAMPLES_PER_FRAME, 4 * MELS_PER_FRAME * NUM_MELS]
         self.info = None  # {"frames": number, "checksum", "note", "sound": {path: state}}
         self.verified = False
@@ -637,7 +764,8 @@ class CacheFile:
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
         sound = find_sound(self.source)
         with atomic_write(self.path) as temporary:
-            _, audio, note = decode_video(self.source, self.size, self.crop, temporary, sound)
+            sizes = self.size, self.crop, temporary
+            _, audio, note = decode_video(self.source, *sizes, sound, self.finder)
             num_frames = len(audio) // SAMPLES_PER_FRAME
             if not num_frames:
                 raise ValueError("no sound, in it or in a file beside it")
@@ -814,11 +942,12 @@ class TalkingHeads:
 
     `clips` are sorted by person and name; `people` is {person: [Clip]}; `skipped` holds (path,
     reason) of files that cannot be used, `notes` (path, note) of those of which a part is not used.
-    `size` is in pixels, `crop` the share of each side that is kept, from the middle. Raises
-    ValueError if there is no dataset or nothing usable.
+    `size` is in pixels, `crop` the share of each side that is kept, from the middle; `finder` cuts
+    out the face where the middle does not show it. Raises ValueError if there is no dataset or
+    nothing usable.
     """
 
-    def __init__(self, root, size=64, crop=1.0, cache=None, progress=False):
+    def __init__(self, root, size=64, crop=1.0, cache=None, progress=False, finder=None):
         self.root = Path(os.path.abspath(root))
         self.skipped = []
         self.notes = []
@@ -826,7 +955,7 @@ class TalkingHeads:
         assigned = self.find_clips()
 
         # Links to one file share what is cached of it.
-        folder = open_cache(cache, self.root, size, crop)
+        folder = open_cache(cache, self.root, size, crop, finder)
         files, distinct = {}, {}
         for path in assigned:
             try:
@@ -835,7 +964,7 @@ class TalkingHeads:
                 self.skipped.append((Path(path), str(error)))
                 continue
             if key not in distinct:
-                distinct[key] = CacheFile(folder / f"{key}.clip", path, size, crop)
+                distinct[key] = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
             files[path] = distinct[key]
         for file in folder.glob("[!.]*.clip"):  # of clips that were deleted or changed
             if file.stem not in distinct:

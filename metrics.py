@@ -1107,6 +1107,327 @@ def load_judges(path, kind="table"):
     return judges.eval().requires_grad_(False)
 
 
+# ---------------------------------------------------------------- finding faces
+
+PATCH = 64  # pixels a side of the pictures that the finder learns from
+STRIDE = 8  # pixels between the places at which it looks for a face
+FACE_SIDES = (20, 48)  # pixels: least and greatest side of the faces that it learns to find
+LEVELS = (192, 136, 96, 68, 48, 34)  # pixels: shorter sides at which it looks at a picture
+LEAST_SCORE = 0.55  # of a face, somewhere in a picture
+LEAST_SCORE_USUAL = 0.4  # of a face where face tracks have it: less is found by chance in one place
+# Where and how large a first find lies in the patches of the second look, in pixels.
+SECOND_LOOK = ((32, 32, 32), (28, 32, 27), (36, 32, 27), (32, 28, 38), (32, 36, 38))
+
+
+class FaceFinder(nn.Module):
+    """Finds faces, as boxes (left, top, right, bottom) cut like the tracks it was trained on.
+
+    The network says for every eighth pixel whether a face is centred there, how far off its centre
+    is and how large it is. It knows faces of about one size, so it looks at pictures of several.
+    `drawings` says whether `train_finder` gave it synthetic talkers only.
+    """
+
+    def __init__(self, width=24):
+        super().__init__()
+        w = width
+        layers = [_conv(3, w), _conv(w, 2 * w), _conv(2 * w, 4 * w)]  # 4w h/8 w/8
+        for dilation in (1, 2, 1):
+            conv = nn.Conv2d(4 * w, 4 * w, 3, 1, dilation, dilation, bias=False)
+            layers += _conv_unit(conv, nn.BatchNorm2d)
+        self.layers = nn.Sequential(*layers, nn.Conv2d(4 * w, 4, 1))
+        nn.init.zeros_(self.layers[-1].bias)
+        self.to(memory_format=torch.channels_last)
+        self.drawings = False
+
+    def get_extra_state(self):
+        return {"drawings": self.drawings}
+
+    def set_extra_state(self, state):
+        self.drawings = state["drawings"]
+
+    def fingerprint(self):
+        """Return a string that differs for other weights."""
+        return hashlib.sha256(b"".join(p.numpy().tobytes() for p in self.parameters())).hexdigest()
+
+    def forward(self, pictures):
+        """Return the logit, x and y offset / 32 and log(side / 32), [n 3 h w] -> [n 4 h/8 w/8]."""
+        return self.layers(2 * pictures.contiguous(memory_format=torch.channels_last) - 1)
+
+    def boxes(self, pictures):
+        """Return boxes [n p 4] and scores [n p] of all places p in pictures [n 3 h w]."""
+        logit, x, y, log_side = self(pictures).unbind(1)  # n h/8 w/8
+        x = 32 * x + STRIDE * (torch.arange(x.shape[2]) + 0.5)
+        y = 32 * y + STRIDE * (torch.arange(y.shape[1])[:, None] + 0.5)
+        half = 16 * log_side.clamp(-1.5, 1.5).exp()
+        boxes = torch.stack([x - half, y - half, x + half, y + half], -1)
+        return boxes.flatten(1, 2), logit.sigmoid().flatten(1)
+
+    @torch.no_grad()
+    def find(self, picture, usual=None):
+        """Return the boxes [n 4] of the faces in a picture uint8 [3 h w], the surest first.
+
+        Where there is a face in about the `usual` box [4], it is this box alone.
+        """
+        picture = unit_frames(picture)[None]
+        shorter = min(picture.shape[2:])
+        pyramid = {}  # pixels of the picture to one of the level -> level [1 3 h w]
+        for level in [level for level in LEVELS if level <= 2 * shorter] or LEVELS[-1:]:
+            shape = [round(side * level / shorter) for side in picture.shape[2:]]
+            small = F.interpolate(picture, shape, mode="bilinear", antialias=True)
+            pyramid[shorter / level] = small
+        if usual is not None:
+            usual = torch.as_tensor(usual, dtype=torch.float32)
+            if self._look_again(pyramid, usual) > LEAST_SCORE_USUAL:
+                return usual[None]
+        boxes = []
+        scores = []
+        for scale, small in pyramid.items():
+            h, w = small.shape[2:]
+            # Faces at the edge have something around them, and sides are multiples of the stride.
+            padded = F.pad(small, (32, 32 + -w % STRIDE, 32, 32 + -h % STRIDE), mode="replicate")
+            found, certain = self.boxes(padded)
+            boxes.append((found[0] - 32) * scale)
+            scores.append(certain[0])
+        boxes = torch.cat(boxes)
+        scores = torch.cat(scores)
+        means = []
+        certain = []
+        for i in torchvision.ops.nms(boxes, scores, 0.3)[:6]:
+            near = torchvision.ops.box_iou(boxes[i : i + 1], boxes)[0] > 0.5
+            weights = scores * near
+            means.append(weights @ boxes / weights.sum())
+            certain.append((scores[i] + 2 * self._look_again(pyramid, means[-1])) / 3)
+        boxes = torch.stack(means)
+        scores = torch.stack(certain)
+        kept = torchvision.ops.nms(boxes, scores, 0.3)
+        boxes = boxes[kept]
+        sides = boxes[:, 2] - boxes[:, 0]
+        is_face = scores[kept] > LEAST_SCORE
+        boxes = boxes[is_face]
+        sides = sides[is_face]
+        # What lies in a face twice as large is a part of it.
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = (centers > boxes[:, None, :2]) & (centers < boxes[:, None, 2:])  # n n 2
+        is_part = inside.all(2) & (sides < sides[:, None] / 2)
+        return boxes[~is_part.any(0)]
+
+    def _look_again(self, pyramid, box):
+        """Return the score of a box [4] in patches around it (SECOND_LOOK), mirrored and not."""
+        center = (box[:2] + box[2:]) / 2
+        side = box[2] - box[0]
+        scale = min(pyramid, key=lambda scale: abs(math.log(side / scale / 32)))
+        level = pyramid[scale]
+        looks = torch.tensor(SECOND_LOOK)  # v 3
+        pixel = side / looks[:, 2:]  # of a patch, in the picture
+        corner = center - looks[:, :2] * pixel  # v 2, the left upper ones of the patches
+        # from the patches' pixels to the level's, and those to -1 ... 1
+        pixels = torch.arange(PATCH) + 0.5
+        places = torch.stack(torch.meshgrid(pixels, pixels, indexing="xy"), -1)  # 64 64 2
+        places = (corner[:, None, None] + places * pixel[:, None, None]) / scale
+        size = torch.tensor([level.shape[3], level.shape[2]])
+        grid = 2 * places / size - 1
+        level = level.expand(len(looks), -1, -1, -1)
+        patches = F.grid_sample(level, grid, padding_mode="border", align_corners=False)
+        boxes, scores = self.boxes(torch.cat([patches, patches.flip(-1)]))  # 2v p 4, 2v p
+        left, top, right, bottom = boxes[len(looks) :].unbind(-1)
+        boxes[len(looks) :] = torch.stack([PATCH - right, top, PATCH - left, bottom], -1)
+        boxes = boxes * pixel.repeat(2, 1)[:, None] + corner.repeat(2, 2)[:, None]
+        near = torchvision.ops.box_iou(box[None], boxes.flatten(0, 1)).view_as(scores) > 0.4
+        return (scores * near).amax(1).mean()
+
+
+def train_finder(people, steps, seed=0, batch_size=48, progress=False):
+    """Return a FaceFinder trained on people {name: [data.Clip]}, pasted into backgrounds."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        finder = FaceFinder()
+    finder.drawings = all(clip.opening is not None for own in people.values() for clip in own)
+    frames = []
+    for own in people.values():
+        for _ in range(max(8, 1024 // len(people))):
+            clip = own[int(torch.randint(len(own), (), generator=generator))]
+            frame = clip.frames[int(torch.randint(clip.num_frames, (), generator=generator))]
+            frames.append(resize(unit_frames(frame)[None], PATCH))
+    frames = torch.cat(frames)
+    optimizer = torch.optim.AdamW(finder.parameters(), weight_decay=0.01)
+    for step in tqdm(range(steps), "face finder", mininterval=1, disable=not progress):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        chosen = torch.randint(len(frames), (2, batch_size), generator=generator)
+        pictures, box, is_face = paste_faces(frames[chosen[0]], frames[chosen[1]], generator)
+        loss = finder_loss(finder(pictures), box, is_face)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return finder.eval().requires_grad_(False)
+
+
+def finder_loss(outputs, box, is_face):
+    """Return the loss of outputs [n 4 h w] for faces (x, y, side) [n 3], where there is one [n].
+
+    Focal loss (Lin et al. 2017) of the logits, but none of places where it is a matter of taste
+    whether a face is centred there, and L1 of the others.
+    """
+    centers = STRIDE * (torch.arange(outputs.shape[-1]) + 0.5)
+    x, y, side = box[:, :, None, None].unbind(1)  # n 1 1
+    x = (x - centers).expand(-1, len(centers), -1)  # n h w
+    y = (y - centers[:, None]).expand_as(x)
+    distance = torch.maximum(x.abs(), y.abs())
+    is_face = is_face[:, None, None]
+    inside = is_face & (distance < (0.16 * side).clamp_min(0.55 * STRIDE))
+    unclear = is_face & (distance < 0.5 * side) & ~inside
+    logit = outputs[:, 0]
+    wrong = torch.where(inside, 1 - logit.sigmoid(), logit.sigmoid())
+    entropy = F.binary_cross_entropy_with_logits(logit, inside.float(), reduction="none")
+    focal = (wrong.square() * entropy)[~unclear].sum() / inside.sum().clamp_min(1)
+    target = torch.stack([x / 32, y / 32, (side / 32).log().expand_as(x)], 1)
+    error = (outputs[:, 1:] - target).abs().sum(1)
+    return focal + error[inside].mean()
+
+
+def paste_faces(faces, others, generator):
+    """Return pictures [n 3 64 64], boxes (x, y, side) [n 3] and whether there is a face in each [n].
+
+    Faces [n 3 64 64] of any size are pasted into backgrounds. About half are to be found; the rest
+    are too small or too large for it, or replaced by what is no face.
+    """
+    n = len(faces)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    # What is shown: light and colours as other cameras see them, but where the tracks have it.
+    view = 2 * torch.rand(n, len(data.VIEW_NAMES), generator=generator) - 1
+    view[:, : data.VIEW_NAMES.index("roll")] = 0
+    faces = data.augment(faces[:, None], view, generator)[:, 0]
+    faces = faces * uniform(0.4, 1)[:, None, None, None]  # people sit in the dark, too
+    kind = torch.multinomial(torch.tensor([5.0, 1, 1, 2, 2]), n, True, generator=generator)
+    is_face, too_small, too_large, replaced, absent = kind == torch.arange(5)[:, None]
+    scenery = make_backgrounds(others, generator)
+    shown = torch.where(replaced[:, None, None, None], scenery.flip(0), faces)
+    # Where, and how large.
+    low, high = FACE_SIDES
+    side = low * (high / low) ** uniform(0, 1)
+    side = torch.where(too_small, uniform(6, 13), torch.where(too_large, uniform(75, 150), side))
+    room = torch.where(too_large, PATCH, PATCH - 0.8 * side)
+    x = PATCH / 2 + room * uniform(-0.5, 0.5)
+    y = PATCH / 2 + room * uniform(-0.5, 0.5)
+    pixels = torch.arange(PATCH) + 0.5
+    u = (pixels - x[:, None, None]) * 2 / side[:, None, None]  # -1 to 1 inside
+    v = (pixels[:, None] - y[:, None, None]) * 2 / side[:, None, None]
+    u, v = torch.broadcast_tensors(u, v)
+    blurred = F.avg_pool2d(shown, 3, 1, 1, count_include_pad=False)  # before it is made smaller
+    shown = torch.where((side < 32)[:, None, None, None], blurred, shown)
+    grid = torch.stack([u, v], -1)
+    shown = F.grid_sample(shown, grid, padding_mode="border", align_corners=False)
+    # The edge: a square, or anything from a circle to one, soft; one in five fills the picture.
+    power = (2 * 10 ** uniform(0, 1))[:, None, None]
+    distance = (u.abs() ** power + v.abs() ** power) ** (1 / power)
+    softness = uniform(0.01, 0.1)[:, None, None]
+    opacity = ((uniform(0.85, 1.15)[:, None, None] - distance) / softness).sigmoid()
+    square = torch.maximum(u.abs(), v.abs()) < 1
+    opacity = torch.where(uniform(0, 1)[:, None, None] < 0.5, square, opacity)
+    opacity[uniform(0, 1) < 0.2] = 1
+    opacity[absent] = 0
+    pictures = torch.lerp(scenery, shown, opacity[:, None])
+    # One in three is blurred, one noisy.
+    view = torch.zeros_like(view)
+    view[:, data.VIEW_NAMES.index("degradation")] = uniform(-0.67, 1).where(uniform(0, 1) < 0.7, 0)
+    pictures = data.augment(pictures[:, None], view, generator)[:, 0]
+    return pictures, torch.stack([x, y, side], 1), is_face
+
+
+def make_backgrounds(frames, generator):
+    """Return pictures [n 3 64 64] without a face, from frames [n 3 64 64]; n is 5 or more.
+
+    Each shows two of five kinds side by side: noise, drawn figures, what surrounds faces, parts of
+    faces, and faces whose blocks are shuffled.
+    """
+    n = len(frames)
+    noise, drawn, around, parts, blocks = frames.tensor_split(5)
+    pictures = [
+        make_noise(len(noise), generator),
+        draw_figures(len(drawn), generator),
+        enlarge(around, generator, edges=True),
+        enlarge(parts, generator, edges=False),
+        shuffle_blocks(blocks, generator),
+    ]
+    pictures = torch.cat(pictures)
+    angle = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
+    shift = 1.6 * torch.rand(n, 1, 1, generator=generator) - 0.4
+    line = torch.linspace(-1, 1, PATCH)
+    side = line * angle.cos() + line[:, None] * angle.sin() - shift  # n 64 64
+    others = pictures[torch.randperm(n, generator=generator)]
+    return torch.lerp(pictures, others, (10 * side).sigmoid()[:, None])
+
+
+def make_noise(n, generator):
+    """Return noise [n 3 64 64], from clouds to grain."""
+    pictures = torch.rand(n, 3, 1, 1, generator=generator).expand(-1, -1, PATCH, PATCH)
+    for size in (2, 4, 8, 16, 32, 64):
+        grey = 2 * torch.rand(n, 1, size, size, generator=generator) - 1
+        grain = grey + torch.rand(n, 3, size, size, generator=generator) - 0.5
+        grain = F.interpolate(grain, (PATCH, PATCH), mode="bilinear")
+        pictures = pictures + torch.rand(n, 1, 1, 1, generator=generator) ** 3 * grain
+    return pictures.clamp(0, 1)
+
+
+def draw_figures(n, generator):
+    """Return stripes, checks, bars and rings in two colours, blurred or sharp, [n 3 64 64]."""
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+
+    angle = uniform(0, math.pi)
+    x = torch.arange(PATCH) - uniform(0, PATCH)  # n 1 64
+    y = torch.arange(PATCH)[:, None] - uniform(0, PATCH)  # n 64 1
+    period = 2 ** uniform(2, 5.5)  # pixels
+    across = (x * angle.cos() + y * angle.sin()) / period  # n 64 64
+    along = (y * angle.cos() - x * angle.sin()) / period / uniform(0.5, 2)
+    waves = [across, along, torch.hypot(across, along)]
+    stripes, others, rings = (torch.sin(2 * math.pi * wave) for wave in waves)
+    figures = [stripes, stripes * others, torch.maximum(stripes, others), rings]
+    chosen = torch.randint(4, (n,), generator=generator)
+    figure = torch.stack(figures, 1)[torch.arange(n), chosen]
+    weight = (figure * uniform(1, 20)).clamp(-1, 1) / 2 + 0.5
+    first, second = torch.rand(2, n, 3, 1, 1, generator=generator)
+    return torch.lerp(first, second, weight[:, None])
+
+
+def enlarge(frames, generator, edges):
+    """Return parts of frames [n 3 64 64], turned and enlarged to their size.
+
+    Of their edges, where hair, clothes and walls are, or of faces.
+    """
+    n = len(frames)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    size = uniform(0.1, 0.25) if edges else uniform(0.12, 0.4)
+    x = uniform(-0.9, 0.9)
+    y = uniform(-0.9, 0.9)
+    if edges:
+        outward = (1 - size) * (2 * torch.randint(2, (n,), generator=generator) - 1)
+        sideways = uniform(0, 1) < 0.5
+        x, y = torch.where(sideways, outward, x), torch.where(sideways, y, outward)
+    angle = uniform(-1, 1)
+    sine = size * angle.sin()
+    cosine = size * angle.cos()
+    affine = torch.stack([cosine, -sine, x, sine, cosine, y], 1).view(n, 2, 3)
+    grid = F.affine_grid(affine, frames.shape, align_corners=False)
+    return F.grid_sample(frames, grid, padding_mode="reflection", align_corners=False)
+
+
+def shuffle_blocks(frames, generator):
+    """Return frames [n 3 64 64] with their blocks, 2 x 2 to 8 x 8 of them, in a random order."""
+    blocks = 2 ** int(torch.randint(1, 4, (), generator=generator))  # a side
+    parts = rearrange(frames, "n c (i h) (j w) -> n (i j) c h w", i=blocks, j=blocks)
+    order = torch.rand(parts.shape[:2], generator=generator).argsort(1)
+    parts = parts[torch.arange(len(frames))[:, None], order]
+    return rearrange(parts, "n (i j) c h w -> n c (i h) (j w)", i=blocks)
+
+
 # ---------------------------------------------------------------- scoring generated clips
 
 SILENT = -1.0  # mean of data.log_mel in a frame's window, which is -1.49 without any sound

@@ -210,6 +210,8 @@ def check_config(config):
         raise ValueError("fed.algorithm scaffold needs fed.gamma=0, sample_cap=1 and proximal=0")
     if f["algorithm"] == "centralized" and p["enabled"]:
         raise ValueError("fed.algorithm centralized pools the clips: set privacy.enabled=false")
+    if config["data"]["find_faces"] and not config["backbone"]["finder_steps"]:
+        raise ValueError("data.find_faces needs a face finder: set backbone.finder_steps above 0")
     if p["target_epsilon"] and p["noise_multiplier"]:
         raise ValueError("privacy.target_epsilon chooses the noise: set it or noise_multiplier 0")
     for section in ("personal", "lora"):
@@ -526,7 +528,9 @@ def backbone_key(config, public):
         lora,
         *(data.log_mel, data.augment, data.sample_batch),
         *(metrics.Judges, metrics.train_judges, metrics.split_for_judges),
-        *(metrics.judge_loss, metrics.draw_stretches),
+        *(metrics.judge_loss, metrics.draw_stretches, metrics.FaceFinder, metrics.train_finder),
+        *(metrics.finder_loss, metrics.paste_faces, metrics.make_backgrounds, metrics.make_noise),
+        *(metrics.draw_figures, metrics.enlarge, metrics.shuffle_blocks),
         *(metrics.identity_threshold, public_unexplained),
         *(fed.draw_noise, fed.objective, fed.backward, fed.encode_batch, fed.sample_batch),
         *(sample_frames, train_autoencoder, train_unet, learning_rate, optimizer_step),
@@ -555,21 +559,24 @@ def load_or_pretrain(config, public, run, device, workers):
 
 
 def pretrain(config, public, cache, device, workers):
-    """Train judges, autoencoder and UNet into cache/backbone.pt. Finished stages are kept there
-    until all are done.
+    """Train judges, face finder, autoencoder and UNet into cache/backbone.pt. Finished stages are
+    kept there until all are done.
 
-    The two sets of judges and the autoencoder are shared among the workers; the UNet is rank 0's.
+    All but the UNet, which is rank 0's, are shared among the workers.
     """
     clips = [clip for own in public.values() for clip in own]
     for_losses, for_tables = metrics.split_for_judges(public, config["seed"])
     judge_settings = config["backbone"]["judge_steps"], config["seed"]
-    stages = ("autoencoder", "loss judges", "table judges")
+    stages = ("autoencoder", "loss judges", "table judges", "face finder")
     missing = workers.broadcast([n for n in stages if not (cache / f"{n}.pt").exists()])
     finished = {}
     for i in workers.assign([1.0] * len(missing)):
         started = time.perf_counter()
         if missing[i] == "autoencoder":
             state = train_autoencoder(config, public, device)
+        elif missing[i] == "face finder":
+            steps = config["backbone"]["finder_steps"]
+            state = metrics.train_finder(public, steps, config["seed"], progress=True).state_dict()
         else:
             people = for_losses if missing[i] == "loss judges" else for_tables
             judges = metrics.train_judges(people, *judge_settings, progress=True, device=device)
@@ -591,6 +598,7 @@ def pretrain(config, public, cache, device, workers):
     seconds["UNet"] = round(time.perf_counter() - started, 1)
     backbone = {"model": state, "directions": directions, "losses": losses, "seconds": seconds}
     backbone["judges"] = {kind: done[f"{kind} judges"]["state"] for kind in ("loss", "table")}
+    backbone["finder"] = done["face finder"]["state"]
     backbone["public_jitter"] = metrics.mean_jitter(clips)
     # What personalize holds clips against that may be of a stranger, or of no face.
     model, judges = restore_backbone(config, backbone, device)
@@ -624,6 +632,15 @@ def restore_backbone(config, backbone, device):
     return model.eval().requires_grad_(False), judges
 
 
+def load_finder(config, backbone):
+    """Return the backbone's face finder, or None if the config says that it was not trained."""
+    if not config["backbone"]["finder_steps"]:
+        return None
+    finder = metrics.FaceFinder()
+    finder.load_state_dict(backbone["finder"])
+    return finder.eval().requires_grad_(False)
+
+
 def add_adapter(config, model, directions, section):
     """Put the adapters of config section `lora` or `personal` into the frozen model and return it."""
     settings = config[section]
@@ -648,6 +665,9 @@ def train(config, people, run, device, workers):
     stopwatch = Stopwatch(run, workers)
     # -- in public: backbone, judges, the directions of the adapters
     backbone = load_or_pretrain(config, people.public, run, device, workers)
+    if config["data"]["find_faces"]:
+        with workers.first_on_machine():
+            people = find_faces(config, people, load_finder(config, backbone))
     model, judges = restore_backbone(config, backbone, device)
     add_adapter(config, model, backbone["directions"], "lora")  # Eq. 7; the rest is frozen
     stopwatch.lap("backbone")
@@ -776,6 +796,30 @@ def load_people(config):
     sizes = d["size"], d["crop"], d["clients"], d["unseen"], config["seed"]
     synthetic = d["synthetic"] | {"unreliable": d["unreliable"]}
     return data.load_people(d["root"], *sizes, cache, synthetic)
+
+
+def find_faces(config, people, finder):
+    """Return the people with the faces of clients and unseen people cut out of their clips.
+
+    Raises ValueError for a person in whose clips no face is found.
+    """
+    found = read_clips(config, config["data"]["root"], finder).people
+    roles = []
+    for role in (people.clients, people.unseen):
+        lost = sorted(set(role) - set(found))
+        if lost:
+            raise ValueError(f"data.find_faces: no face found in the clips of {', '.join(lost)}")
+        roles.append({name: found[name] for name in role})
+    return data.People(people.public, *roles)
+
+
+def read_clips(config, root, finder):
+    """Return the data.TalkingHeads of a folder or video, faces cut out; prints what is not used."""
+    d = config["data"]
+    cache = config["runtime"]["cache"] or None
+    dataset = data.TalkingHeads(root, d["size"], d["crop"], cache, True, finder)
+    data.print_troubles(dataset)
+    return dataset
 
 
 def make_clients(config, people, run):
@@ -1273,6 +1317,12 @@ def load_run(config, run, device):
     return backbone, model, judges, state
 
 
+def save_crops(folder, name, frames):
+    """Write frames [n 3 h w] side by side, FOLDER/NAME.png, for people to see what is used."""
+    strip = rearrange(frames, "n c h w -> h (n w) c")
+    save_picture(Path(folder, f"{name}.png"), Image.fromarray(strip))
+
+
 def generate(args, config, device):
     """--action generate: a portrait and a voice become a video with sound."""
     for flag in ("reference", "speech", "resume"):
@@ -1298,7 +1348,11 @@ def generate(args, config, device):
         print(f"--prompt: ignored {', '.join(unknown)}; known: {', '.join(known) or 'none'}")
 
     size = config["data"]["size"]
-    pictures = [data.read_image(path, size, config["data"]["crop"]) for path in args.reference]
+    finder = load_finder(config, backbone)
+    sizes = size, config["data"]["crop"], finder
+    pictures = [data.read_image(path, *sizes) for path in args.reference]
+    if args.look:
+        save_crops(args.look, "reference", pictures)
     pictures = torch.stack([data.to_float(picture, device) for picture in pictures])
     reference = pictures[None]  # 1 n 3 H W
     audio, mel = read_speech_windows(args, config)
@@ -1358,13 +1412,12 @@ def personalize_own(args, config, device):
         if not getattr(args, flag):
             raise ValueError(f"--action personalize needs --{flag}")
     output = Path(args.output or "me.pt")
-    d = config["data"]
-    dataset = data.TalkingHeads(
-        args.clips, d["size"], d["crop"], config["runtime"]["cache"] or None, progress=True
-    )
-    for path, reason in dataset.skipped:
-        print(f"skipped {path}: {reason}")
     backbone, model, judges, state = load_run(config, Path(args.resume), device)
+    dataset = read_clips(config, args.clips, load_finder(config, backbone))
+    if args.look:
+        for clip in dataset.clips:
+            spread = np.linspace(0, clip.num_frames - 1, 8).astype(int)
+            save_crops(args.look, f"{clip.person}-{clip.name}", clip.frames[spread])
     others = metrics.find_strangers(judges["loss"], dataset.clips, backbone["identity_threshold"])
     if others:
         names = ", ".join(clip.path.name for clip in others)
@@ -1374,7 +1427,8 @@ def personalize_own(args, config, device):
     model = personal_model(config, model, state["adapter"], backbone["directions"])
     start = lora.adapter_vector(model)
     num_frames = config["backbone"]["num_frames"]
-    client = fed.Client("me", split, num_frames, same_clip=d["same_clip_reference"])
+    same_clip = config["data"]["same_clip_reference"]
+    client = fed.Client("me", split, num_frames, same_clip=same_clip)
     kwargs = training_kwargs(config, "personal", device) | {
         "num_steps": config["personal"]["steps"]
     }
@@ -1393,7 +1447,7 @@ def personalize_own(args, config, device):
         print(
             f"the model does not explain these clips: it leaves {shares['global adapter']:.4f} of "
             f"their motion unexplained, and at most {limit:.4f} of any public clip's; is there a "
-            "talking face in the middle of them?"
+            "talking face in them (--look FOLDER shows what was used)?"
         )
     else:
         for name, share in shares.items():
@@ -1500,6 +1554,7 @@ def parse_arguments(argv):
     add("--no-watermark", action="store_true", help="generate: no letters AI in the corner")
     add("--adapter", help="generate: a personal adapter, personal/<client>.pt")
     add("--clips", help="personalize: a folder of videos of one person, or one video")
+    add("--look", metavar="FOLDER", help="generate, personalize: write the pictures used there")
     add("--output", help="generate: the video (talk.mp4); personalize: the adapter (me.pt)")
     args = parser.parse_args(argv)
     scales = [f"{name}_scale" for name in talking.CONDITIONS]
@@ -1510,7 +1565,8 @@ def parse_arguments(argv):
             parser.error(f"--{name} must lie in {least} ... {most}, not {value}")
     generating = (*ranges, *scales, "reference", "speech", "prompt", "no_watermark", "adapter")
     users = dict.fromkeys(generating, ["generate"])
-    users |= {"clips": ["personalize"], "output": ["generate", "personalize"]}
+    users |= {"clips": ["personalize"]}
+    users |= dict.fromkeys(("output", "look"), ["generate", "personalize"])
     for name, actions in users.items():
         if args.action not in actions and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for --action {' or '.join(actions)}, not {args.action}")

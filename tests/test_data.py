@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.signal import correlate, correlation_lags
 from PIL import Image
 
@@ -416,6 +417,99 @@ def test_crop_keeps_the_middle_of_clips_and_pictures_alike(tmp_path):
 
 
 MODES = ["L", "RGBA", "P", "RGB", "1", "I;16", "CMYK", "F", "float 0..1", "16-bit RGB", "float RGB"]
+
+
+# ---------------------------------------------------------------- faces
+
+
+class RedFinder:
+    """A finder whose faces are the bright red squares of a picture."""
+
+    drawings = False
+
+    def fingerprint(self):
+        return "red"
+
+    def find(self, picture, usual):
+        r, g, b = picture.astype(int)
+        labels, _ = ndimage.label((r > 150) & (g < 90) & (b < 90))
+        boxes = [
+            (x.start, y.start, x.stop, y.stop)
+            for y, x in ndimage.find_objects(labels)
+            if x.stop - x.start > 8
+        ]
+        return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+
+
+def red_squares(*squares, width=320, height=180):
+    """A grey picture uint8 [3 h w] with red squares (left, top, side), each with a green middle."""
+    picture = np.full((3, height, width), 128, np.uint8)
+    for left, top, side in squares:
+        picture[:, top : top + side, left : left + side] = np.uint8([200, 20, 20])[:, None, None]
+        quarter = side // 4
+        inside = slice(top + quarter, top + 3 * quarter), slice(left + quarter, left + 3 * quarter)
+        picture[:, *inside] = np.uint8([20, 200, 20])[:, None, None]
+    return picture
+
+
+def is_framed(frames):
+    """Whether frames [f 3 32 32] show one red square with its green middle, and nothing else."""
+    expected = red_squares((0, 0, 32), width=32, height=32)
+    return np.abs(frames[..., 2:-2, 2:-2] - expected[:, 2:-2, 2:-2].astype(int)).mean() < 25
+
+
+def test_a_moving_face_is_followed_in_a_video(tmp_path):
+    frames = [red_squares((20 + 2 * i, 60 - i // 2, 64)) for i in range(100)]
+    data.write_video(tmp_path / "p" / "walk.mp4", np.stack(frames), tone(100))
+    found, _ = data.read_video(tmp_path / "p" / "walk.mp4", 32, finder=RedFinder())
+    assert found.shape == (100, 3, 32, 32)
+    assert all(is_framed(frame[None]) for frame in found[15:-15])  # the ends are smoothed
+    clip = TalkingHeads(tmp_path, 32, finder=RedFinder()).clips[0]
+    assert np.array_equal(clip.frames, found)
+    uncut = TalkingHeads(tmp_path, 32).clips[0]  # another entry in the cache
+    assert not is_framed(uncut.frames)
+
+
+def test_what_is_cut_as_in_training_stays_as_it_is(tmp_path):
+    picture = red_squares((6, 4, 92), width=100, height=100)
+    data.write_video(tmp_path / "a.mp4", np.stack([picture] * 20), tone(20))
+    expected, _ = data.read_video(tmp_path / "a.mp4", 32)
+    assert np.array_equal(data.read_video(tmp_path / "a.mp4", 32, finder=RedFinder())[0], expected)
+    Image.fromarray(picture.transpose(1, 2, 0)).save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    assert np.array_equal(data.read_image(path, 32, 1.0, RedFinder()), data.read_image(path, 32))
+    halves = [data.read_image(path, 32, 0.5, finder) for finder in (None, RedFinder())]
+    assert not np.array_equal(*halves)
+
+
+def test_the_largest_face_is_used_and_the_others_are_noted(tmp_path):
+    picture = red_squares((20, 90, 60), (150, 20, 120))
+    for name in ("a.png", "a.mp4"):
+        path = tmp_path / name
+        if name == "a.png":
+            Image.fromarray(picture.transpose(1, 2, 0)).save(path)
+            read = lambda: data.read_image(path, 32, 1.0, RedFinder())[None]  # noqa: E731
+        else:
+            data.write_video(path, np.stack([picture] * 30), tone(30))
+            read = lambda: data.read_video(path, 32, 1.0, RedFinder())[0]  # noqa: E731
+        with pytest.warns(UserWarning, match=f"{name}: 2 faces are found in it, the largest"):
+            assert is_framed(read())
+
+
+def test_without_a_face_in_most_of_it_a_file_is_refused_by_name(tmp_path):
+    empty = red_squares()
+    Image.fromarray(empty.transpose(1, 2, 0)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: no face found in it$"):
+        data.read_image(tmp_path / "a.png", 32, 1.0, RedFinder())
+    face = red_squares((20, 60, 64))
+    data.write_video(tmp_path / "half.mp4", np.stack([face] * 50 + [empty] * 50), tone(100))
+    with pytest.raises(ValueError, match="half.mp4: its face is found in only 50% of it"):
+        data.read_video(tmp_path / "half.mp4", 32, finder=RedFinder())
+    data.write_video(tmp_path / "none.mp4", np.stack([empty] * 50), tone(50))
+    drawn = RedFinder()
+    drawn.drawings = True
+    with pytest.raises(ValueError, match="none.mp4: no face found in it .* drawings only"):
+        data.read_video(tmp_path / "none.mp4", 32, finder=drawn)
 
 
 @pytest.mark.parametrize("mode", MODES)

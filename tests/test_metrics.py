@@ -18,6 +18,7 @@ from PIL import Image
 from scipy import stats
 from scipy.linalg import sqrtm
 
+import bench_faces
 import data
 import metrics
 
@@ -709,6 +710,87 @@ def test_judges_are_loaded_from_a_run(tmp_path, judges):
             metrics.load_judges(tmp_path / "other.pt")
 
 
+# ---------------------------------------------------------------- finding faces
+
+
+def draw_talkers(names):
+    """Return {name: [data.Clip]} of synthetic talkers with four frames each."""
+    talkers = {}
+    for name in names:
+        person = data.make_person(0, name)
+        rng = np.random.default_rng([*name.encode()])
+        _, curve = data.speech_curve(rng, 1.0, person.mouths)
+        motion = data.make_motion(rng, person, curve, 20, "")
+        frames = data.draw(person, motion, 64)[::5]
+        none = np.zeros(0)
+        talkers[name] = [data.Clip(name, "1", Path(name), frames, none, none, "", np.zeros(4))]
+    return talkers
+
+
+def test_the_face_finder_finds_talkers_and_refuses_what_is_none():
+    state = torch.get_rng_state()
+    finder = metrics.train_finder(draw_talkers(f"public-{i:03d}" for i in range(32)), 200)
+    assert torch.equal(torch.get_rng_state(), state) and finder.drawings
+    others = draw_talkers(f"unseen-{i:03d}" for i in range(10))
+    faces = [clips[0].frames[0].transpose(1, 2, 0) for clips in others.values()]
+    found, refused = bench_faces.measure(finder, faces, bench_faces.make_test_pictures(), 40)
+    assert found >= 0.85 and refused >= 0.85
+    for face in faces:  # as in training: nothing is to be cut
+        usual = data.middle(64, 64, 1.0)
+        assert np.array_equal(finder.find(data.channels_first(face), usual), usual[None])
+        aside = finder.find(data.channels_first(face)).numpy()
+        assert data.box_overlap(aside[0], usual) > 0.5
+
+
+def test_faces_are_pasted_where_the_boxes_say():
+    white = torch.ones(400, 3, 64, 64)
+    generator = torch.Generator().manual_seed(0)
+    pictures, box, is_face = metrics.paste_faces(white, torch.zeros_like(white), generator)
+    assert 0.4 < is_face.float().mean() < 0.6
+    assert pictures.shape == (400, 3, 64, 64) and 0 <= pictures.min() and pictures.max() <= 1
+    low, high = metrics.FACE_SIDES
+    assert ((box[is_face, 2] >= low) & (box[is_face, 2] <= high)).all()
+
+
+def test_the_loss_of_the_finder_wants_its_boxes():
+    """Outputs that state the box everywhere, and the face where it is, have next to no loss."""
+    finder = metrics.FaceFinder()
+    box = torch.tensor([[30.0, 20.0, 24.0], [0.0, 0.0, 1.0]])
+    is_face = torch.tensor([True, False])
+    outputs = torch.zeros(2, 4, 8, 8)
+    centers = 8 * (torch.arange(8) + 0.5)
+    outputs[0, 1] = (30 - centers) / 32
+    outputs[0, 2] = (20 - centers[:, None]) / 32
+    outputs[0, 3] = np.log(24 / 32)
+    outputs[:, 0] = -9
+    outputs[0, 0, 2, 3] = 9  # the place at (28, 20)
+    right = metrics.finder_loss(outputs, box, is_face)
+    assert right < 0.01
+    finder.forward = lambda pictures: outputs
+    boxes, scores = finder.boxes(torch.zeros(2, 3, 64, 64))
+    np.testing.assert_allclose(boxes[0, scores[0].argmax()], [18, 8, 42, 32], atol=1e-4)
+    for row, column in ((6, 6), (0, 3)):
+        wrong = outputs.clone()
+        wrong[0, 0, 2, 3] = -9
+        wrong[0, 0, row, column] = 9
+        assert metrics.finder_loss(wrong, box, is_face) > 1
+    assert metrics.finder_loss(outputs + torch.eye(4)[1][:, None, None], box, is_face) > 0.9
+
+
+def test_a_second_person_among_clips_is_named(people, judges):
+    own = people["p0"]
+    threshold = metrics.identity_threshold(judges, people)
+    assert metrics.find_strangers(judges, own, threshold) == []
+    # embeddings that the colour of the frames decides
+    plain = copy.deepcopy(judges)
+    plain.identity = lambda x: F.normalize(x.mean((-2, -1)) - 0.4, dim=-1)
+    within = metrics.identity_threshold(plain, people)
+    across = metrics.identity_distances(plain, [people["p0"][0], people["p1"][0]])[0, 1]
+    assert 0 <= within < across
+    clips = [*own, people["p1"][0]]
+    assert metrics.find_strangers(plain, clips, within) == clips[3:]
+
+
 # ---------------------------------------------------------------- scoring generated clips
 
 
@@ -1191,17 +1273,3 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):
         assert metrics.main(words) == 2, arguments
         error = capsys.readouterr().err.strip()
         assert reason in error and len(error.splitlines()) == 1, (arguments, error)
-
-
-def test_a_second_person_among_clips_is_named(people, judges):
-    own = people["p0"]
-    threshold = metrics.identity_threshold(judges, people)
-    assert metrics.find_strangers(judges, own, threshold) == []
-    # embeddings that the colour of the frames decides
-    plain = copy.deepcopy(judges)
-    plain.identity = lambda x: F.normalize(x.mean((-2, -1)) - 0.4, dim=-1)
-    within = metrics.identity_threshold(plain, people)
-    across = metrics.identity_distances(plain, [people["p0"][0], people["p1"][0]])[0, 1]
-    assert 0 <= within < across
-    clips = [*own, people["p1"][0]]
-    assert metrics.find_strangers(plain, clips, within) == clips[3:]

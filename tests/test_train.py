@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import data
 import fed
@@ -36,6 +37,7 @@ TINY = [
     "model.dim=16",
     "model.prior_modes=8",
     "backbone.judge_steps=2",
+    "backbone.finder_steps=0",
     "backbone.autoencoder_steps=2",
     "backbone.steps=2",
     "backbone.batch_size=2",
@@ -86,6 +88,7 @@ def fails(capsys, *arguments):
         (["--set", "model.channels=[]"], "channels"),
         (["--set", "model.channels=[20]"], "channels"),
         (["--set", "data.window=4"], "odd"),
+        (["--set", "data.find_faces=true", "backbone.finder_steps=0"], "finder_steps above 0"),
         (["--set", "data.size=60"], "data.size"),
         (["--set", "privacy.delta=0"], "delta"),
         (["--set", "privacy.delta=0.5"], "delta"),
@@ -396,6 +399,73 @@ def test_own_videos_become_an_adapter_that_only_its_run_accepts(finished, tmp_pa
     error = fails(capsys, *base, "--adapter", str(output), "--set", "personal.rank=2")
     assert "other settings" in error
     assert not (tmp_path / "no.mp4").exists()
+
+
+class FixedFinder:
+    """A face finder that finds the same boxes in every picture."""
+
+    drawings = True
+
+    def __init__(self, *boxes):
+        self.boxes = torch.tensor(boxes).reshape(-1, 4)
+
+    def fingerprint(self):
+        return str(self.boxes)
+
+    def find(self, picture, usual):
+        return self.boxes
+
+
+def test_a_picture_without_a_face_is_refused_and_what_is_used_can_be_seen(
+    finished, tmp_path, monkeypatch, capsys
+):
+    folder, run = finished
+    look = ["--look", str(tmp_path / "look")]
+    base = ["--action", "generate", "--resume", str(run), "--reference", str(run / "grid.png")]
+    base += ["--speech", str(first_clip(folder)), "--output", str(tmp_path / "talk.mp4")]
+    monkeypatch.setattr(train, "load_finder", lambda *args: FixedFinder())
+    error = fails(capsys, *base, *look)
+    assert "grid.png: no face found in it (the face finder has seen drawings only)" in error
+    assert not (tmp_path / "talk.mp4").exists() and not (tmp_path / "look").exists()
+    monkeypatch.setattr(train, "load_finder", lambda *args: FixedFinder([10.0, 20.0, 50.0, 60.0]))
+    train.main(["--gpus", "cpu", *base, *look])
+    assert "this backbone has seen drawings only" in capsys.readouterr().out
+    with Image.open(tmp_path / "look" / "reference.png") as seen:
+        assert seen.size == (32, 32)
+
+
+def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, tmp_path, capsys):
+    folder, run = finished
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    backbone = train.load_checkpoint(copy / "backbone.pt", "backbone")
+    assert 0 < backbone["public_unexplained"] and 0 < backbone["identity_threshold"] < 2
+    backbone |= {"public_unexplained": 1e-6, "identity_threshold": -1.0}
+    train.save_checkpoint(copy / "backbone.pt", "backbone", backbone)
+    clips = folder / "people" / "client-001"
+    arguments = ["--clips", str(clips), "--output", str(tmp_path / "me.pt")]
+    arguments += ["--look", str(tmp_path / "look")]
+    train.main(["--gpus", "cpu", "--action", "personalize", "--resume", str(copy), *arguments])
+    printed = capsys.readouterr().out
+    assert "the model does not explain these clips" in printed and "0.0000 of any" in printed
+    assert "held-out pieces" not in printed
+    assert "another person" in printed and first_clip(folder, "client-001").name in printed
+    assert len(list((tmp_path / "look").glob("client-001-*.png"))) == len(list(clips.glob("*.mp4")))
+
+
+def test_faces_are_cut_out_of_private_clips_only(finished):
+    folder, run = finished
+    config = train.load_config(run / "config.yaml")
+    people = train.load_people(config)
+    cut = train.find_faces(config, people, FixedFinder([0.0, 0.0, 20.0, 20.0]))
+    assert cut.public is people.public
+    for before, after in ((people.clients, cut.clients), (people.unseen, cut.unseen)):
+        assert list(before) == list(after)
+        for name in before:
+            assert len(before[name]) == len(after[name])
+            assert not np.array_equal(before[name][0].frames, after[name][0].frames)
+    with pytest.raises(ValueError, match="no face found"):
+        train.find_faces(config, people, FixedFinder())
 
 
 def test_generation_refuses_what_it_cannot_use(finished, capsys, tmp_path):
@@ -745,20 +815,3 @@ def test_the_readmes_map_of_equations_holds():
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 250 and text.count("![") >= 1
-
-
-def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, tmp_path, capsys):
-    folder, run = finished
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    backbone = train.load_checkpoint(copy / "backbone.pt", "backbone")
-    assert 0 < backbone["public_unexplained"] and 0 < backbone["identity_threshold"] < 2
-    backbone |= {"public_unexplained": 1e-6, "identity_threshold": -1.0}
-    train.save_checkpoint(copy / "backbone.pt", "backbone", backbone)
-    clips = folder / "people" / "client-001"
-    arguments = ["--clips", str(clips), "--output", str(tmp_path / "me.pt")]
-    train.main(["--gpus", "cpu", "--action", "personalize", "--resume", str(copy), *arguments])
-    printed = capsys.readouterr().out
-    assert "the model does not explain these clips" in printed and "0.0000 of any" in printed
-    assert "held-out pieces" not in printed
-    assert "another person" in printed and first_clip(folder, "client-001").name in printed

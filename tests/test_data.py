@@ -484,6 +484,7 @@ def test_what_is_cut_as_in_training_stays_as_it_is(tmp_path):
 
 def test_the_largest_face_is_used_and_the_others_are_noted(tmp_path):
     picture = red_squares((20, 90, 60), (150, 20, 120))
+    picture[:, 105:135, 35:65] = np.uint8([20, 20, 200])[:, None, None]  # another middle
     for name in ("a.png", "a.mp4"):
         path = tmp_path / name
         if name == "a.png":

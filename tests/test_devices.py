@@ -40,6 +40,7 @@ SMALLEST = [
     "model.channels=[8]",
     "model.dim=8",
     "model.prior_modes=8",
+    "backbone.finder_steps=0",
     "backbone.autoencoder_steps=1",
     "backbone.steps=2",
     "backbone.batch_size=2",

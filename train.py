@@ -488,15 +488,17 @@ def train_unet(config, autoencoder, public, device, partial):
 
 
 def public_unexplained(model, public, num_people=48):
-    """Return the greatest unexplained variance of a public clip, or None without one to measure.
+    """Return the greatest share of a public clip's motion that the linear denoiser leaves
+    unexplained, or None without a clip to measure.
 
-    It is of at most so many people's second clips, with a reference picture of the first.
+    The second clips of at most so many people are measured, with a reference picture of the first.
+    The UNet was trained on them, so that what it leaves says little about other people.
     """
     greatest = None
     for first, *others in list(public.values())[:num_people]:
         if others:
             batch = fed.fixed_batch(model, others[:1], [first], 50)
-            share = float(fed.unexplained_variance(model, batch, 0).mean())
+            share = float(fed.unexplained_variance(model, batch, 0, use_unet=False).mean())
             greatest = max(share, greatest or 0.0)
     return greatest
 
@@ -1446,8 +1448,8 @@ def personalize_own(args, config, device):
     if limit and shares["global adapter"] > limit:
         print(
             f"the model does not explain these clips: it leaves {shares['global adapter']:.4f} of "
-            f"their motion unexplained, and at most {limit:.4f} of any public clip's; is there a "
-            "talking face in them (--look FOLDER shows what was used)?"
+            f"their motion unexplained; without any training {limit:.4f} of the worst public clip's "
+            "is left. Is there a talking face in them (--look FOLDER shows what was used)?"
         )
     else:
         for name, share in shares.items():

@@ -400,22 +400,19 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
             moving = [f"sendcmd=filename={commands}", "crop=exact=1"]
             square = f"scale={size}:{size}:flags=area+accurate_rnd"
             filters = [*picture_filters(streams.video), *moving, square]
-    filters.append("shuffleplanes=2:0:1")  # from G, B, R to R, G, B
-    picture = ["-map", "0:V:0", "-vf", ",".join(filters)]
-    picture += ["-pix_fmt", "gbrp", "-f", "rawvideo", output]
-    if streams.sound is not None:
-        audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
-    elif sound_file:
-        inputs += ["-i", f"file:{sound_file}"]
-        audio, log = decode_sound(inputs, f"1:{probe_sound(sound_file).sound}", *picture)
-    else:
-        audio = np.zeros(0, np.int16)
-        _, _, log = run_ffmpeg(*inputs, *picture)
-    commands.unlink(missing_ok=True)
-    shape = re.search(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)  # of the output
-    if not shape or not os.path.getsize(output):
-        raise ValueError(first_error(log) or "it has no frames")
-    width, height = map(int, shape.groups())
+    picture = raw_picture(filters, output)
+    try:
+        if streams.sound is not None:
+            audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
+        elif sound_file:
+            inputs += ["-i", f"file:{sound_file}"]
+            audio, log = decode_sound(inputs, f"1:{probe_sound(sound_file).sound}", *picture)
+        else:
+            audio = np.zeros(0, np.int16)
+            _, _, log = run_ffmpeg(*inputs, *picture)
+    finally:
+        commands.unlink(missing_ok=True)
+    height, width = raw_shape(log, output)
     num_frames = os.path.getsize(output) // (3 * height * width)
     if len(audio):
         # Containers round the two lengths differently: up to two frames of sound that are missing
@@ -435,6 +432,24 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
     return (height, width), audio, "; ".join(notes)
 
 
+def raw_picture(filters, output):
+    """ffmpeg's options that write the filtered picture, planar R, G, B, to the file `output`."""
+    filters = ",".join([*filters, "shuffleplanes=2:0:1"])  # from G, B, R to R, G, B
+    return ["-map", "0:V:0", "-vf", filters, "-pix_fmt", "gbrp", "-f", "rawvideo", output]
+
+
+def raw_shape(log, output):
+    """(h, w) of the frames that ffmpeg wrote to the file `output`, from its log.
+
+    Raises ValueError with ffmpeg's reason if there are none.
+    """
+    shape = re.search(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)
+    if not shape or not os.path.getsize(output):
+        raise ValueError(first_error(log) or "it has no frames")
+    width, height = map(int, shape.groups())
+    return height, width
+
+
 # ---------------------------------------------------------------- cutting faces out
 
 LOOK_HZ = 5  # frames per second in which a face is looked for
@@ -449,13 +464,9 @@ def find_track(inputs, video, crop, output, finder):
     There are none if the face fills the middle `crop` of the picture already. `output` names a file
     for the frames in between. Raises ValueError if there is no face in most of the video.
     """
-    filters = ",".join([*picture_filters(video, LOOK_SIZE, LOOK_HZ), "shuffleplanes=2:0:1"])
-    options = ["-map", "0:V:0", "-vf", filters, "-pix_fmt", "gbrp", "-f", "rawvideo", output]
-    _, _, log = run_ffmpeg(*inputs, *options)
-    shape = re.search(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)
-    if not shape or not os.path.getsize(output):
-        raise ValueError(first_error(log) or "it has no frames")
-    width, height = map(int, shape.groups())
+    filters = picture_filters(video, LOOK_SIZE, LOOK_HZ)
+    _, _, log = run_ffmpeg(*inputs, *raw_picture(filters, output))
+    height, width = raw_shape(log, output)
     frames = np.memmap(output, np.uint8, "r").reshape(-1, 3, height, width)
     times, boxes, note = follow_face(frames, crop, finder)
     if box_overlap(np.median(boxes, 0), middle(height, width, crop)) > ALREADY_CUT:
@@ -573,9 +584,8 @@ def read_image(path, size=None, crop=1.0, finder=None):
             reason = "the picture is cut off: copy or download it again"
         if reason:
             raise ValueError(f"{path}: {reason}") from None
-        frames, _ = read_video(
-            path, size, crop, finder
-        )  # ffmpeg reads more kinds: RGB of floats, EXR, ...
+        # ffmpeg reads more kinds: RGB of floats, EXR, ...
+        frames, _ = read_video(path, size, crop, finder)
         return frames[0]
     image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image).convert("RGB")
     if finder:

@@ -1200,11 +1200,8 @@ class FaceFinder(nn.Module):
         boxes = torch.stack(means)
         scores = torch.stack(certain)
         kept = torchvision.ops.nms(boxes, scores, 0.3)
-        boxes = boxes[kept]
+        boxes = boxes[kept[scores[kept] > LEAST_SCORE]]
         sides = boxes[:, 2] - boxes[:, 0]
-        is_face = scores[kept] > LEAST_SCORE
-        boxes = boxes[is_face]
-        sides = sides[is_face]
         # What lies in a face twice as large is a part of it.
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = (centers > boxes[:, None, :2]) & (centers < boxes[:, None, 2:])  # n n 2
@@ -1410,7 +1407,8 @@ def enlarge(frames, generator, edges):
     if edges:
         outward = (1 - size) * (2 * torch.randint(2, (n,), generator=generator) - 1)
         sideways = uniform(0, 1) < 0.5
-        x, y = torch.where(sideways, outward, x), torch.where(sideways, y, outward)
+        x = torch.where(sideways, outward, x)
+        y = torch.where(sideways, y, outward)
     angle = uniform(-1, 1)
     sine = size * angle.sin()
     cosine = size * angle.cos()

@@ -3,8 +3,8 @@ sampler.
 
 A frame is the reference picture, warped by a coarse flow, plus what its latent then lacks. Both
 together are the clip's *motion*: two channels of flow and c of latent residual on the latent grid,
-divided by their standard deviation and by the clip's liveliness. The diffusion runs on this x0, so that the network never has to
-draw the face that the reference shows already.
+divided by their standard deviation and by the clip's liveliness. The diffusion runs on this x0, so
+that the network never has to draw the face that the reference shows already.
 
 Before any network, x0 is modelled as a Gaussian N(0, S) whose covariance S = K (x) (U diag(v) U^T +
 r (I - U U^T)) is measured on public clips (K: over frames, U: the leading modes of a frame). The
@@ -907,7 +907,8 @@ class TalkingHead(nn.Module):
         people do. `temperature` scales the initial noise: at 0 the head rests and the mouth moves
         as speech lets expect, at 1 all moves as in the training clips. Each window continues from
         the last KNOWN_FRAMES frames of the one before and starts from the reference again, so that
-        neither memory nor errors grow with the clip. The first window is half as long, so that its frames come sooner.
+        neither memory nor errors grow with the clip. The first window is half as long, so that its
+        frames come sooner.
         """
         if window <= 2 * KNOWN_FRAMES:
             raise ValueError(f"sampling.window must be above {2 * KNOWN_FRAMES}, not {window}")

@@ -494,13 +494,13 @@ def public_unexplained(model, public, num_people=48):
     The second clips of at most so many people are measured, with a reference picture of the first.
     The UNet was trained on them, so that what it leaves says little about other people.
     """
-    greatest = None
+    shares = []
     for first, *others in list(public.values())[:num_people]:
         if others:
             batch = fed.fixed_batch(model, others[:1], [first], 50)
-            share = float(fed.unexplained_variance(model, batch, 0, use_unet=False).mean())
-            greatest = max(share, greatest or 0.0)
-    return greatest
+            share = fed.unexplained_variance(model, batch, 0, use_unet=False).mean()
+            shares.append(float(share))
+    return max(shares, default=None)
 
 
 def source_code(*objects):
@@ -528,7 +528,7 @@ def backbone_key(config, public):
     code = source_code(
         talking,
         lora,
-        *(data.log_mel, data.augment, data.sample_batch),
+        *(data.log_mel, data.augment, data.sample_batch, data.Clip),
         *(metrics.Judges, metrics.train_judges, metrics.split_for_judges),
         *(metrics.judge_loss, metrics.draw_stretches, metrics.FaceFinder, metrics.train_finder),
         *(metrics.finder_loss, metrics.paste_faces, metrics.make_backgrounds, metrics.make_noise),
@@ -827,10 +827,10 @@ def read_clips(config, root, finder):
 def make_clients(config, people, run):
     """Return a fed.Client for each private person."""
     num_frames = config["backbone"]["num_frames"]
+    same_clip = config["data"]["same_clip_reference"]
     clients = []
     for name, clips in people.clients.items():
         split = data.split_clips(clips, config["seed"])
-        same_clip = config["data"]["same_clip_reference"]
         clients.append(fed.Client(name, split, num_frames, run / "clients", same_clip))
     return clients
 
@@ -1017,9 +1017,10 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         client = clients[todo[i]]
         seed = fed.derive_seed(config["fed"]["seed"], 10**6, todo[i])
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
-        own[client.name] = {"adapter": trained, "description": description}
-        own[client.name]["liveliness"] = data.typical_liveliness(client.split["train"])
-        save_checkpoint(paths[client.name], "personal adapter", own[client.name])
+        content = {"adapter": trained, "description": description}
+        content["liveliness"] = data.typical_liveliness(client.split["train"])
+        save_checkpoint(paths[client.name], "personal adapter", content)
+        own[client.name] = content
     finished |= workers.merge(own)
     if workers.rank == 0:
         others = {clients[k].name for k in todo} - own.keys()
@@ -1334,7 +1335,7 @@ def generate(args, config, device):
     data.check_output(output)
     backbone, model, _, state = load_run(config, Path(args.resume), device)
     model = merged_copy(model, state["adapter"])
-    liveliness = model.typical_liveliness[None]
+    liveliness = None  # as public people
     if args.adapter:
         content = load_checkpoint(args.adapter, "personal adapter")
         expected = describe_adapter(config, "personal", content["description"]["origin"])

@@ -254,9 +254,9 @@ def main():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) > 1:
-        run = {"loop": run_loop, "ours": run_ours, "flower": run_flower, "pfl": run_pfl}[
-            sys.argv[1]
-        ]
-        Path(sys.argv[3]).write_text(json.dumps(run(bool(int(sys.argv[2])))))
+        _, function, private, output = sys.argv
+        runs = {"loop": run_loop, "ours": run_ours, "flower": run_flower, "pfl": run_pfl}
+        moments = runs[function](private == "1")
+        Path(output).write_text(json.dumps(moments))
     else:
         main()

@@ -89,61 +89,35 @@ def with_own_adapter(config, model, directions, name, clips):
     split = {"train": own, "validation": [], "test": []}
     same_clip = config["data"]["same_clip_reference"]
     client = fed.Client(name, split, config["backbone"]["num_frames"], same_clip=same_clip)
-    settings = config["personal"]
-    kwargs = {"num_steps": settings["steps"], "lr": settings["lr"]}
-    kwargs |= {"batch_size": config["fed"]["batch_size"]}
-    kwargs |= {"loss_weights": dict.fromkeys(config["loss"], 0.0)}
+    kwargs = train.training_kwargs(config, "personal", torch.device("cpu"))
+    kwargs |= {"num_steps": config["personal"]["steps"]}
+    kwargs["loss_weights"] = dict.fromkeys(config["loss"], 0.0)  # there are no judges
     start = lora.adapter_vector(adapted)
     trained, _ = fed.train_adapter(adapted, None, client, start, config["seed"], **kwargs)
-    lora.load_adapter_vector(adapted, trained)
-    return lora.merge_lora(adapted)
-
-
-@torch.inference_mode()
-def ceiling(model, clip, picture):
-    """Return frames uint8 [f H W 3] of the clip's true motion, decoded from the picture."""
-    frames = data.to_float(clip.frames[:NUM_FRAMES])[None]
-    reference = data.to_float(picture)[None]
-    whole = torch.ones(1)
-    motion, _ = model.encode_motion(frames, reference, whole)
-    return train.to_pixels(
-        data.to_unit(model.decode(motion / model.motion_std, reference, whole))[0]
-    )
-
-
-def speak(config, model, mel, picture, liveliness):
-    """Return frames uint8 [f H W 3] of the picture speaking log-mel [4f 40]."""
-    windows = torch.from_numpy(data.audio_windows(mel, config["data"]["window"]))[None]
-    words = model.text_encoder.ids([""])
-    generator = torch.Generator().manual_seed(config["seed"])
-    reference = data.to_float(picture)[None]
-    settings = config["sampling"] | {"liveliness": torch.tensor([liveliness])}
-    frames = model.generate(reference, windows, words, generator, **settings)
-    return train.to_pixels(data.to_unit(frames)[0])
+    return train.merged_copy(adapted, trained)
 
 
 def measure(config, models, split, all_speech):
     """Return {method: [scores of each test clip]} of a person; other speech is the next of
     `all_speech`.
     """
-    picture = data.reference_frame(split["train"])
-    liveliness = data.typical_liveliness(split["train"])
+    window = config["data"]["window"]
+    backbone = models["backbone"]
     scores = {}
-    for clip in tqdm(split["test"], split["test"][0].person, leave=False):
-        num_frames = min(clip.num_frames, NUM_FRAMES)
-        mel = clip.mel[: num_frames * data.MELS_PER_FRAME]
-        other = all_speech[(all_speech.index(clip) + NUM_TESTS) % len(all_speech)]
-        generated = {"autoencoder ceiling": ceiling(models["backbone"], clip, picture)}
+    cases = metrics.make_cases({"": split}, NUM_FRAMES, NUM_TESTS, window)
+    for case in tqdm(cases, cases[0].person, leave=False):
+        mel = case.speeches[0]  # 4f 40
+        other = all_speech[(all_speech.index(case.clip) + NUM_TESTS) % len(all_speech)]
+        other_mel = data.audio_windows(np.resize(other.mel, mel.shape), window)
+        ceiling = train.baseline_frames("autoencoder ceiling", case, backbone, split)
+        generated = {"autoencoder ceiling": ceiling}
         for name, model in models.items():
-            generated[name] = speak(config, model, mel, picture, liveliness)
-        other_mel = np.resize(other.mel, mel.shape)
-        generated["other speech"] = speak(
-            config, models["backbone"], other_mel, picture, liveliness
-        )
-        truth = witness.trace(clip.frames[:num_frames].transpose(0, 2, 3, 1))
-        silent = witness.find_silence(clip.audio, num_frames)
+            generated[name] = train.generate_case(model, case, case.mel, config)
+        generated["other speech"] = train.generate_case(backbone, case, other_mel, config)
+        truth = witness.trace(train.to_pixels(case.frames))
+        silent = witness.find_silence(case.audio, len(case.frames))
         for name, frames in generated.items():
-            score = witness.compare(truth, witness.trace(frames), silent)
+            score = witness.compare(truth, witness.trace(train.to_pixels(frames)), silent)
             scores.setdefault(name, []).append(score)
     return scores
 

@@ -47,6 +47,12 @@ SMALL = [
 ]
 
 
+def resident_mebibytes():
+    """Return the memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+
 class LinearClient(fed.Client):
     """A client with one fixed batch of a linear regression."""
 
@@ -95,8 +101,7 @@ def run_rounds(num_rounds, model, judges, clients, cohort, *settings):
         assert not record["aborted"] and not record["simulation"]["failures"], record
         times.append(time.process_time())
         sizes.append(record["cohort_size"])
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        memory.append(pages * os.sysconf("SC_PAGESIZE") / 2**20)
+        memory.append(resident_mebibytes())
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -194,10 +199,9 @@ def main(*names):
         "| | |",
         "|---|---|",
     ]
-    for name in names or ("overhead", "cohort", "thousands"):
-        for label, value in {"overhead": overhead, "cohort": cohort, "thousands": thousands}[
-            name
-        ]():
+    parts = {"overhead": overhead, "cohort": cohort, "thousands": thousands}
+    for name in names or parts:
+        for label, value in parts[name]():
             lines.append(f"| {label} | {value} |")
             print(lines[-1], flush=True)
     if not names:

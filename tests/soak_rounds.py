@@ -31,6 +31,7 @@ import fed
 import lora
 import privacy
 import train
+from bench_rounds import resident_mebibytes
 from test_fed import QuadraticClient, quadratic_backward
 
 NUM_CLIENTS = 20
@@ -106,10 +107,9 @@ def run_rounds(rank, size, port, folder, num_rounds):
     def log_usage(run, record, workers):
         log_round(run, record, workers)
         if rank == 0:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            mebibytes = pages * os.sysconf("SC_PAGESIZE") / 2**20
+            usage = [resident_mebibytes(), len(os.listdir("/proc/self/fd"))]
             with open(folder / "usage.jsonl", "a") as file:
-                file.write(json.dumps([mebibytes, len(os.listdir("/proc/self/fd"))]) + "\n")
+                file.write(json.dumps(usage) + "\n")
 
     circles = SameCircles()
     fed.choose_dropouts = circles.dropouts

@@ -470,6 +470,21 @@ def test_a_moving_face_is_followed_in_a_video(tmp_path):
     assert not is_framed(uncut.frames)
 
 
+def test_a_video_that_fails_while_its_face_is_cut_leaves_nothing(tmp_path, monkeypatch):
+    frames = [red_squares((20 + 2 * i, 60 - i // 2, 64)) for i in range(20)]
+    data.write_video(tmp_path / "walk.mp4", np.stack(frames), tone(20))
+
+    def fail(*args):
+        raise ValueError("no room on the disk")
+
+    monkeypatch.setattr(data, "decode_sound", fail)
+    output = tmp_path / "decoded" / "frames"
+    output.parent.mkdir()
+    with pytest.raises(ValueError, match="no room"):
+        data.decode_video(tmp_path / "walk.mp4", 32, 1.0, output, finder=RedFinder())
+    assert [path.name for path in output.parent.iterdir() if path != output] == []
+
+
 def test_what_is_cut_as_in_training_stays_as_it_is(tmp_path):
     picture = red_squares((6, 4, 92), width=100, height=100)
     data.write_video(tmp_path / "a.mp4", np.stack([picture] * 20), tone(20))

@@ -31,7 +31,7 @@ def random_batch(model, num_clips, num_frames, seed, shift=0.0):
     generator = torch.Generator().manual_seed(seed)
     frames = torch.rand(num_clips, num_frames, 3, 32, 32, generator=generator) * 2 - 1
     reference = torch.rand(num_clips, 3, 32, 32, generator=generator) * 2 - 1
-    liveliness = torch.ones(len(frames))
+    liveliness = torch.full([len(frames)], 0.7)
     motion, reference_latents = model.encode_motion(frames, reference, liveliness)
     return {
         "frames": frames,
@@ -117,6 +117,17 @@ def test_auxiliary_losses_vanish_for_perfect_frames():
     assert float(losses["perceptual"].detach()) == pytest.approx(0, abs=1e-6)
     assert float(losses["identity"].detach()) == pytest.approx(0, abs=1e-5)
     assert float(losses["sync"].detach()) > 0.01  # random judges find no agreement
+
+
+@torch.no_grad()
+def test_auxiliary_losses_decode_the_motion_at_its_liveliness():
+    model = small_model()
+    judges = metrics.Judges().eval()
+    batch = random_batch(model, 2, 5, 0)
+    x0 = batch["motion"] / model.motion_std
+    batch["frames"] = model.decode(x0, batch["reference"], batch["liveliness"])
+    losses = fed.auxiliary_losses(model, judges, batch, x0)
+    assert float(losses["perceptual"]) == pytest.approx(0, abs=1e-5)
 
 
 def test_one_clip_stands_for_all_with_the_expectation_of_weights_alpha_bar():
@@ -232,6 +243,8 @@ def test_a_reported_loss_takes_its_reference_from_another_clip(clips):
     assert any(np.array_equal(reference, frame) for frame in clips[0].frames)
     assert not any(np.array_equal(reference, frame) for frame in clips[1].frames)
     assert batch["frames"].shape[1] == 16 and not batch["motion"].is_inference()
+    assert float(batch["liveliness"]) == pytest.approx(clips[0].liveliness)
+    assert clips[0].liveliness != pytest.approx(clips[1].liveliness)
 
 
 def test_only_training_clips_are_trained_on(clips, monkeypatch):
@@ -306,7 +319,8 @@ def test_reliability_is_identity_and_stability():
     alone = fed.reliability(model, judges, batch, 0, public_jitter=10.0, **rating | {"alpha": 1.0})
     assert calm == pytest.approx(0.7 * alone + 0.3)
     generator = torch.Generator().manual_seed(0)
-    frames = model.generate(batch["reference"], batch["mel"], batch["words"], generator, **SAMPLING)
+    sampling = SAMPLING | {"liveliness": batch["liveliness"]}
+    frames = model.generate(batch["reference"], batch["mel"], batch["words"], generator, **sampling)
     jitter = float(metrics.temporal_jitter(data.to_unit(frames)).mean())
     half = fed.reliability(model, judges, batch, 0, public_jitter=jitter / 2, **rating)
     assert half == pytest.approx(0.7 * alone + 0.3 * math.exp(-1), rel=1e-4)

@@ -229,7 +229,9 @@ def test_flow_and_residual_are_scaled_by_their_typical_mode():
     reference_std = torch.tensor([1.0, 2.0, 3.0, 4.0])
     latents = torch.randn(500, 4, 4, 4, generator=generator) * reference_std[:, None, None]
     mel = torch.randn(300, 4, 20, 40, generator=generator)
-    model.fit_statistics(motion, latents, mel, torch.ones(len(motion)))
+    liveliness = torch.cat([torch.full([250], 0.02), torch.full([50], 5.0)])
+    model.fit_statistics(motion, latents, mel, liveliness)
+    assert float(model.typical_liveliness) == pytest.approx(0.02)  # the median
     assert torch.allclose(model.motion_std[:2], torch.tensor(2.0), rtol=0.06)
     assert torch.allclose(model.motion_std[2:], torch.tensor(3.0), rtol=0.06)
     assert torch.allclose(model.reference_std.flatten(), reference_std, rtol=0.06)

@@ -351,6 +351,18 @@ def test_comments_do_not_retrain_a_backbone_and_code_does(tmp_path, monkeypatch)
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_code_of_clips_retrains_a_backbone(monkeypatch):
+    config = train.load_config(train.DEFAULTS)
+    key = train.backbone_key(config, {})
+    getsource = inspect.getsource
+
+    def changed(item):
+        return "class Clip:\n    pass\n" if item is data.Clip else getsource(item)
+
+    monkeypatch.setattr(train.inspect, "getsource", changed)
+    assert train.backbone_key(config, {}) != key
+
+
 def generate(run, speech, output, *arguments):
     picture = str(run / "grid.png")
     base = ["--gpus", "cpu", "--action", "generate", "--resume", str(run), "--speech", str(speech)]
@@ -432,6 +444,37 @@ def test_a_picture_without_a_face_is_refused_and_what_is_used_can_be_seen(
     assert "this backbone has seen drawings only" in capsys.readouterr().out
     with Image.open(tmp_path / "look" / "reference.png") as seen:
         assert seen.size == (32, 32)
+
+
+def test_people_move_as_lively_as_in_their_own_clips(finished, tmp_path, monkeypatch):
+    folder, run = finished
+    people = train.load_people(train.load_config(run / "config.yaml"))
+    name = "client-000"
+    split = data.split_clips(people.clients[name], 1)
+    own = data.typical_liveliness(split["train"])
+    adapter = run / "personal" / f"{name}.pt"
+    assert train.load_checkpoint(adapter, "personal adapter")["liveliness"] == pytest.approx(own)
+    used = []
+    decode = train.talking.TalkingHead.decode
+
+    def watched(model, x0, reference, liveliness):
+        used.append(float(liveliness))
+        return decode(model, x0, reference, liveliness)
+
+    monkeypatch.setattr(train.talking.TalkingHead, "decode", watched)
+    generate(run, first_clip(folder), tmp_path / "own.mp4", "--adapter", str(adapter))
+    assert used == pytest.approx([own] * len(used)) and used
+    used.clear()
+    generate(run, first_clip(folder), tmp_path / "public.mp4")
+    config = train.load_config(run / "config.yaml")
+    _, model, _, _ = train.load_run(config, run, torch.device("cpu"))
+    typical = float(model.typical_liveliness)
+    assert used == pytest.approx([typical] * len(used)) and used
+    assert typical != pytest.approx(own)
+    used.clear()
+    case = train.metrics.make_cases({name: split}, 10, 1, config["data"]["window"])[0]
+    train.generate_case(model, case, case.mel, config)
+    assert used == pytest.approx([own] * len(used)) and used
 
 
 def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, tmp_path, capsys):

@@ -1089,10 +1089,18 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     report["privacy"] = describe_privacy(config, state)
     report["communication"] = describe_communication(config, backbone_model, len(state["adapter"]))
     report["speed"] = {"generated_frames_per_second": round(num_frames / seconds, 1)}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    report["hardware"] = {"machine": platform.processor() or platform.machine(), "gpu": gpu}
-    report["hardware"] |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    report["hardware"] = describe_hardware(device)
     return report
+
+
+def describe_hardware(device):
+    """Return what a run's times depend on; of a GPU also the memory that rank 0 took of it."""
+    hardware = {"machine": platform.processor() or platform.machine(), "gpu": None}
+    hardware |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device.type == "cuda" and torch.cuda.is_available():
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+        hardware["gpu_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return hardware
 
 
 @torch.inference_mode()

@@ -1,0 +1,288 @@
+"""What a GPU does with the project: `python tests/bench_gpu.py [PART ...]`, every part by default.
+
+    equality    the same step and clip on CPU and GPU; adapters before the first round
+    steps       clips a second, share of the UNet and memory of a training step, by preset and size
+    speaking    generated frames a second, by preset and size
+    runs        the default run with two workers on the GPU and with one
+    dry-run     what a dry run of `lrs3` expects there
+
+Each part that ends is written to tests/results/gpu.md; `runs` needs ffmpeg.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data
+import fed
+import metrics
+import train
+
+RESULTS = ROOT / "tests" / "results" / "gpu.md"
+GPU = torch.device("cuda", 0)
+SIZES = (("talkers", 64), ("faces", 64), ("faces", 128), ("faces", 256))
+SIZES += (("lrs3", 64), ("lrs3", 128), ("lrs3", 256))
+SPOKEN_SECONDS = 20
+
+
+def load_preset(preset, *overrides):
+    """Return the config of a preset; "talkers" is the default."""
+    return train.load_config(train.DEFAULTS, [] if preset == "talkers" else [preset], overrides)
+
+
+def make_batch(config, batch_size, num_frames, seed=0):
+    """Return random clips, the condition of a batch from `data.sample_batch`."""
+    generator = torch.Generator().manual_seed(seed)
+    size = config["data"]["size"]
+    mels = data.MELS_PER_FRAME * config["data"]["window"], data.NUM_MELS
+    picture = torch.rand(batch_size, 3, size, size, generator=generator) * 2 - 1
+    moving = 0.1 * torch.randn(batch_size, num_frames, 3, size, size, generator=generator)
+    return {
+        "frames": (picture[:, None] + moving).clamp(-1, 1),
+        "reference": picture,
+        "mel": torch.randn(batch_size, num_frames, *mels, generator=generator),
+        "liveliness": torch.ones(batch_size),
+        "prompt": [""] * batch_size,
+    }
+
+
+def make_model(config, device):
+    """Return the model of a config with random weights that follow from its seed, none of them
+    zero.
+    """
+    torch.manual_seed(config["seed"])
+    model = train.build_model(config)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.to(device)
+
+
+def distance(x, y):
+    """Return |x - y| / |y|."""
+    x, y = x.detach().cpu().double(), y.detach().cpu().double()
+    return float((x - y).norm() / y.norm())
+
+
+def compare():
+    """Return lines of a table: how far the GPU's numbers are from the CPU's."""
+    config = load_preset("talkers")
+    batch = make_batch(config, 4, config["backbone"]["num_frames"])
+    no_judges = dict.fromkeys(config["loss"], 0.0)
+    results = {}
+    adapters = {}
+    for name, device in {"cpu": torch.device("cpu"), "exact": GPU, "gpu": GPU, "bf16": GPU}.items():
+        torch.backends.cudnn.allow_tf32 = name != "exact"
+        model = make_model(config, device)
+        encoded = fed.encode_batch(model, batch)
+        generator = torch.Generator().manual_seed(1)
+        fed.backward(model, None, encoded, no_judges, generator, bf16=name == "bf16")
+        gradient = torch.cat([p.grad.flatten() for p in model.unet.parameters()])
+        words = model.text_encoder.ids([""] * 4).to(device)
+        spoken = encoded["reference"], encoded["mel"], words, torch.Generator().manual_seed(2)
+        frames = model.eval().generate(*spoken, 2, guidance=2.5)
+        results[name] = encoded["motion"], gradient, frames
+        train.add_adapter(config, model.requires_grad_(False), None, "lora")
+        adapters[name] = torch.cat([p.cpu().flatten() for p in model.unet.parameters()])
+    lines = ["| GPU against CPU, relative distance | motion | gradient | generated frames |"]
+    lines.append("|---|---|---|---|")
+    titles = {"exact": "float32", "gpu": "float32, convolutions in TF32 (PyTorch's default)"}
+    titles["bf16"] = "training in bfloat16"
+    for name, title in titles.items():
+        cells = [f"{distance(x, y):.1e}" for x, y in zip(results[name], results["cpu"])]
+        if name == "bf16":
+            cells = ["–", cells[1], "–"]  # for the network in training only
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    same = torch.equal(adapters["gpu"], adapters["cpu"])
+    lines += ["", f"Weights and adapters before the first step: {'equal' if same else 'DIFFER'}."]
+    return lines
+
+
+def measure_seconds(function, least=10, seconds=2.0):
+    """Return the median seconds of calls of a function on the GPU, after two for nothing."""
+    times = []
+    while len(times) < least + 2 or sum(times) < seconds:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[2:]))
+
+
+def detach(tree):
+    """Return nested tuples and dicts of tensors without what their gradients need."""
+    if isinstance(tree, dict):
+        return {name: detach(value) for name, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(detach(value) for value in tree)
+    return tree.detach()
+
+
+def measure_step(preset, size):
+    """Return a line of a table: a training step of the backbone and one of a client."""
+    config = load_preset(preset, f"data.size={size}")
+    model = make_model(config, GPU)
+    model.autoencoder.requires_grad_(False)
+    b, num_frames = config["backbone"]["batch_size"], config["backbone"]["num_frames"]
+    batch = make_batch(config, b, num_frames)
+    no_judges = dict.fromkeys(config["loss"], 0.0)
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def step():
+        fed.backward(model, None, fed.encode_batch(model, batch), no_judges, generator, bf16=True)
+        train.optimizer_step(optimizer, 1e-4)
+
+    inputs = []
+    hook = model.unet.register_forward_pre_hook(lambda unet, args: inputs.append(detach(args)))
+    step()
+    hook.remove()
+    torch.cuda.reset_peak_memory_stats()
+    whole = measure_seconds(step)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+
+    def unet_step():
+        with torch.autocast("cuda", torch.bfloat16):
+            model.unet(*inputs[0]).square().mean().backward()
+
+    unet = measure_seconds(unet_step)
+    encoding = measure_seconds(lambda: fed.encode_batch(model, batch))
+    train.add_adapter(config, model.eval().requires_grad_(False), None, "lora")
+    judges = metrics.Judges().to(GPU).eval().requires_grad_(False)
+    own = make_batch(config, config["fed"]["batch_size"], num_frames)
+
+    def client_step():
+        encoded = fed.encode_batch(model, own)
+        fed.backward(model, judges, encoded, config["loss"], generator, bf16=True)
+
+    client = measure_seconds(client_step)
+    return (
+        f"| {preset}, {size} px | {b} × {num_frames} | {1e3 * whole:.1f} | {b / whole:.0f} | "
+        f"{unet / whole:.0%} | {encoding / whole:.0%} | {peak:.2f} | {1e3 * client:.1f} |"
+    )
+
+
+def measure_steps():
+    """Return lines of a table of training steps."""
+    lines = ["| training | clips × frames | ms a step | clips a second | UNet | encoding | GiB |"]
+    lines[0] += " ms of a client's step |"
+    lines.append("|---" * 8 + "|")
+    for preset, size in SIZES:
+        lines.append(measure_step(preset, size))
+        print(lines[-1], flush=True)
+    return lines
+
+
+def measure_speaking():
+    """Return lines of a table of generation, one clip at a time as `--action generate` does."""
+    lines = ["| speaking | ms until the first frames | frames a second | × real time |"]
+    lines.append("|---|---|---|---|")
+    for preset, size in SIZES:
+        config = load_preset(preset, f"data.size={size}")
+        model = make_model(config, GPU).eval().requires_grad_(False)
+        batch = make_batch(config, 1, 1)
+        num_frames = SPOKEN_SECONDS * data.FPS
+        mel = torch.randn(1, num_frames, *batch["mel"].shape[2:], device=GPU)
+        words = model.text_encoder.ids([""]).to(GPU)
+        reference = batch["reference"].to(GPU)
+
+        def speak(first_only=False):
+            generator = torch.Generator().manual_seed(0)
+            for frames in model.stream(reference, mel, words, generator, **config["sampling"]):
+                frames.cpu()
+                if first_only:
+                    return
+
+        first = measure_seconds(lambda: speak(first_only=True), seconds=0.5)
+        rate = num_frames / measure_seconds(speak, least=3, seconds=0.5)
+        cells = f"{1e3 * first:.0f} | {rate:.0f} | {rate / data.FPS:.0f}"
+        lines.append(f"| {preset}, {size} px | {cells} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def run_train(folder, gpus, *overrides):
+    """Run the default with noise that follows from a seed; return its folder and its seconds."""
+    places = {"data.root": "synthetic", "runtime.cache": "cache", "runtime.directory": "runs"}
+    places = [f"{key}={folder / name}" for key, name in places.items()]
+    command = [sys.executable, ROOT / "train.py", "--gpus", gpus]
+    started = time.perf_counter()
+    subprocess.run([*command, "--set", "privacy.seed=1", *places, *overrides], check=True)
+    seconds = time.perf_counter() - started
+    return next((folder / "runs").glob("2*")), seconds
+
+
+def run_whole():
+    """Return lines of a table of whole runs.
+
+    The second takes over the first one's backbone, and makes fewer personal adapters.
+    """
+    lines = ["| run | s | data | backbone | rounds | personal | evaluation | GiB | mouth r |"]
+    lines.append("|---" * 9 + "|")
+    adapters = []
+    with tempfile.TemporaryDirectory() as folder:
+        for gpus, num_personal in (("0,0", 12), ("0", 4)):
+            own = f"personal.clients={num_personal}"
+            run, whole = run_train(Path(folder), gpus, own)
+            report = json.loads((run / "report.json").read_text())
+            state = train.load_checkpoint(run / "last.pt", "global adapter")
+            adapters.append(state["adapter"])
+            run.rename(run.with_name(f"done-{len(adapters)}"))
+            seconds = report["seconds"]
+            laps = [seconds[n] for n in ("backbone", "rounds", "personal adapters", "evaluation")]
+            r = report["unseen"]["backbone"]["mouth_correlation*"]["mean"]
+            cells = [f"{value:.0f}" for value in (whole, whole - sum(laps), *laps)]
+            cells += [f"{report['hardware']['gpu_gib']:.2f}", f"{r:.2f}"]
+            lines.append(
+                f"| default, --gpus {gpus}, {num_personal} personal adapters | "
+                + " | ".join(cells)
+                + " |"
+            )
+            print(lines[-1], flush=True)
+    apart = distance(adapters[1], adapters[0])
+    lines += ["", f"The global adapters of the two runs are {apart:.1e} of their length apart."]
+    return lines
+
+
+def run_dry():
+    """Return lines with what a dry run of `lrs3` expects on this GPU."""
+    command = [sys.executable, ROOT / "train.py", "--action", "dry-run", "--gpus", "0"]
+    command += ["--preset", "lrs3"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return ["`--action dry-run --preset lrs3`:", "", "```", *output.splitlines()[-8:], "```"]
+
+
+PARTS = {
+    "equality": compare,
+    "steps": measure_steps,
+    "speaking": measure_speaking,
+    "runs": run_whole,
+    "dry-run": run_dry,
+}
+
+
+def main(names):
+    name = torch.cuda.get_device_name(0)
+    header = ["# On a GPU", "", "`python tests/bench_gpu.py` on one " + name]
+    header[-1] += f", torch {torch.__version__}."
+    text = "\n".join(header) + "\n"
+    for part in names or PARTS:
+        started = time.perf_counter()
+        lines = PARTS[part]()
+        text += "\n" + "\n".join(lines) + "\n"
+        RESULTS.write_text(text)
+        print("\n".join(lines), f"\n{part}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

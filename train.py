@@ -993,8 +993,10 @@ def personal_model(config, model, adapter, directions):
 
 def personalize(config, model, judges, clients, state, directions, run, device, workers):
     """Return {client name: personal adapter}, trained on each client's own clips and kept in
-    personal/<client>.pt.
+    personal/<client>.pt; {} without steps.
     """
+    if not config["personal"]["steps"]:
+        return {}
     model = personal_model(config, model, state["adapter"], directions)
     start = lora.adapter_vector(model)
     settings = config["personal"]
@@ -1052,7 +1054,8 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     pictures = Pictures(cases)
     seconds = 0.0
     num_frames = 0
-    for method in BASELINES + TRAINED:
+    trained = TRAINED if personal else TRAINED[:2]
+    for method in BASELINES + trained:
         used = global_model if method == "global adapter" else backbone_model
         person = None
         for case in tqdm(cases, method, leave=False):
@@ -1071,7 +1074,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
             pictures.add(method, case, frames)
     pictures.save(run)
     report = {"name": config["name"], "rows": evaluation.rows(), "paired": {}}
-    for before, method in zip(TRAINED, TRAINED[1:]):
+    for before, method in zip(trained, trained[1:]):
         report["paired"][f"{method} - {before}"] = evaluation.paired(method, before)
     models = {
         "linear denoiser": backbone_model,
@@ -1145,14 +1148,17 @@ def unexplained_table(models, adaptable, personal, clients, num_frames):
     The reference picture is of a training clip. No motion leaves 1; the linear denoiser is the
     model without its UNet.
     """
-    shares = {name: [] for name in (*models, "personal adapter")}
+    methods = [*models, "personal adapter"] if personal else list(models)
+    shares = {name: [] for name in methods}
     groups = []
     names = []
     for client in clients:
         batch = fed.fixed_batch(adaptable, client.split["test"], client.split["train"], num_frames)
         groups += [client.name] * len(batch["motion"])
         names += [f"{client.name}/{clip.name}" for clip in client.split["test"]]
-        own = models | {"personal adapter": merged_copy(adaptable, personal[client.name])}
+        own = dict(models)
+        if personal:
+            own["personal adapter"] = merged_copy(adaptable, personal[client.name])
         for name, used in own.items():
             use_unet = name != "linear denoiser"
             shares[name].append(fed.unexplained_variance(used, batch, 0, use_unet=use_unet).cpu())

@@ -63,6 +63,8 @@ def make_tables():
     methods = [backbone, Cell("FedAvg", ("plain", "fedavg")), Cell("FedProx", ("plain", "fedprox"))]
     methods += [Cell("SCAFFOLD", ("plain", "scaffold")), plain, private]
     methods.append(Cell("centralized", ("centralized",)))
+    everything = ("lora.train=AB", "lora.layers=''", "fed.lr=0.005")
+    methods.append(Cell("centralized, A and B of all layers", ("centralized",), everything))
 
     bare = (
         "fed.gamma=0.0",

@@ -222,12 +222,19 @@ def new_sampling_key():
     return secrets.token_bytes(32)
 
 
-def poisson_cohort(num_clients, sample_rate, key, round):
-    """Indices of the clients in a round: each joins with probability sample_rate, independently."""
+def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
+    """Indices of the clients in a round.
+
+    Each joins with probability sample_rate, independently (Poisson sampling). With a fixed size,
+    exactly that share of them does, at least one: then nothing may be amplified by sampling.
+    """
     if not (isinstance(key, bytes) and len(key) == 32):
         raise ValueError("key is 32 bytes from new_sampling_key().")
-    stream = hashlib.shake_256(b"cohort|%d|" % round + key).digest(8 * num_clients)
+    stream = hashlib.shake_256(b"cohort|%d|" % round_index + key).digest(8 * num_clients)
     uniform = (np.frombuffer(stream, "<u8") >> np.uint64(11)) * 2.0**-53  # [clients] in [0, 1)
+    if fixed_size:
+        size = max(1, round(sample_rate * num_clients))
+        return sorted(np.argsort(uniform, kind="stable")[:size].tolist())
     return np.flatnonzero(uniform < sample_rate).tolist()
 
 

@@ -708,9 +708,12 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
     rating = {"alpha": f["reliability_alpha"], "public_jitter": public_jitter}
     for index in tqdm(range(state["round"], f["rounds"]), "rounds", disable=workers.rank > 0):
         key = bytes.fromhex(state["sampling_key"])
-        cohort = privacy.poisson_cohort(len(participants), f["sample_rate"], key, index)
+        cohort = privacy.draw_cohort(
+            len(participants), f["sample_rate"], key, index, f["fixed_cohorts"]
+        )
         # Spent and saved before the round: an upload that gets lost may have been seen.
-        accountant.spend(f["sample_rate"], mechanism.noise_multiplier if mechanism else 0.0)
+        rate = 1.0 if f["fixed_cohorts"] else f["sample_rate"]
+        accountant.spend(rate, mechanism.noise_multiplier if mechanism else 0.0)
         state["accountant"] = accountant.history
         save_state(run, state, workers)
         uploads = {}
@@ -1494,7 +1497,7 @@ def dry_run(config, device):
 
     mechanism = make_mechanism(config, len(adapter))
     noise_multiplier = mechanism.noise_multiplier if mechanism else 0.0
-    spent = [[f["sample_rate"], noise_multiplier, f["rounds"]]]
+    spent = [[1.0 if f["fixed_cohorts"] else f["sample_rate"], noise_multiplier, f["rounds"]]]
     report = describe_privacy(config, {"adapter": adapter, "accountant": spent})
     epsilon = f"inf: {report.get('reason') or report.get('no_privacy_because')}"
     if report["private"]:
@@ -1712,7 +1715,9 @@ def main(argv=None):
     size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         devices = choose_devices(args.gpus)
-        if size > 1:  # the others wait for rank 0 as long as a backbone takes
+        if size > 1:
+            die_with_parent()  # torchrun's workers, too
+            # The others wait for rank 0 as long as a backbone takes.
             timeout = datetime.timedelta(days=30)
             with fed.peers_alive():
                 torch.distributed.init_process_group("gloo", timeout=timeout)

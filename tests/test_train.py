@@ -678,24 +678,47 @@ def test_two_machines_that_share_no_disk_make_the_run_of_one_process(
     skip_evaluation(monkeypatch)
     shutil.copytree(folder / "people", tmp_path / "people")
     places = ["data.root=people", "runtime.directory=runs", "runtime.cache=cache"]
-    settings = ["--set", *TINY, *places, "privacy.seed=0"]
+    settings = ["--set", *TINY, *places, "privacy.seed=0", "privacy.num_curious=0"]
+    settings += ["fed.sample_rate=0.8", "fed.fixed_cohorts=true"]
     train.main(["--gpus", "cpu", *settings, "name=alone"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings += ["name=nodes"]
-    with (
-        run_node(0, 1, port, folder, *settings) as first,
-        run_node(1, 2, port, tmp_path, *settings) as second,
-    ):
-        for node in (first, second):
-            output = node.communicate()[0]
-            assert node.returncode == 0, output
-    alone, nodes = (next((folder / "runs").glob(f"*-{name}")) for name in ("alone", "nodes"))
+    alone = next((folder / "runs").glob("*-alone"))
+    for record in read_rounds(alone):
+        assert (record["cohort_size"], record["sample_rate"]) == (4, 1.0)  # of five clients
+
+    def start_both(*arguments):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        first = run_node(0, 1, port, folder, *arguments)
+        return first, run_node(1, 2, port, tmp_path, *arguments)
+
+    first, second = start_both(*settings, "name=nodes")
+    while first.poll() is None and not list((folder / "runs").glob("*-nodes/rounds.jsonl")):
+        time.sleep(0.02)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.communicate()
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode != 0, output
+    assert "error: another worker has ended: continue with --resume" in output, output
+    nodes = next((folder / "runs").glob("*-nodes"))
+    for node in start_both("--resume", str(nodes)):
+        output = node.communicate()[0]
+        assert node.returncode == 0, output
     for name in ("last.pt", "personal/client-000.pt", "personal/client-001.pt"):
         kind = "global adapter" if name == "last.pt" else "personal adapter"
         states = [train.load_checkpoint(run / name, kind)["adapter"] for run in (alone, nodes)]
         assert torch.equal(*states), name
+
+
+def test_a_port_in_use_is_one_line(finished, monkeypatch, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        variables = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        variables["MASTER_PORT"] = other.getsockname()[1]
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        assert "the workers cannot meet" in fails(capsys, "--set", *TINY, *places(finished[0]))
 
 
 def test_workers_end_with_their_parent_also_while_they_start(finished):

@@ -27,19 +27,21 @@ import metrics
 
 RUNS = ROOT / "runs" / "study"
 METRICS = ("unexplained", "mouth_correlation*", "id_similarity*", "jitter_ratio", "psnr")
-NO_PERSONAL = ["personal.steps=0"]
+# Without personal adapters there is time to look at more people.
+NO_PERSONAL = ["personal.steps=0", "personal.clients=30"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: presets and overrides of a run, and the method of its report that is
-    looked at.
+    """One row of a table: presets and overrides of a run, the method of its report that is looked
+    at, and which part of the code is exchanged.
     """
 
     label: str
     presets: tuple = ()
     overrides: tuple = ()
     method: str = "global adapter"
+    variant: tuple = ()  # arguments of variants.py
 
 
 @dataclass
@@ -70,13 +72,16 @@ def make_tables():
         "fed.gamma=0.0",
         *(f"loss.{name}=0.0" for name in ("tdc", "identity", "perceptual", "sync")),
     )
-    ablation = [
-        Cell("full, no noise", ("plain",)),
-        Cell("bare: FedAvg, L_diff only", ("plain",), bare),
-    ]
+    full = Cell("full, no noise", ("plain",))
+    alone = Cell("bare: FedAvg, L_diff only", ("plain",), bare)
+    ablation = [full, alone]
     for name in ("tdc", "identity", "perceptual", "sync"):
-        ablation.append(Cell(f"without {name}", ("plain",), (f"loss.{name}=0.0",)))
-    ablation.append(Cell("without ISFA", ("plain",), ("fed.gamma=0.0",)))
+        without = (f"loss.{name}=0.0",)
+        added = tuple(item for item in bare if item not in without)
+        ablation.append(Cell(f"full without {name}", ("plain",), without))
+        ablation.append(Cell(f"bare with {name}", ("plain",), added))
+    ablation.append(Cell("full without ISFA", ("plain",), ("fed.gamma=0.0",)))
+    ablation.append(Cell("bare with ISFA", ("plain",), bare[1:]))
 
     epsilons = [backbone, plain, private]
     epsilons.append(Cell("ISFA, epsilon 0.5", (), ("privacy.target_epsilon=0.5",)))
@@ -95,12 +100,32 @@ def make_tables():
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, no noise", ("plain",), overrides))
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, epsilon 2", (), overrides))
 
-    reliability = []
-    for share in (0.0, 0.25, 0.5):
-        for gamma in (0.0, 0.5, 5.0):
-            name = f"{share:.0%} unreliable, gamma {gamma}"
-            overrides = (f"data.unreliable={share}", f"fed.gamma={gamma}")
-            reliability.append(Cell(name, ("plain",), overrides))
+    reliability = [Cell("FedAvg, no faults", ("plain", "fedavg"))]
+    for fault in ("other sound", "frozen"):
+        spoiled = "--fault", fault, "--share", "0.25"
+        name = f"25 % {fault}: "
+        reliability.append(Cell(name + "FedAvg", ("plain", "fedavg"), variant=spoiled))
+        for gamma in (0.5, 5.0):
+            settings = (f"fed.gamma={gamma}",)
+            label = name + f"ISFA, gamma {gamma}"
+            reliability.append(Cell(label, ("plain",), settings, variant=spoiled))
+        gain = (*spoiled, "--reliability", "gain")
+        label = name + "r = gain, gamma 5.0"
+        reliability.append(Cell(label, ("plain",), ("fed.gamma=5.0",), variant=gain))
+
+    poisoned = [plain, private]
+    for fault in ("sign changed", "tenfold"):
+        spoiled = "--fault", fault, "--share", "0.1"
+        for title, presets in (("not clipped, no noise", ("plain",)), ("epsilon 2.0", ())):
+            poisoned.append(Cell(f"10 % {fault}, {title}", presets, variant=spoiled))
+
+    tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0",), "personal adapter")]
+    for quantity, weights in (("eps", (0.05, 0.5, 5.0)), ("x0", (0.5, 5.0)), ("v", (0.5, 5.0))):
+        variant = () if quantity == "eps" else ("--tdc", quantity)
+        for weight in weights:
+            label = f"TDC of {quantity}, lambda {weight}"
+            settings = (f"loss.tdc={weight}",)
+            tdc.append(Cell(label, ("plain",), settings, "personal adapter", variant))
 
     personal = [Cell("backbone", ("plain",), method="backbone")]
     for steps in (10, 50, 150):
@@ -122,7 +147,8 @@ def make_tables():
             "How many clients have to take part?", sweep("fed.sample_rate", (1.0, 0.5, 0.25))
         ),
         "reliability": Table("Does ISFA protect against unreliable clients?", reliability),
-        "tdc": Table("What does TDC change?", sweep("loss.tdc", (0.0, 0.05, 0.5, 5.0))),
+        "poisoned": Table("What do poisoned updates do, and what does clipping leave?", poisoned),
+        "tdc": Table("What does TDC change in a personal adapter?", tdc),
         "personalization": Table("What should a personal adapter train?", personal),
     }
 
@@ -132,18 +158,21 @@ def run_cell(cell, seed, settings):
     overrides = [*cell.overrides, *settings, f"fed.seed={seed}"]
     if cell.method != "personal adapter":
         overrides += NO_PERSONAL
-    recipe = json.dumps([cell.presets, overrides])
+    recipe = json.dumps([cell.presets, overrides, *cell.variant])
     name = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     found = sorted(RUNS.glob(f"*-{name}/report.json"))
     if not found:
-        command = [sys.executable, str(ROOT / "train.py")]
+        arguments = []
         if cell.presets:
-            command += ["--preset", *cell.presets]
+            arguments += ["--preset", *cell.presets]
+        arguments += ["--set", *overrides, f"name={name}", f"runtime.directory={RUNS}"]
         unfinished = sorted(RUNS.glob(f"*-{name}"))
         if unfinished:
-            command = [sys.executable, str(ROOT / "train.py"), "--resume", str(unfinished[-1])]
-        else:
-            command += ["--set", *overrides, f"name={name}", f"runtime.directory={RUNS}"]
+            arguments = ["--resume", str(unfinished[-1])]
+        command = [sys.executable, str(ROOT / "train.py"), *arguments]
+        if cell.variant:
+            variants = str(Path(__file__).with_name("variants.py"))
+            command = [sys.executable, variants, *cell.variant, "--", *arguments]
         print(f"{cell.label}, seed {seed}", flush=True)
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         found = sorted(RUNS.glob(f"*-{name}/report.json"))

@@ -1,0 +1,135 @@
+"""A run of train.py with a part of it exchanged, as the study's tables ask for.
+
+    python tests/variants.py [--tdc x0|v] [--fault NAME --share 0.25] [--reliability gain] -- ARGUMENTS
+
+--tdc: Eq. 8 of errors of x0 or of the velocity instead of the noise. --fault: what is wrong with a
+share of the clients, evenly spread: their sound is that of other moments, or their pictures stand
+still ("frozen"); or they send their update with the sign changed, or tenfold. --reliability gain:
+by what share local training lowers the unexplained motion of the client's own validation clip,
+instead of identity and stability. ARGUMENTS are those of train.py; there are two workers.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import fed
+import lora
+import model as talking
+import train
+
+
+def use_tdc_of(quantity):
+    """Let Eq. 8 see the error of x0 or of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0."""
+    losses_of_noise = talking.TalkingHead.training_losses
+
+    def training_losses(self, batch, t, eps, scales=None):
+        loss, x0_hat, _ = losses_of_noise(self, batch, t, eps, scales)
+        error = x0_hat - batch["motion"] / self.motion_std
+        if quantity == "v":  # v_hat - v = -(x0_hat - x0) / sqrt(1 - alpha_bar)
+            _, noise = self.diffusion.coefficients(t, error)
+            error = error / noise.clamp(min=0.05**0.5)  # as in the diffusion loss
+        return loss, x0_hat, eps + error
+
+    talking.TalkingHead.training_losses = training_losses
+
+
+def is_faulty(client, share):
+    """Return whether a client is one of the `share` whose clips or updates are faulty."""
+    number = int(client.name.split("-")[1])
+    return int((number + 1) * share) > int(number * share)
+
+
+def use_faulty_clips(fault, share):
+    """Spoil the training and validation batches of a share of the clients."""
+
+    def spoil(batch):
+        if fault == "other sound":
+            num_clips, num_frames = batch["mel"].shape[:2]
+            if num_clips > 1:
+                return batch | {"mel": batch["mel"].roll(1, 0)}
+            return batch | {"mel": batch["mel"].roll(num_frames // 2, 1)}
+        frames = batch["frames"][:, :1].expand_as(batch["frames"])
+        motion = batch["motion"][:, :1].expand_as(batch["motion"])
+        return batch | {"frames": frames, "motion": motion}
+
+    for name in ("train_batch", "validation_batch"):
+
+        def make_batch(client, *args, original=getattr(fed.Client, name), **kwargs):
+            batch = original(client, *args, **kwargs)
+            return spoil(batch) if is_faulty(client, share) else batch
+
+        setattr(fed.Client, name, make_batch)
+
+
+def use_faulty_updates(factor, share):
+    """Multiply the updates of a share of the clients."""
+    honest = fed.local_update
+
+    def local_update(model, judges, client, *args, **kwargs):
+        update, terms = honest(model, judges, client, *args, **kwargs)
+        return (factor * update if is_faulty(client, share) else update), terms
+
+    fed.local_update = local_update
+
+
+def use_gain_as_reliability():
+    """Let r be the share of the unexplained validation motion that local training takes away, ten
+    percent of it counting as 1.
+    """
+    start = {}
+    plain_update = fed.local_update
+
+    def local_update(model, judges, client, state, *args, **kwargs):
+        start["adapter"] = state["adapter"]
+        return plain_update(model, judges, client, state, *args, **kwargs)
+
+    @torch.no_grad()
+    def reliability(model, judges, batch, seed, **kwargs):
+        own = lora.adapter_vector(model).clone()
+        after = float(fed.unexplained_variance(model, batch, 0).mean())
+        lora.load_adapter_vector(model, start["adapter"])
+        before = float(fed.unexplained_variance(model, batch, 0).mean())
+        lora.load_adapter_vector(model, own)
+        return min(1.0, max(0.0, 10 * (1 - after / before)))
+
+    fed.local_update = local_update
+    fed.reliability = reliability
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tdc", choices=("x0", "v"))
+    faults = ("other sound", "frozen", "sign changed", "tenfold")
+    parser.add_argument("--fault", choices=faults)
+    parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--reliability", choices=("gain",))
+    parser.add_argument("arguments", nargs="*", help="of train.py, after --")
+    args = parser.parse_args()
+    if "RANK" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        command = [sys.executable, *launcher, __file__, *sys.argv[1:]]
+        sys.exit(subprocess.run(command).returncode)
+    if args.tdc:
+        use_tdc_of(args.tdc)
+    if args.fault in ("other sound", "frozen"):
+        use_faulty_clips(args.fault, args.share)
+    elif args.fault:
+        use_faulty_updates(-1.0 if args.fault == "sign changed" else 10.0, args.share)
+    if args.reliability:
+        use_gain_as_reliability()
+    train.main(args.arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1402,12 +1402,12 @@ def make_person(seed, name, accent=0.0):
     p.eyes = rgb(rng.choice(EYES))
     p.glasses = rgb(rng.choice(GLASSES))
     # An accent: vowels sound as everybody's but open the mouth as other vowels do. Everybody has
-    # one of their own; clients have more of it, and share three quarters of theirs.
+    # one of their own; clients have three times as much, and share three quarters of theirs.
     usual = np.array([shape[:2] for shape in VOWELS.values()])  # v 2
     other = rng.permutation(usual)
     if is_client:
         other = 0.75 * usual[::-1] + 0.25 * other
-    mouths = usual + (accent if is_client else accent / 2) * (other - usual)
+    mouths = usual + (accent if is_client else accent / 3) * (other - usual)
     p.mouths = dict(zip(VOWELS, mouths))
     return p
 

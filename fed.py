@@ -21,9 +21,10 @@ import metrics
 import privacy
 from model import CONDITIONS, KNOWN_FRAMES
 
-# Share of training clips whose first frames are known, as in the windows of a long clip.
+# Share of training clips whose first frames are known: so the model learns to continue a window.
 CONTINUED = 0.25
 JUDGED_FRAMES = 5  # frames that Eq. 9-11 decode: a window of the sync network
+VALIDATION_FRAMES = 16
 
 
 # ---------------------------------------------------------------- Eq. 12
@@ -50,10 +51,10 @@ def auxiliary_losses(model, judges, batch, x0_hat):
     middle = frames.shape[1] // 2
     similarity = (judges.identity(frames[:, middle]) * reference_identity).sum(-1)  # b
     distance = judges.perceptual(frames.flatten(0, 1), truth.flatten(0, 1))  # (b f)
-    # The frames' own mel steps are the judges' window around the middle frame, however long ours are.
-    # `mouth_audio` leaves out the two windows at either end: of five equal ones it embeds one.
+    # The middle 4 mel steps of a frame's window are its own: of five frames, the 20 a judge hears.
+    # `mouth_audio` drops two windows at either end, so that one window goes in five times.
     first = batch["mel"].shape[2] // 2 - 2
-    mel = batch["mel"][:, :, first : first + 4].flatten(1, 2)  # b 20 mels
+    mel = batch["mel"][:, :, first : first + 4].flatten(1, 2)  # b (5 4) m
     audio = judges.mouth_audio(mel[:, None].expand(-1, JUDGED_FRAMES, -1, -1))  # b 1 d
     mouth = judges.mouth_video(frames)  # b 1 d
     sync = (audio * mouth).sum(-1)
@@ -65,8 +66,8 @@ def auxiliary_losses(model, judges, batch, x0_hat):
 
 
 def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
-    """Return what Eq. 12 draws at random for a batch: t [b f], eps, keep {condition: [b]}, judged
-    clip, frame and weight.
+    """Return a batch's random numbers: t [b f], eps [b f m h w], keep {condition: [b]}, judged (the
+    clip that Eq. 9-11 decode, or None), judged_frame (its first frame there), judged_weight.
 
     One t per clip, stratified over the clips of the batch. In a share CONTINUED of the clips the
     first frames are known (no noise, t = -1). Each condition is dropped from a share
@@ -76,6 +77,7 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     """
     b, f = batch["motion"].shape[:2]
     device = batch["motion"].device
+    # Drawn on the CPU: the same seed gives the same numbers on every device.
     u = (torch.rand((), generator=generator) + torch.arange(b) / b) % 1
     t = model.diffusion.timestep(u)  # b
     eps = torch.randn(batch["motion"].shape, generator=generator)
@@ -88,7 +90,8 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     noise["keep"] = dict(zip(CONDITIONS, keep.T.to(device)))
     noise["judged"] = None
     if loss_weights["identity"] or loss_weights["perceptual"] or loss_weights["sync"]:
-        alpha_bar = model.diffusion.alpha_bar[t] + 1e-8  # a batch may consist of pure noise
+        # multinomial refuses a sum of 0, which a batch of pure noise would have.
+        alpha_bar = model.diffusion.alpha_bar[t] + 1e-8
         noise["judged"] = int(torch.multinomial(alpha_bar, 1, generator=generator))
         noise["judged_weight"] = float(alpha_bar.mean())
         noise["judged_frame"] = int(torch.randint(f - JUDGED_FRAMES + 1, (), generator=generator))
@@ -142,6 +145,7 @@ def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=
     num_clips = len(batch["motion"])
     step = micro_batch or num_clips
     sums = {}
+    # Before the step, not after it: what a batch that failed left must not count in the next.
     model.zero_grad()
     for start in range(0, num_clips, step):
         clips = slice(start, min(start + step, num_clips))
@@ -237,6 +241,7 @@ class Client:
         self.num_frames = num_frames
         self.same_clip = same_clip
         self.train_clips = data.by_person(split["train"], num_frames)
+        # n_k of ISFA: whole windows of num_frames
         self.num_samples = sum(clip.num_frames // num_frames for clip in split["train"])
         self.control_file = folder / f"{name}.pt" if folder else None
         self.controls = {}
@@ -247,13 +252,13 @@ class Client:
         size = batch_size, self.num_frames
         return sample_batch(model, self.train_clips, *size, generator, self.same_clip)
 
-    def validation_batch(self, model, num_frames=16):
-        """Return a fixed batch of the first validation clip, its reference picture taken from the
-        training clips.
+    def validation_batch(self, model):
+        """Return the first VALIDATION_FRAMES of the first validation clip as a batch, its reference
+        picture taken from the training clips.
         """
         if self.held_out is None:
             clips = self.split["validation"][:1]
-            self.held_out = fixed_batch(model, clips, self.split["train"], num_frames)
+            self.held_out = fixed_batch(model, clips, self.split["train"], VALIDATION_FRAMES)
         return self.held_out
 
     def read_controls(self):
@@ -283,17 +288,18 @@ class Client:
     def save_control(self, num_rounds, control):
         """Keep c_i as it is after `num_rounds` rounds, beside the one before."""
         controls = self.read_controls()
+        # A round that is killed or aborted has to find c_i as it was.
         kept = sorted(r for r in controls if r < num_rounds)[-1:]
         self.write_controls({r: controls[r] for r in kept} | {num_rounds: control})
 
     def undo_control(self, num_rounds):
-        """Take back c_i of round `num_rounds`: the client vanished before its update counted."""
+        """Take back what save_control(num_rounds, ...) kept: the client's update did not count."""
         controls = self.read_controls()
         if controls.pop(num_rounds, None) is not None:
             self.write_controls(controls)
 
     def release(self):
-        """Drop what is kept in memory, to bound that of large federations."""
+        """Drop the encoded validation batch: those of a large federation would fill the memory."""
         self.held_out = None
 
 
@@ -337,6 +343,7 @@ def train_adapter(
     Raises ValueError for an adapter that is not finite.
     """
     parameters = lora.load_adapter_vector(model, start)
+    # g, which the parameters are about to leave
     anchors = lora.split_vector(parameters, start)
     if correction is None:
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -344,29 +351,33 @@ def train_adapter(
         optimizer = torch.optim.SGD(parameters, lr=lr)
         corrections = lora.split_vector(parameters, correction)
     generator = torch.Generator().manual_seed(seed)
-    torch.default_generator.manual_seed(seed)  # of the adapters' dropout
-    if parameters[0].is_cuda:  # torch.manual_seed is slow: it asks for each kind of device
+    # Seeds the adapters' dropout; torch.manual_seed would ask every kind of device each time.
+    torch.default_generator.manual_seed(seed)
+    if parameters[0].is_cuda:
         torch.cuda.manual_seed_all(seed)
-    model.unet.train()
+    model.unet.train()  # for that dropout: nothing else in the UNet has a mode
     sums = {}
-    for step in range(num_steps):
-        batch = client.train_batch(model, batch_size, generator)
-        terms = backward(model, judges, batch, loss_weights, generator, micro_batch, bf16)
-        if proximal:
-            for parameter, anchor in zip(parameters, anchors):
-                parameter.grad += proximal * (parameter.detach() - anchor)
-        if correction is None:
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        else:
-            for parameter, piece in zip(parameters, corrections):
-                parameter.grad += piece
-        optimizer.step()
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value / num_steps
-    model.unet.eval()
+    try:
+        for step in range(num_steps):
+            batch = client.train_batch(model, batch_size, generator)
+            terms = backward(model, judges, batch, loss_weights, generator, micro_batch, bf16)
+            if proximal:
+                for parameter, anchor in zip(parameters, anchors):
+                    parameter.grad += proximal * (parameter.detach() - anchor)
+            if correction is None:
+                optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            else:
+                # Option II divides phi_k - g by K lr: no clipping, momentum or decay may come between.
+                for parameter, piece in zip(parameters, corrections):
+                    parameter.grad += piece
+            optimizer.step()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value / num_steps
+    finally:  # a step that fails costs this client's update only
+        model.unet.eval()
     trained = lora.adapter_vector(model)
-    if not trained.sum().isfinite():  # one value that is not makes the sum so
+    if not trained.sum().isfinite():  # any NaN or infinity makes the sum one
         raise ValueError("the adapter is not finite")
     return trained, sums
 
@@ -378,12 +389,13 @@ def num_local_steps(num_samples, local_epochs, batch_size):
 
 def local_update(model, judges, client, state, seed, *, local_epochs, lr, batch_size, **kwargs):
     """Return a client's update phi_k - g [d] of one round, and the mean terms of its loss; kwargs
-    as `train_adapter`.
+    as `train_adapter`. Leaves phi_k in the model, for `reliability`.
 
     With SCAFFOLD's c in the state the update is [2 d]: its second half is c_i+ - c_i with c_i+ =
     c_i - c - (phi_k - g) / (K lr) (Karimireddy et al. 2020, Algorithm 1, option II).
     """
     num_steps = num_local_steps(client.num_samples, local_epochs, batch_size)
+    # All steps are planned here, so that training itself knows no epochs.
     kwargs |= {"num_steps": num_steps, "lr": lr, "batch_size": batch_size}
     start = state["adapter"]
     if "control" not in state:
@@ -394,7 +406,8 @@ def local_update(model, judges, client, state, seed, *, local_epochs, lr, batch_
     trained, terms = train_adapter(
         model, judges, client, start, seed, correction=correction, **kwargs
     )
-    change = -(trained - start) / (num_steps * lr) - state["control"]
+    # (g - phi_k) / (K lr) is the mean gradient of the K steps.
+    change = (start - trained) / (num_steps * lr) - state["control"]
     client.save_control(state["round"] + 1, own_control + change)
     return torch.cat([trained - start, change]), terms
 
@@ -427,7 +440,10 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
     similarity = float((identity * reference_identity[:, None]).sum(-1).mean().clamp(0, 1))
     jitter = float(metrics.temporal_jitter(frames).mean())
     stability = math.exp(-max(0.0, jitter / public_jitter - 1))
-    return alpha * similarity + (1 - alpha) * stability
+    r = alpha * similarity + (1 - alpha) * stability
+    if not math.isfinite(r):
+        raise ValueError("the reliability is not finite")
+    return r
 
 
 def isfa_weight(num_samples, reliability, gamma, cap):
@@ -456,16 +472,18 @@ def round_params(mechanism, cohort_size):
 
 
 def plain_mean(uploads, dropouts):
-    """Return the weighted mean of uploads {i: (update [d], weight)}, the sum of weights and the
-    survivors, in the clear.
+    """Return the weighted mean of uploads {place in the cohort: (update [d], weight)}, the sum of
+    weights and the survivors, in the clear.
 
     Raises AggregationAborted where nobody is left.
     """
-    gone = {i for clients in dropouts.values() for i in clients}
+    # Who vanishes before "unmask" has uploaded: as in the secure sum, that upload counts.
+    gone = {i for stage, clients in dropouts.items() if stage != "unmask" for i in clients}
     survivors = [i for i in uploads if i not in gone and uploads[i][1] > 0]
     if not survivors:
         raise privacy.AggregationAborted("no client is left")
     weight_sum = sum(uploads[i][1] for i in survivors)
+    # float64, in the order of the cohort: the same sum for any number of workers
     total = torch.zeros(len(uploads[survivors[0]][0]), dtype=torch.float64)
     for i in survivors:
         total.add_(uploads[i][0], alpha=uploads[i][1])
@@ -475,10 +493,10 @@ def plain_mean(uploads, dropouts):
 def server_update(state, mean, server_lr, participation):
     """Return the state after one round: adapter + server_lr mean (ISFA / FedAvg).
 
-    With SCAFFOLD's control variate c in the state the mean is [2 d], and c moves by |S| / N times
-    its second half.
+    With SCAFFOLD's control variate c in the state the mean is [2 d], and c, the mean of all N
+    clients' c_i, moves by `participation` = |S| / N times its second half.
     """
-    mean = torch.as_tensor(mean).float()
+    mean = torch.as_tensor(mean).float()  # of float64 NumPy (Mechanism.decode) or torch
     d = len(state["adapter"])
     state = state | {"adapter": state["adapter"] + server_lr * mean[:d]}
     if "control" in state:
@@ -553,12 +571,17 @@ class Workers:
         """
         busy = [0.0] * self.size
         own = []
+        # A round lasts as long as its busiest process.
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
             rank = busy.index(min(busy))
             busy[rank] += costs[i]
             if rank == self.rank:
                 own.append(i)
         return own
+
+    def wait(self):
+        """Return when every process has come here."""
+        self.merge({})
 
     @contextlib.contextmanager
     def first_on_machine(self):
@@ -567,10 +590,10 @@ class Workers:
         """
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if not first:
-            self.merge({})
+            self.wait()
         yield
         if first:
-            self.merge({})
+            self.wait()
 
 
 @contextlib.contextmanager
@@ -581,5 +604,5 @@ def peers_alive():
     except dist.DistError as error:
         raise ConnectionError(f"the workers cannot meet: {error}") from None
     except RuntimeError:
-        time.sleep(3)  # the launcher may end this process, too, and knows more
+        time.sleep(3)  # the launcher may end this process first, with the true reason
         raise ConnectionError("another worker has ended: continue with --resume") from None

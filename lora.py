@@ -1,8 +1,10 @@
 """Low-rank adapters (Hu et al. 2022) on Linear and Conv2d layers, and their one flat vector.
 
-    train = "R":   W' = W + (alpha / rank) B R A    A, B frozen, R [rank, rank] trained (LoRA-XS, Balazy et al. 2024)
-    train = "B":   W' = W + (alpha / rank) B A      A frozen, B trained (FFA-LoRA, Sun et al. 2024)
+    train = "R":   W' = W + (alpha / rank) B R A    A, B frozen, R [rank, rank] trained
+    train = "B":   W' = W + (alpha / rank) B A      A frozen, B trained
     train = "AB":  W' = W + (alpha / rank) B A      both trained (Eq. 7, the paper's)
+
+R alone is LoRA-XS (Balazy et al. 2024), B alone FFA-LoRA (Sun et al. 2024).
 
 With A frozen the mean of the clients' adapted layers is exactly the layer of the mean adapter; with
 A and B trained it is not, as mean(B_k) mean(A_k) differs from mean(B_k A_k). R has rank^2 numbers a
@@ -34,7 +36,7 @@ class LoRALayer(nn.Module):
         self.dropout = dropout
         self.A = nn.Parameter(A, requires_grad=train == "AB")
         self.R = nn.Parameter(A.new_zeros(rank, rank)) if train == "R" else None
-        # B starts at zero unless R does: the product has to be zero, and one factor has to have a gradient.
+        # B starts at zero unless R does: the product has to be zero, with one factor that is not.
         self.B = nn.Parameter(
             B if train == "R" else torch.zeros_like(B), requires_grad=train != "R"
         )
@@ -83,9 +85,9 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
         raise ValueError(f"lora.alpha must be above 0, not {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora.dropout must be at least 0 and below 1, not {dropout}")
-    use_directions = directions is not None and train != "AB"  # the paper's A is random
-    if use_directions and min(len(A) for A, _ in directions.values()) < rank:
-        kept = min(len(A) for A, _ in directions.values())
+    use_directions = directions is not None and train != "AB"  # the paper's A starts at random
+    kept = min(len(A) for A, _ in directions.values()) if use_directions else rank
+    if kept < rank:
         raise ValueError(f"lora.rank must be at most {kept}, the directions kept, not {rank}")
     generator = torch.Generator().manual_seed(seed)
     adapted = {n: layer for n, layer in adaptable_layers(module).items() if layers in n}

@@ -5,8 +5,8 @@ every stage, and everybody who sees released models. Not covered: a server that 
 protocol (invented clients, unequal rosters or survivor lists), poisoned updates, side channels such
 as timing, and whatever leaves a client outside of the masked vector.
 
-Adjacency is zero-out: one client's vector, or zeros in its place. Who takes part in a round is not
-protected, what a participant sends is. So the size of a cohort, the variance of the noise and an
+Adjacency is zero-out: one client's vector, or zeros in its place. Who takes part in a round is
+public; what a participant sends is protected. So the size of a cohort, the variance of the noise and an
 abort may be public, as none of them depends on a client's data.
 
     python privacy.py --clients 100 200 400 --rate 1 --rounds 2 --noise 0.27 --delta 1e-5
@@ -244,12 +244,12 @@ NOISE_TAIL = 12  # standard deviations of room for the noise; beyond (once in 1e
 
 
 def clip_update(update, clip_norm):
-    """(update scaled to L2 norm <= clip_norm, its norm before); ValueError if it is not finite."""
+    """The update, scaled down to an L2 norm of clip_norm; ValueError if it is not finite."""
     update = np.asarray(update, np.float64)
     norm = float(np.linalg.norm(update))
     if not math.isfinite(norm):
         raise ValueError("The update holds NaN or infinity.")
-    return update * min(1.0, clip_norm / max(norm, 1e-300)), norm
+    return update * min(1.0, clip_norm / max(norm, 1e-300))
 
 
 def gaussian_noise(std, count, key=None):
@@ -302,7 +302,6 @@ class Mechanism:
             raise ValueError(f"survivor_share is in (0.5, 1], not {self.survivor_share}.")
         if not (self.length >= 1 and self.num_clients >= 1 and self.num_curious >= 0):
             raise ValueError("length and num_clients are at least 1, num_curious at least 0.")
-        self.num_bytes = 4 * (self.length + 1)  # of one upload
         self.sensitivity = self.clip_norm * math.hypot(1, self.weight_scale)
         # The finest step, in units of an update, at which the sum of num_clients vectors and all
         # noise fit in 32 bits: num_clients (largest / step + 1) + tail (S / step + rounding)
@@ -345,7 +344,7 @@ class Mechanism:
             raise ValueError(f"An update has {self.length} values, not {np.shape(update)}.")
         if not 1 <= roster_size <= self.num_clients:
             raise ValueError(f"A roster has 1 to {self.num_clients} clients, not {roster_size}.")
-        clipped, _ = clip_update(update, self.clip_norm)
+        clipped = clip_update(update, self.clip_norm)
         scaled_weight = self.weight_scale * self.clip_norm * weight
         vector = np.append(weight * clipped, scaled_weight)  # [length + 1]
         noise = self._noise(self.total_std / math.sqrt(roster_size), context)
@@ -1086,15 +1085,14 @@ NOT_COVERED = [
 ]
 
 
-def privacy_report(mechanism, accountant, delta, participations=None):
+def privacy_report(mechanism, accountant, delta):
     """The report's privacy section, plain values for JSON; None stands for an infinite epsilon.
 
-    participations = the most rounds that any one client was in the cohort of (None: all rounds).
     Raises ValueError unless 0 < delta < 1 / num_clients.
     """
     check_delta(delta, mechanism.num_clients)
-    known = accountant.epsilon_known_cohorts(delta, participations)
-    sampled = min(known, accountant.epsilon(delta))  # who knows less learns no more
+    known = accountant.epsilon_known_cohorts(delta)
+    sampled = min(known, accountant.epsilon(delta))  # an adversary who knows less learns no more
     reason = None
     if mechanism.seed is not None:
         reason = "the noise is seeded"
@@ -1105,7 +1103,6 @@ def privacy_report(mechanism, accountant, delta, participations=None):
         "sensitivity": mechanism.sensitivity,
         "rounds": sum(row[2] for row in accountant.history),
         "history": accountant.history,
-        "participations": participations,
         "delta": delta,
         "private": reason is None,
         "no_privacy_because": reason,
@@ -1131,8 +1128,7 @@ def verify_run(folder):
     Reads report.json; rounds.jsonl, one JSON a line with round, sample_rate, noise_multiplier and
     epsilon (against known cohorts, of all rounds so far); and last.pt, whose state holds adapter,
     round and accountant. Raises ValueError for rounds that ran but were not spent, for vectors of
-    single clients in the checkpoint, and for a log or report that claims what does not follow. A
-    report with participations needs cohort, the list of its members, in each line.
+    single clients in the checkpoint, and for a log or report that claims what does not follow.
     """
     import torch  # only here: the rest of this file does without
 
@@ -1173,12 +1169,7 @@ def verify_run(folder):
     found = checkpoint_audit(checkpoint | state, length)
     if found["flagged"]:
         raise ValueError(f"last.pt holds vectors of single clients: {found['why']}.")
-    participations = claimed["participations"]  # None stands for all rounds: no need to count
-    if participations is not None:
-        members = collections.Counter(client for row in log for client in row["cohort"])
-        spent_twice = -unspent.total()  # at worst everybody was in these
-        participations = max(members.values(), default=0) + spent_twice
-    expected = privacy_report(mechanism, accountant, claimed["delta"], participations)
+    expected = privacy_report(mechanism, accountant, claimed["delta"])
     for key, value in expected.items():
         same = claimed.get(key) == value
         if isinstance(value, float) and isinstance(claimed.get(key), float):

@@ -42,7 +42,7 @@ import privacy
 
 DEFAULTS = Path(__file__).with_name("config.yaml")
 MAX_RANK = 16  # directions of each layer that backbone.pt keeps (lora.leading_directions)
-SAVE_EVERY = 100  # steps of the backbone
+SAVE_EVERY = 100  # steps of the backbone between two partial checkpoints
 KEPT_IN_MEMORY = 128  # participants whose validation batch stays in memory between rounds
 
 
@@ -65,7 +65,10 @@ RANGES = {
     "model.autoencoder_channels": (8, 4096),
     "model.channels": (8, 4096),
     "model.dim": (1, 4096),
-    "model.prior_modes": (1, 5000),  # as many frames as 512 of the shortest clips have
+    "model.prior_modes": (
+        1,
+        5000,
+    ),  # train_unet fits the prior to 256 windows of at least 20 frames
     "backbone.judge_steps": (1, 1e9),
     "backbone.steps": (1, 1e9),
     "backbone.batch_size": (1, 1024),
@@ -250,7 +253,7 @@ def make_mechanism(config, length):
         return None
     noise_multiplier = p["noise_multiplier"]
     if p["target_epsilon"] and f["rounds"]:
-        # Rate 1: the server knows the cohorts, so that sampling does not weaken what a client's rounds reveal together.
+        # Rate 1: the server knows who is sampled, so that sampling hides nothing from it.
         noise_multiplier = privacy.find_noise_multiplier(
             p["target_epsilon"], p["delta"], 1.0, f["rounds"]
         )
@@ -259,12 +262,18 @@ def make_mechanism(config, length):
         noise_multiplier=noise_multiplier,
         length=length * (2 if f["algorithm"] == "scaffold" else 1),
         num_clients=config["data"]["clients"],
-        weight_scale=0.3,  # s / C: a small weight costs little sensitivity, and its noise hurts little
+        # s / C: little sensitivity; the weights' noise then matters little, as their sum is large.
+        weight_scale=0.3,
         min_weight=1.0,  # the noisy mean is never divided by less than one client of full weight
         survivor_share=p["survivor_share"],
         num_curious=p["num_curious"],
         seed=p["seed"] if p["seed"] >= 0 else None,
     )
+
+
+def accounted_rate(f):
+    """Return the sampling rate that the accountant may count on: only Poisson sampling amplifies."""
+    return 1.0 if f["fixed_cohorts"] else f["sample_rate"]
 
 
 def check_resumed(before, after, prefix=""):
@@ -665,7 +674,7 @@ def add_adapter(config, model, directions, section):
 def train(config, people, run, device, workers):
     """Backbone, federated rounds, personal adapters, evaluation and report, into the folder `run`."""
     stopwatch = Stopwatch(run, workers)
-    # -- in public: backbone, judges, the directions of the adapters
+    # -- on public people's clips: backbone, judges, the directions of the adapters
     backbone = load_or_pretrain(config, people.public, run, device, workers)
     if config["data"]["find_faces"]:
         with workers.first_on_machine():
@@ -676,12 +685,13 @@ def train(config, people, run, device, workers):
     # -- between clients and server: Algorithm 1
     clients = make_clients(config, people, run)
     state = workers.broadcast(load_or_initialize(config, model, backbone, run))
-    if "control" in state and not (run / "config.yaml").exists():  # which rank 0 has written
+    # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: where it is not, no disk is shared.
+    if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
     jitter = backbone["public_jitter"]
     state = federate(config, model, judges["loss"], clients, state, jitter, run, device, workers)
     stopwatch.lap("rounds")
-    # -- at home: personal adapters, which never leave their client
+    # -- on each client: personal adapters, which never leave it
     clients = clients[: config["personal"]["clients"]]
     personal = personalize(
         config, model, judges["loss"], clients, state, backbone["directions"], run, device, workers
@@ -695,7 +705,7 @@ def train(config, people, run, device, workers):
         stopwatch.lap("evaluation")
         report["seconds"] = backbone["seconds"] | stopwatch.seconds
         write_report(run, report, backbone["losses"])
-    workers.merge({})  # nobody leaves before the report is there
+    workers.wait()  # nobody leaves before the report is there
 
 
 def federate(config, model, judges, clients, state, public_jitter, run, device, workers):
@@ -704,25 +714,25 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
     participants = [fed.pool_clients(clients)] if f["algorithm"] == "centralized" else clients
     mechanism = make_mechanism(config, len(state["adapter"]))
     accountant = privacy.Accountant(state["accountant"])
-    training = training_kwargs(config, "fed", device) | {"local_epochs": f["local_epochs"]}
-    rating = {"alpha": f["reliability_alpha"], "public_jitter": public_jitter}
+    training = training_kwargs(config, "fed", device)
     for index in tqdm(range(state["round"], f["rounds"]), "rounds", disable=workers.rank > 0):
         key = bytes.fromhex(state["sampling_key"])
         cohort = privacy.draw_cohort(
-            len(participants), f["sample_rate"], key, index, f["fixed_cohorts"]
+            len(participants), f["sample_rate"], key, index, fixed_size=f["fixed_cohorts"]
         )
-        # Spent and saved before the round: an upload that gets lost may have been seen.
-        rate = 1.0 if f["fixed_cohorts"] else f["sample_rate"]
-        accountant.spend(rate, mechanism.noise_multiplier if mechanism else 0.0)
+        # Charged and saved first: if the run is killed, what was sent already may have been seen.
+        accountant.spend(accounted_rate(f), mechanism.noise_multiplier if mechanism else 0.0)
         state["accountant"] = accountant.history
         save_state(run, state, workers)
         uploads = {}
         diagnostics = {}
+        # i is a client's place in the cohort, the only name that the server has for it.
         for i in workers.assign([participants[k].num_samples for k in cohort]):
             # -- on client k: nothing but uploads[i] leaves it
-            client = participants[cohort[i]]
-            seed = fed.derive_seed(f["seed"], index, cohort[i])
-            # A client that fails uploads zeros: that it takes part must not depend on its data.
+            k = cohort[i]
+            client = participants[k]
+            seed = fed.derive_seed(f["seed"], index, k)
+            # A client that fails still sends, with weight 0: its silence would tell about its data.
             update = fed.zero_update(state)
             weight = 0.0
             diagnostics[i] = {}
@@ -731,9 +741,15 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 update, terms = fed.local_update(model, judges, client, state, seed, **training)
                 r = 1.0
                 if f["gamma"]:
-                    held_out = client.validation_batch(model)
+                    # of phi_k, which local_update has left in the model
                     r = fed.reliability(
-                        model, judges, held_out, seed, **rating, **config["sampling"]
+                        model,
+                        judges,
+                        client.validation_batch(model),
+                        seed,
+                        alpha=f["reliability_alpha"],
+                        public_jitter=public_jitter,
+                        **config["sampling"],
                     )
                 weight = fed.isfa_weight(client.num_samples, r, f["gamma"], f["sample_cap"])
                 diagnostics[i] |= terms | {"reliability": r, "norm": float(update.norm())}
@@ -745,6 +761,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 client.release()
 
         # -- between clients and server: masks cancel, only the sum is seen
+        # Simulated dropouts: one seed on all workers, so that they agree on who is gone.
         dropout_seed = fed.derive_seed(f["seed"], index)
         dropouts = fed.choose_dropouts(len(cohort), f["dropout_rate"], dropout_seed)
         survivors = []
@@ -754,14 +771,14 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 params = fed.round_params(mechanism, len(cohort))
                 total, survivors = privacy.run_protocol(params, uploads, dropouts, workers)
                 decoded = mechanism.decode(total, len(cohort), len(survivors), index)
-                # rank 0's, which drew the noise of those who dropped out
+                # The server's noise for dropouts is random: all workers take that of rank 0.
                 mean, weight_sum = workers.broadcast(decoded)
             else:
                 mean, weight_sum, survivors = fed.plain_mean(workers.merge(uploads), dropouts)
         except privacy.AggregationAborted as error:
             aborted = str(error)
 
-        # -- on the server
+        # -- on the server; an aborted round has no survivors and leaves the adapter as it was
         if survivors:
             participation = len(survivors) / len(participants)
             state = fed.server_update(state, mean, f["server_lr"], participation)
@@ -772,6 +789,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
         record |= {"aborted": aborted, "weight_sum": weight_sum if survivors else 0.0}
         record |= summarize_round(config, accountant, workers.merge(diagnostics))
         record["simulation"]["unexplained"] = validate(model, clients, state, workers)
+        # The log first: a resumed run drops a line too many, and could not make up for one too few.
         log_round(run, record, workers)
         save_state(run, state, workers)
     return state
@@ -839,14 +857,16 @@ def make_clients(config, people, run):
 
 
 def training_kwargs(config, section, device):
-    """Return the keyword arguments of `fed.train_adapter` that config section `fed` or `personal`
-    sets.
+    """Return the keyword arguments of `fed.local_update` (config section `fed`) or of
+    `fed.train_adapter` (`personal`).
     """
     kwargs = {"lr": config[section]["lr"], "batch_size": config["fed"]["batch_size"]}
     kwargs |= {"loss_weights": config["loss"], "bf16": device.type == "cuda"}
     kwargs["micro_batch"] = config["runtime"]["micro_batch"]
     if section == "fed":
-        kwargs["proximal"] = config["fed"]["proximal"]
+        kwargs |= {key: config["fed"][key] for key in ("local_epochs", "proximal")}
+    else:
+        kwargs["num_steps"] = config["personal"]["steps"]
     return kwargs
 
 
@@ -861,8 +881,8 @@ def describe_adapter(config, section, origin):
 def load_or_initialize(config, model, backbone, run):
     """Return the state of the rounds, from last.pt or as before round 0.
 
-    It holds the global adapter [d], SCAFFOLD's c, the round, the accountant's history and the
-    sampling key. Raises ValueError for the adapter of another backbone or shape.
+    It holds the global adapter [d], the number of rounds done, the accountant's history, the
+    sampling key and, for SCAFFOLD alone, c under the name "control". Raises ValueError for the adapter of another backbone or shape.
     """
     description = describe_adapter(config, "lora", checksum(backbone["model"]))
     if (run / "last.pt").exists():
@@ -904,8 +924,8 @@ def forget_rounds(run, num_rounds):
 
 
 def summarize_round(config, accountant, diagnostics):
-    """Return the rest of a round's record: the guarantee so far, and under "simulation" what no
-    server would see.
+    """Return the rest of a round's record: the guarantee so far, and under "simulation" what only
+    a simulation can log.
 
     Raises ValueError if every client failed.
     """
@@ -1002,8 +1022,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         return {}
     model = personal_model(config, model, state["adapter"], directions)
     start = lora.adapter_vector(model)
-    settings = config["personal"]
-    kwargs = training_kwargs(config, "personal", device) | {"num_steps": settings["steps"]}
+    kwargs = training_kwargs(config, "personal", device)
     origin = checksum([state["adapter"], kwargs])
     description = describe_adapter(config, "personal", origin)
     (run / "personal").mkdir(parents=True, exist_ok=True)
@@ -1449,9 +1468,7 @@ def personalize_own(args, config, device):
     num_frames = config["backbone"]["num_frames"]
     same_clip = config["data"]["same_clip_reference"]
     client = fed.Client("me", split, num_frames, same_clip=same_clip)
-    kwargs = training_kwargs(config, "personal", device) | {
-        "num_steps": config["personal"]["steps"]
-    }
+    kwargs = training_kwargs(config, "personal", device)
     trained, _ = fed.train_adapter(model, judges["loss"], client, start, config["seed"], **kwargs)
     description = describe_adapter(config, "personal", checksum([state["adapter"], kwargs]))
     content = {"adapter": trained, "description": description}
@@ -1497,7 +1514,7 @@ def dry_run(config, device):
 
     mechanism = make_mechanism(config, len(adapter))
     noise_multiplier = mechanism.noise_multiplier if mechanism else 0.0
-    spent = [[1.0 if f["fixed_cohorts"] else f["sample_rate"], noise_multiplier, f["rounds"]]]
+    spent = [[accounted_rate(f), noise_multiplier, f["rounds"]]]
     report = describe_privacy(config, {"adapter": adapter, "accountant": spent})
     epsilon = f"inf: {report.get('reason') or report.get('no_privacy_because')}"
     if report["private"]:

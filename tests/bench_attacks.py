@@ -165,7 +165,7 @@ def worst_case_scores(updates, mechanism, trials):
     """
     scores = np.zeros((2, len(updates), trials))
     for person, update in enumerate(updates):
-        own, _ = privacy.clip_update(update, mechanism.clip_norm)
+        own = privacy.clip_update(update, mechanism.clip_norm)
         vector = np.append(own, mechanism.weight_scale * mechanism.clip_norm)
         for trial in range(trials):
             for kind, sent in enumerate((update, np.zeros_like(update))):

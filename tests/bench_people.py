@@ -90,7 +90,6 @@ def with_own_adapter(config, model, directions, name, clips):
     same_clip = config["data"]["same_clip_reference"]
     client = fed.Client(name, split, config["backbone"]["num_frames"], same_clip=same_clip)
     kwargs = train.training_kwargs(config, "personal", torch.device("cpu"))
-    kwargs |= {"num_steps": config["personal"]["steps"]}
     kwargs["loss_weights"] = dict.fromkeys(config["loss"], 0.0)  # there are no judges
     start = lora.adapter_vector(adapted)
     trained, _ = fed.train_adapter(adapted, None, client, start, config["seed"], **kwargs)

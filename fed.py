@@ -18,8 +18,8 @@ import torch.distributed as dist
 import data
 import lora
 import metrics
+import model as talking
 import privacy
-from model import CONDITIONS, KNOWN_FRAMES
 
 # Share of training clips whose first frames are known: so the model learns to continue a window.
 CONTINUED = 0.25
@@ -81,13 +81,15 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     u = (torch.rand((), generator=generator) + torch.arange(b) / b) % 1
     t = model.diffusion.timestep(u)  # b
     eps = torch.randn(batch["motion"].shape, generator=generator)
-    keep = (torch.rand(b, len(CONDITIONS), generator=generator) >= condition_dropout).float()
+    keep = (
+        torch.rand(b, len(talking.CONDITIONS), generator=generator) >= condition_dropout
+    ).float()
     continued = torch.rand(b, generator=generator) < CONTINUED
-    num_known = min(KNOWN_FRAMES, f // 2) * continued
+    num_known = min(talking.KNOWN_FRAMES, f // 2) * continued
     known = torch.arange(f) < num_known[:, None]  # b f
     eps = eps * ~known[:, :, None, None, None]
     noise = {"t": t[:, None].where(~known, -1).to(device), "eps": eps.to(device)}
-    noise["keep"] = dict(zip(CONDITIONS, keep.T.to(device)))
+    noise["keep"] = dict(zip(talking.CONDITIONS, keep.T.to(device)))
     noise["judged"] = None
     if loss_weights["identity"] or loss_weights["perceptual"] or loss_weights["sync"]:
         # multinomial refuses a sum of 0, which a batch of pure noise would have.

@@ -16,7 +16,7 @@ import math
 import sys
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -142,19 +142,23 @@ def _mean_difference(x, y):
 
 def jitter_ratio(generated, truth):
     """Return the temporal jitter of generated clips over that of the true ones; 1 is best."""
-    return temporal_jitter(generated) / temporal_jitter(truth).clamp(min=1e-8)
+    return temporal_jitter(generated) / temporal_jitter(truth).clamp(
+        min=1e-4
+    )  # of a picture that stands still
 
 
 def mean_jitter(clips):
-    """Return the mean temporal jitter of a list of data.Clip."""
-    return float(np.mean([float(temporal_jitter(unit_frames(clip.frames))) for clip in clips]))
+    """Return the mean temporal jitter of a list of data.Clip, of at most 20 s of each."""
+    most = 20 * data.FPS
+    jitter = [float(temporal_jitter(unit_frames(clip.frames[:most]))) for clip in clips]
+    return float(np.mean(jitter))
 
 
 def tlp(distance, generated, truth):
-    """Return the flicker of a clip [f c h w] as a scalar (tLP, Chu et al. 2020).
+    """Return how far a clip's flicker is from the truth's, a scalar (tLP, Chu et al. 2020).
 
-    It is the mean difference between the perceptual `distance(x, y) -> [n]` of consecutive
-    generated frames and that of the true ones. Raises ValueError for a single frame.
+    It is the mean absolute difference between the perceptual `distance(x, y) -> [n]` of consecutive
+    generated frames [f c h w] and that of the true ones. Raises ValueError for a single frame.
     """
     check_frames(generated, truth)
     if len(truth) < 2:
@@ -543,16 +547,10 @@ def mfcc(audio):
     return cepstra
 
 
-def _conv_unit(conv, norm):
+def _unit(conv):
+    """Return a list of a convolution, its batch norm and a ReLU."""
+    norm = nn.BatchNorm3d if isinstance(conv, nn.Conv3d) else nn.BatchNorm2d
     return [conv, norm(conv.out_channels), nn.ReLU()]
-
-
-def _audio_unit(*args):
-    return _conv_unit(nn.Conv2d(*args), nn.BatchNorm2d)
-
-
-def _video_unit(*args):
-    return _conv_unit(nn.Conv3d(*args), nn.BatchNorm3d)
 
 
 def _sync_head():
@@ -565,26 +563,26 @@ class SyncNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.netcnnaud = nn.Sequential(
-            *_audio_unit(1, 64, 3, 1, 1),
+            *_unit(nn.Conv2d(1, 64, 3, 1, 1)),
             nn.Identity(),  # a pooling of 1 x 1 in the published graph
-            *_audio_unit(64, 192, 3, 1, 1),
+            *_unit(nn.Conv2d(64, 192, 3, 1, 1)),
             nn.MaxPool2d(3, (1, 2)),
-            *_audio_unit(192, 384, 3, 1, 1),
-            *_audio_unit(384, 256, 3, 1, 1),
-            *_audio_unit(256, 256, 3, 1, 1),
+            *_unit(nn.Conv2d(192, 384, 3, 1, 1)),
+            *_unit(nn.Conv2d(384, 256, 3, 1, 1)),
+            *_unit(nn.Conv2d(256, 256, 3, 1, 1)),
             nn.MaxPool2d(3, 2),
-            *_audio_unit(256, 512, (5, 4)),
+            *_unit(nn.Conv2d(256, 512, (5, 4))),
         )
         self.netcnnlip = nn.Sequential(
-            *_video_unit(3, 96, (5, 7, 7), (1, 2, 2)),
+            *_unit(nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2))),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_video_unit(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)),
+            *_unit(nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1))),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
-            *_video_unit(256, 256, (1, 3, 3), 1, (0, 1, 1)),
-            *_video_unit(256, 256, (1, 3, 3), 1, (0, 1, 1)),
-            *_video_unit(256, 256, (1, 3, 3), 1, (0, 1, 1)),
+            *_unit(nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1))),
+            *_unit(nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1))),
+            *_unit(nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1))),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_video_unit(256, 512, (1, 6, 6)),
+            *_unit(nn.Conv3d(256, 512, (1, 6, 6))),
         )
         self.netfcaud = _sync_head()
         self.netfclip = _sync_head()
@@ -693,13 +691,8 @@ METRICS_TABLE = """
 """
 
 
-def _read_table(text):
-    """Return {first cell: {column: cell}} of a Markdown table."""
-    lines = [line[2:-2].split(" | ") for line in text.strip().split("\n")]
-    return {cells[0]: dict(zip(lines[0], cells)) for cells in lines[2:]}
-
-
-METRICS = _read_table(METRICS_TABLE)
+_COLUMNS, _, *_ROWS = [line[2:-2].split(" | ") for line in METRICS_TABLE.strip().split("\n")]
+METRICS = {cells[0]: dict(zip(_COLUMNS, cells)) for cells in _ROWS}  # metric -> column -> cell
 
 # network -> class and files; of a file: patterns of its path, as it has in public repositories,
 # the module that it fills, and the prefix of its keys
@@ -759,8 +752,7 @@ def load_weights(module, path, prefix=""):
             state[key.removeprefix(prefix)] = value
     for key in [*own, *state]:
         if key not in state or key not in own or state[key].shape != own[key].shape:
-            network = type(module).__name__
-            raise ValueError(f"{path} does not fit {network}: first misfit {prefix}{key}")
+            raise ValueError(f"{path} does not fit its network: first misfit {prefix}{key}")
     module.load_state_dict(state)
     module.eval().requires_grad_(False)
     return _sha256(path)
@@ -792,10 +784,11 @@ def load_standard(folder=None):
                 filled = networks[name].get_submodule(module)
                 weights[str(path.relative_to(folder))] = load_weights(filled, path, prefix)
         for metric, needs in METRICS.items():
-            if needs["network"] == name and weights:
+            if needs["network"] != name:
+                continue
+            sources[metric] = {"network": None, "reason": f"needs {needs['file']}"}
+            if weights:
                 sources[metric] = {"network": type(networks[name]).__name__, "weights": weights}
-            elif needs["network"] == name:
-                sources[metric] = {"network": None, "reason": f"needs {needs['file']} in --weights"}
     return networks, sources
 
 
@@ -804,19 +797,19 @@ def load_standard(folder=None):
 NUM_VIEWS = 10  # of data.VIEW_NAMES, all but the mirror
 
 
-def _conv(inputs, outputs):
-    conv = nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+def _halve(inputs, outputs):
+    """Return a convolution with batch norm and ReLU that halves h and w."""
+    return nn.Sequential(*_unit(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)))
 
 
-def _mouth_net(inputs, outputs, width=24):
+def _mouth_net(inputs, outputs):
     layers = nn.Sequential(
-        _conv(inputs, width),  # width 14 14
-        _conv(width, 2 * width),  # 2 width 7 7
-        _conv(2 * width, 4 * width),  # 4 width 4 4
+        _halve(inputs, 24),  # 24 14 14
+        _halve(24, 48),  # 48 7 7
+        _halve(48, 96),  # 96 4 4
         nn.Flatten(),
         nn.Dropout(0.2),
-        nn.Linear(4 * width * 4 * 4, 128),
+        nn.Linear(96 * 4 * 4, 128),
         nn.BatchNorm1d(128),
         nn.ReLU(),
         nn.Linear(128, outputs),
@@ -834,22 +827,23 @@ class Judges(nn.Module):
     clips were known.
     """
 
-    def __init__(self, width=16, dim=64):
+    def __init__(self):
         super().__init__()
-        w = width
+        dim = 64  # of the embeddings
         self.face = nn.Sequential(
-            _conv(3, w),  # w 32 32
-            _conv(w, 2 * w),  # 2w 16 16
-            _conv(2 * w, 4 * w),  # 4w 8 8
-            _conv(4 * w, 8 * w),  # 8w 4 4
+            _halve(3, 16),  # 16 32 32
+            _halve(16, 32),  # 32 16 16
+            _halve(32, 64),  # 64 8 8
+            _halve(64, 128),  # 128 4 4
         )
         self.face_head = nn.Sequential(
             nn.Flatten(),
             nn.Dropout(0.2),
-            nn.Linear(8 * w * 4 * 4, dim),
+            nn.Linear(128 * 4 * 4, dim),
             nn.BatchNorm1d(dim),
         )
-        self.view_head = nn.Linear(15 * w, NUM_VIEWS)  # for training only
+        # For training only, of the channels of all four stages.
+        self.view_head = nn.Linear(16 + 32 + 64 + 128, NUM_VIEWS)
         self.lips = _mouth_net(6, dim)
         self.mouth = _mouth_net(3, 1)
         self.speech = nn.Sequential(
@@ -926,16 +920,17 @@ class Judges(nn.Module):
         mouth = mouth_region(resize(frames.flatten(0, 1), 64)).mean(1)  # (b f) 28 28, grey
         windows = mouth.unflatten(0, (b, -1)).unfold(1, 5, 1)  # b f-4 28 28 5
         windows = rearrange(windows, "b t h w k -> (b t) k h w")
-        still = windows.mean(1, keepdim=True)  # apart, or the network would learn faces by heart
+        # Apart from the motion, or the network would learn faces by heart.
+        still = windows.mean(1, keepdim=True)
         x = torch.cat([still - 0.5, 4 * (windows - still)], 1)  # (b t) 6 28 28
         return F.normalize(self.lips(x), dim=-1).unflatten(0, (b, -1))
 
     def mouth_audio(self, mel):
-        """Return unit embeddings of the speech in these windows, [b f 20 40] -> [b f-4 d].
+        """Return unit embeddings of speech, [b f 20 40] of data.audio_windows -> [b f-4 d].
 
-        `mel` is of data.audio_windows over 5 frames.
+        Its windows are those of `mouth_video`.
         """
-        mel = mel[:, 2:-2]  # windows around the middles of those of `mouth_video`
+        mel = mel[:, 2:-2]  # b f-4 20 40, around the middles of the mouth's windows
         x = self.speech(rearrange(mel, "b t n m -> (b t) m n"))
         return F.normalize(x, dim=-1).unflatten(0, mel.shape[:2])
 
@@ -947,9 +942,10 @@ def sync_scores(video, audio):
     with the distance (2 - 2 r)^(1/2) of the correlation r at each shift.
     """
     t = min(len(video), len(audio))
-    video = video[:t] - video[:t].mean(0)  # what a face or voice always has says nothing of sync
+    video = video[:t] - video[:t].mean(0)  # what never changes says nothing of sync
     audio = audio[:t] - audio[:t].mean(0)
-    shifted = F.pad(audio, (0, 0, MAX_SHIFT, MAX_SHIFT)).unfold(0, 2 * MAX_SHIFT + 1, 1)
+    shifted = F.pad(audio, (0, 0, MAX_SHIFT, MAX_SHIFT)).unfold(0, 2 * MAX_SHIFT + 1, 1)  # t d s
+    # 0.1: a mouth that hardly moves is not in sync by chance.
     norms = (video.norm() * audio.norm()).clamp(min=0.1)
     r = torch.einsum("t d, t d s -> s", video, shifted) / norms
     return {"sync": float(r[MAX_SHIFT])} | _best_shift((2 - 2 * r).clamp(min=0).sqrt())
@@ -988,11 +984,14 @@ def train_judges(
     names = sorted(people)
     trained = [name for i, name in enumerate(names) if i % 8]
     clips = [(label, clip) for label, name in enumerate(trained) for clip in people[name]]
-    lengths = [len(clip.frames) for _, clip in clips]
+    lengths = [clip.num_frames for _, clip in clips]
     num_frames = min(num_frames, int(np.median(lengths or [0])))
-    clips = [(label, clip) for label, clip in clips if len(clip.frames) >= num_frames]
+    clips = [(label, clip) for label, clip in clips if clip.num_frames >= num_frames]
     if len(names) < 4 or num_frames < 10:
-        raise ValueError(f"judges need four people with clips of ten frames, not {len(names)}")
+        raise ValueError(
+            f"judges need four people and clips of ten frames, not {len(names)} people and "
+            f"{num_frames} frames"
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -1018,10 +1017,11 @@ def draw_stretches(clips, batch_size, num_frames, generator):
     rows = []
     for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
         label, clip = clips[index]
-        start = int(torch.randint(len(clip.frames) - num_frames + 1, (), generator=generator))
+        start = int(torch.randint(clip.num_frames - num_frames + 1, (), generator=generator))
         stop = start + num_frames
         frames = resize(unit_frames(clip.frames[start:stop]), 64)
-        mel = torch.as_tensor(data.audio_windows(clip.mel[4 * start : 4 * stop]))
+        steps = slice(data.MELS_PER_FRAME * start, data.MELS_PER_FRAME * stop)
+        mel = torch.as_tensor(data.audio_windows(clip.mel[steps]))  # f 20 40
         opening = np.zeros(num_frames) if clip.opening is None else clip.opening[start:stop]
         opening = torch.tensor(opening, dtype=torch.float32)
         rows.append((torch.tensor(label), frames, mel, opening))
@@ -1050,42 +1050,50 @@ def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
     # -- sync: InfoNCE both ways, each window against all windows of the batch
     video = judges.mouth_video(frames).flatten(0, 1)  # (b t) d
     audio = judges.mouth_audio(mel).flatten(0, 1)
-    logits = 12 * video @ audio.T
+    logits = 12 * video @ audio.T  # (b t) (b t)
     target = torch.arange(len(logits), device=device)
     loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     # -- opening: how it moves counts more than its level
     if judges.has_opening:
-        error = judges.opening(frames[:, ::2].flatten(0, 1)).view(b, -1) - opening[:, ::2]
+        error = judges.opening(frames[:, ::2].flatten(0, 1)).view(b, -1) - opening[:, ::2]  # b f/2
         level = error.mean(1, keepdim=True)
         loss = loss + 30 * (error - level).square().mean() + 3 * level.square().mean()
     return loss
 
 
+def mean_identity(judges, clips):
+    """Return the unit face embedding [d] of clips together, of every fifth frame."""
+    frames = np.concatenate([clip.frames[::5] for clip in clips])
+    device = judges.view_head.weight.device
+    identity = per_frame(judges.identity, unit_frames(frames).to(device))  # f d
+    return F.normalize(identity.mean(0), dim=0)
+
+
 def identity_distances(judges, clips):
     """Return the cosine distance of the faces in each pair of clips, [n n]."""
-    device = judges.view_head.weight.device
-    embeddings = []
-    for clip in clips:
-        embedded = per_frame(judges.identity, unit_frames(clip.frames[::5]).to(device))
-        embeddings.append(F.normalize(embedded.mean(0), dim=0))
-    embeddings = torch.stack(embeddings).cpu()
+    embeddings = torch.stack([mean_identity(judges, [clip]) for clip in clips]).cpu()  # n d
     return 1 - embeddings @ embeddings.T
 
 
 def identity_threshold(judges, people):
     """Return the 99th percentile of the distances between two clips of a person.
 
-    The judges have to know none of the people {name: clips}; at most 8 clips of each are compared.
+    The judges must not have been trained on the people {name: clips}; at most 8 clips of each are
+    compared.
     """
     distances = []
     for clips in people.values():
         pairs = identity_distances(judges, clips[:8])
         distances += pairs[tuple(torch.triu_indices(len(pairs), len(pairs), 1))].tolist()
+    # Where nobody has two clips: 2, the greatest cosine distance, so that nobody is a stranger.
     return float(np.quantile(distances or [2.0], 0.99))
 
 
 def find_strangers(judges, clips, threshold):
-    """Return the clips whose face is farther than `threshold` from that of the most typical clip."""
+    """Return the clips whose face is farther than `threshold` from the most typical clip's.
+
+    Of two clips that differ it is the second.
+    """
     distances = identity_distances(judges, clips)
     typical = distances.median(1).values.argmin()
     return [clip for clip, far in zip(clips, distances[typical] > threshold) if far]
@@ -1113,7 +1121,7 @@ PATCH = 64  # pixels a side of the pictures that the finder learns from
 STRIDE = 8  # pixels between the places at which it looks for a face
 FACE_SIDES = (20, 48)  # pixels: least and greatest side of the faces that it learns to find
 LEVELS = (192, 136, 96, 68, 48, 34)  # pixels: shorter sides at which it looks at a picture
-LEAST_SCORE = 0.55  # of a face, somewhere in a picture
+LEAST_SCORE = 0.6  # of a face, somewhere in a picture
 LEAST_SCORE_USUAL = 0.4  # of a face where face tracks have it: less is found by chance in one place
 # Where and how large a first find lies in the patches of the second look, in pixels.
 SECOND_LOOK = ((32, 32, 32), (28, 32, 27), (36, 32, 27), (32, 28, 38), (32, 36, 38))
@@ -1127,14 +1135,12 @@ class FaceFinder(nn.Module):
     `drawings` says whether `train_finder` gave it synthetic talkers only.
     """
 
-    def __init__(self, width=24):
+    def __init__(self):
         super().__init__()
-        w = width
-        layers = [_conv(3, w), _conv(w, 2 * w), _conv(2 * w, 4 * w)]  # 4w h/8 w/8
+        layers = [_halve(3, 24), _halve(24, 48), _halve(48, 96)]  # 96 h/8 w/8
         for dilation in (1, 2, 1):
-            conv = nn.Conv2d(4 * w, 4 * w, 3, 1, dilation, dilation, bias=False)
-            layers += _conv_unit(conv, nn.BatchNorm2d)
-        self.layers = nn.Sequential(*layers, nn.Conv2d(4 * w, 4, 1))
+            layers += _unit(nn.Conv2d(96, 96, 3, 1, dilation, dilation, bias=False))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(96, 4, 1))
         nn.init.zeros_(self.layers[-1].bias)
         self.to(memory_format=torch.channels_last)
         self.drawings = False
@@ -1147,7 +1153,8 @@ class FaceFinder(nn.Module):
 
     def fingerprint(self):
         """Return a string that differs for other weights."""
-        return hashlib.sha256(b"".join(p.numpy().tobytes() for p in self.parameters())).hexdigest()
+        tensors = (*self.parameters(), *self.buffers())
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
 
     def forward(self, pictures):
         """Return the logit, x and y offset / 32 and log(side / 32), [n 3 h w] -> [n 4 h/8 w/8]."""
@@ -1166,7 +1173,7 @@ class FaceFinder(nn.Module):
     def find(self, picture, usual=None):
         """Return the boxes [n 4] of the faces in a picture uint8 [3 h w], the surest first.
 
-        Where there is a face in about the `usual` box [4], it is this box alone.
+        If a face fills about the `usual` box [4], that box alone is returned.
         """
         picture = unit_frames(picture)[None]
         shorter = min(picture.shape[2:])
@@ -1185,26 +1192,27 @@ class FaceFinder(nn.Module):
             h, w = small.shape[2:]
             # Faces at the edge have something around them, and sides are multiples of the stride.
             padded = F.pad(small, (32, 32 + -w % STRIDE, 32, 32 + -h % STRIDE), mode="replicate")
-            found, certain = self.boxes(padded)
+            found, score = self.boxes(padded)
             boxes.append((found[0] - 32) * scale)
-            scores.append(certain[0])
+            scores.append(score[0])
         boxes = torch.cat(boxes)
         scores = torch.cat(scores)
         means = []
-        certain = []
+        second = []
         for i in torchvision.ops.nms(boxes, scores, 0.3)[:6]:
             near = torchvision.ops.box_iou(boxes[i : i + 1], boxes)[0] > 0.5
             weights = scores * near
             means.append(weights @ boxes / weights.sum())
-            certain.append((scores[i] + 2 * self._look_again(pyramid, means[-1])) / 3)
+            second.append((scores[i] + 2 * self._look_again(pyramid, means[-1])) / 3)
         boxes = torch.stack(means)
-        scores = torch.stack(certain)
+        scores = torch.stack(second)
         kept = torchvision.ops.nms(boxes, scores, 0.3)
         boxes = boxes[kept[scores[kept] > LEAST_SCORE]]
         sides = boxes[:, 2] - boxes[:, 0]
         # What lies in a face twice as large is a part of it.
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-        inside = (centers > boxes[:, None, :2]) & (centers < boxes[:, None, 2:])  # n n 2
+        # i j 2: the center of box j lies in box i
+        inside = (centers > boxes[:, None, :2]) & (centers < boxes[:, None, 2:])
         is_part = inside.all(2) & (sides < sides[:, None] / 2)
         return boxes[~is_part.any(0)]
 
@@ -1233,15 +1241,16 @@ class FaceFinder(nn.Module):
         return (scores * near).amax(1).mean()
 
 
-def train_finder(people, steps, seed=0, batch_size=48, progress=False):
+def train_finder(people, steps, seed=0, progress=False):
     """Return a FaceFinder trained on people {name: [data.Clip]}, pasted into backgrounds."""
+    batch_size = 48
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         finder = FaceFinder()
     finder.drawings = all(clip.opening is not None for own in people.values() for clip in own)
     frames = []
-    for own in people.values():
+    for own in list(people.values())[:1024]:  # 8 frames of each are 400 MB
         for _ in range(max(8, 1024 // len(people))):
             clip = own[int(torch.randint(len(own), (), generator=generator))]
             frame = clip.frames[int(torch.randint(clip.num_frames, (), generator=generator))]
@@ -1262,8 +1271,8 @@ def train_finder(people, steps, seed=0, batch_size=48, progress=False):
 def finder_loss(outputs, box, is_face):
     """Return the loss of outputs [n 4 h w] for faces (x, y, side) [n 3], where there is one [n].
 
-    Focal loss (Lin et al. 2017) of the logits, but none of places where it is a matter of taste
-    whether a face is centred there, and L1 of the others.
+    Focal loss (Lin et al. 2017) of the logits, but not near a face's centre, where the answer is
+    ambiguous, and L1 of the other outputs.
     """
     centers = STRIDE * (torch.arange(outputs.shape[-1]) + 0.5)
     x, y, side = box[:, :, None, None].unbind(1)  # n 1 1
@@ -1279,20 +1288,17 @@ def finder_loss(outputs, box, is_face):
     focal = (wrong.square() * entropy)[~unclear].sum() / inside.sum().clamp_min(1)
     target = torch.stack([x / 32, y / 32, (side / 32).log().expand_as(x)], 1)
     error = (outputs[:, 1:] - target).abs().sum(1)
-    return focal + error[inside].mean()
+    return focal + error[inside].sum() / inside.sum().clamp_min(1)
 
 
 def paste_faces(faces, others, generator):
-    """Return pictures [n 3 64 64], boxes (x, y, side) [n 3] and whether there is a face in each [n].
+    """Return pictures [n 3 64 64], boxes (x, y, side) [n 3] and where there is a face to find [n].
 
-    Faces [n 3 64 64] of any size are pasted into backgrounds. About half are to be found; the rest
-    are too small or too large for it, or replaced by what is no face.
+    Faces [n 3 64 64] of any size are pasted into backgrounds. 5 in 11 are to be found; the others
+    are too small, too large, replaced by a background, or absent.
     """
     n = len(faces)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, generator=generator)
-
+    uniform = partial(draw_uniform, n, generator)
     # What is shown: light and colours as other cameras see them, but where the tracks have it.
     view = 2 * torch.rand(n, len(data.VIEW_NAMES), generator=generator) - 1
     view[:, : data.VIEW_NAMES.index("roll")] = 0
@@ -1327,7 +1333,7 @@ def paste_faces(faces, others, generator):
     opacity[uniform(0, 1) < 0.2] = 1
     opacity[absent] = 0
     pictures = torch.lerp(scenery, shown, opacity[:, None])
-    # One in three is blurred, one noisy.
+    # 28 % are blurred, 42 % noisy.
     view = torch.zeros_like(view)
     view[:, data.VIEW_NAMES.index("degradation")] = uniform(-0.67, 1).where(uniform(0, 1) < 0.7, 0)
     pictures = data.augment(pictures[:, None], view, generator)[:, 0]
@@ -1358,6 +1364,11 @@ def make_backgrounds(frames, generator):
     return torch.lerp(pictures, others, (10 * side).sigmoid()[:, None])
 
 
+def draw_uniform(shape, generator, low, high):
+    """Return random numbers between low and high, of this shape."""
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
 def make_noise(n, generator):
     """Return noise [n 3 64 64], from clouds to grain."""
     pictures = torch.rand(n, 3, 1, 1, generator=generator).expand(-1, -1, PATCH, PATCH)
@@ -1371,10 +1382,7 @@ def make_noise(n, generator):
 
 def draw_figures(n, generator):
     """Return stripes, checks, bars and rings in two colours, blurred or sharp, [n 3 64 64]."""
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
-
+    uniform = partial(draw_uniform, (n, 1, 1), generator)
     angle = uniform(0, math.pi)
     x = torch.arange(PATCH) - uniform(0, PATCH)  # n 1 64
     y = torch.arange(PATCH)[:, None] - uniform(0, PATCH)  # n 64 1
@@ -1392,15 +1400,12 @@ def draw_figures(n, generator):
 
 
 def enlarge(frames, generator, edges):
-    """Return parts of frames [n 3 64 64], turned and enlarged to their size.
+    """Return parts of frames [n 3 64 64], turned and enlarged to full size.
 
-    Of their edges, where hair, clothes and walls are, or of faces.
+    With `edges` they are from the border, where hair, clothes and walls are, else from anywhere.
     """
     n = len(frames)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, generator=generator)
-
+    uniform = partial(draw_uniform, n, generator)
     size = uniform(0.1, 0.25) if edges else uniform(0.12, 0.4)
     x = uniform(-0.9, 0.9)
     y = uniform(-0.9, 0.9)
@@ -1418,8 +1423,8 @@ def enlarge(frames, generator, edges):
 
 
 def shuffle_blocks(frames, generator):
-    """Return frames [n 3 64 64] with their blocks, 2 x 2 to 8 x 8 of them, in a random order."""
-    blocks = 2 ** int(torch.randint(1, 4, (), generator=generator))  # a side
+    """Return frames [n 3 64 64] with their blocks, 4 x 4 or 8 x 8 of them, in a random order."""
+    blocks = 2 ** int(torch.randint(2, 4, (), generator=generator))  # a side
     parts = rearrange(frames, "n c (i h) (j w) -> n (i j) c h w", i=blocks, j=blocks)
     order = torch.rand(parts.shape[:2], generator=generator).argsort(1)
     parts = parts[torch.arange(len(frames))[:, None], order]
@@ -1445,7 +1450,7 @@ class Case:
     audio: np.ndarray  # int16 [640 f]
     speeches: list  # log-mel [4f 40] of the clip, then of other clips of the person
     opening: torch.Tensor | None = None  # f
-    training_clips: list = ()  # of the person
+    training_clips: list = field(default_factory=list)  # of the person
     reference: np.ndarray | None = None  # uint8 [3 h w], of a training clip
     mel: torch.Tensor | None = None  # f n m, windows of the clip's speech
     other_mel: torch.Tensor | None = None  # f n m, of other speech of the person
@@ -1467,10 +1472,10 @@ def make_cases(splits, num_frames, clips_per_person, window):
         reference = data.reference_frame(split["train"])
         clips = [clip for part in split.values() for clip in part]
         for clip in split["test"][:clips_per_person]:
-            f = min(len(clip.frames), num_frames)
+            f = min(clip.num_frames, num_frames)
             others = [other for other in clips if other is not clip]
-            others.sort(key=lambda other: -len(other.frames))
-            speeches = [own.mel[: f * data.MELS_PER_FRAME] for own in (clip, *others)]
+            others.sort(key=lambda other: -other.num_frames)
+            speeches = [own.mel[: f * data.MELS_PER_FRAME] for own in (clip, *others[:20])]
             other_mel = np.resize(speeches[1], speeches[0].shape)
             case = Case(
                 clip=clip,
@@ -1490,7 +1495,7 @@ def make_cases(splits, num_frames, clips_per_person, window):
 class Evaluation:
     """Scores of generated clips by method; frames are scored when added, and only numbers are kept.
 
-    `cases` are the people among whom the right one is to be found; `networks` are those of
+    `cases` give the people among whom `right_person*` chooses; `networks` are those of
     `load_standard`. Everything is computed on `device`.
     """
 
@@ -1510,9 +1515,7 @@ class Evaluation:
             self.networks["inception"]["*"] = judges.features
             for case in cases:
                 if case.person not in self.gallery:
-                    frames = np.concatenate([clip.frames[::5] for clip in case.training_clips])
-                    identity = per_frame(judges.identity, unit_frames(frames).to(device))
-                    self.gallery[case.person] = F.normalize(identity.mean(0), dim=0)
+                    self.gallery[case.person] = mean_identity(judges, case.training_clips)
         self.people = {}  # "person/clip" -> person
         self.scores = {}  # method -> metric -> "person/clip" -> value
         self.real = defaultdict(FeatureStatistics)  # ending
@@ -1544,9 +1547,8 @@ class Evaluation:
             if ending == "*" and len(self.gallery) > 1:
                 likeness = {p: float(identity.mean(0) @ own) for p, own in self.gallery.items()}
                 found["right_person*"] = max(likeness, key=likeness.get) == case.person
-        if len(case.audio) >= LEAST_FOR_SYNC * data.SAMPLES_PER_FRAME:
-            if len(frames) >= LEAST_FOR_SYNC:
-                found |= self._sync_scores(case, frames)
+        if min(len(frames), len(case.audio) // data.SAMPLES_PER_FRAME) >= LEAST_FOR_SYNC:
+            found |= self._sync_scores(case, frames)
         if self.judges and self.judges.has_opening and len(frames) > 1:
             found |= self._opening_scores(case, frames, truth)
         for ending, extract in self.networks["inception"].items():
@@ -1568,7 +1570,10 @@ class Evaluation:
         if self.judges:
             small = per_frame(partial(resize, size=64), frames)
             mouth = self.judges.mouth_video(small[None])[0]  # f-4 d
-            mels = [torch.as_tensor(data.audio_windows(mel)) for mel in case.speeches]
+            # Shorter speech would decide by a few windows.
+            least = min(len(frames), LEAST_FOR_SYNC) * data.MELS_PER_FRAME
+            heard = case.speeches[:1] + [mel for mel in case.speeches[1:] if len(mel) >= least]
+            mels = [torch.as_tensor(data.audio_windows(mel)) for mel in heard]
             own, *others = [self.judges.mouth_audio(mel[None].to(self.device))[0] for mel in mels]
             sync["*"] = sync_scores(mouth, own)
             found["sync*"] = sync["*"]["sync"]
@@ -1760,6 +1765,8 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
                 notes[note].append(name)
             person, _, stem = name.rpartition("/")
             none = np.zeros(0)
+            if f"{person or stem}/{stem}" in evaluation.people:
+                raise ValueError("two files, one of them in a folder of its own name")
             clip = data.Clip(person or stem, stem, fake_files[name], none, audio, none)
             speeches = [data.log_mel(audio[: f * data.SAMPLES_PER_FRAME])] if len(audio) else []
             evaluation.add("fake", Case(clip, truth[:f], audio, speeches), frames[:f])
@@ -1769,9 +1776,9 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
     for metric, row in rows.items():
         for key in sorted(set(evaluation.people) - set(row.get("values", evaluation.people))):
             notes[f"not in {metric}, which needs {METRICS[metric]['least']}"].append(key)
-    if any(name.startswith(("arcface", "syncnet")) for name in networks):
+    if judges or any(name.startswith(("arcface", "syncnet")) for name in networks):
         note = "faces are neither cropped nor aligned: compare with files that are cut alike"
-        notes[note].append("ArcFace and SyncNet")
+        notes[note].append("ArcFace, SyncNet and judges")
     notes = [f"{', '.join(names)}: {note}" for note, names in notes.items()]
     if not rows:
         raise ValueError(f"nothing could be scored: {'; '.join(notes)}")
@@ -1835,9 +1842,11 @@ def check_arguments(args):
         raise ValueError("two folders are needed: real and fake")
     if args.size is not None and not 11 <= args.size <= 4096:
         raise ValueError(f"--size must lie in 11 ... 4096, not {args.size}")
+    if args.json:
+        data.check_output(args.json, (".json",))
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, dtype=torch.float64, device=args.device)  # which Apple's GPUs lack
+    except (RuntimeError, AssertionError, TypeError):
         raise ValueError(f"--device {args.device}: torch cannot use it") from None
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import difflib
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
@@ -512,18 +513,42 @@ def public_unexplained(model, public, num_people=48):
     return max(shares, default=None)
 
 
-def source_code(*objects):
-    """Return the code of modules, classes and functions without comments and docstrings."""
-    parts = []
-    for item in objects:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(item)))
+@functools.cache
+def source_code(*roots):
+    """Return the code of functions (module, name) and of all of ours that they use, constants too,
+    without comments and docstrings.
+    """
+    modules = {"train": sys.modules[__name__], "data": data, "fed": fed}
+    modules |= {"lora": lora, "metrics": metrics, "model": talking}
+    names = {module: name for name, module in modules.items()}
+    defined = {}  # (module, name) -> node
+    for module, own in modules.items():
+        for node in ast.parse(inspect.getsource(own)).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined[module, node.name] = node
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    defined[module, ast.unparse(target)] = node
+    code = {}
+    todo = list(roots)
+    while todo:
+        module, name = todo.pop()
+        if (module, name) in code or (module, name) not in defined:
+            continue
+        tree = defined[module, name]
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant):
+            if isinstance(body, list) and isinstance(body[0], ast.Expr):
+                if isinstance(body[0].value, ast.Constant):  # a docstring
                     body.pop(0)
-        parts.append(ast.dump(tree))
-    return "".join(parts)
+            if isinstance(node, ast.Name):
+                todo.append((module, node.id))
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = getattr(modules[module], node.value.id, None)
+                if inspect.ismodule(owner) and owner in names:
+                    todo.append((names[owner], node.attr))
+        code[module, name] = ast.dump(tree)
+    return "".join(code[key] for key in sorted(code))
 
 
 def backbone_key(config, public):
@@ -534,18 +559,8 @@ def backbone_key(config, public):
     recipe_keys = ("size", "crop", "window", "same_clip_reference")
     settings["data"] = [config["data"][name] for name in recipe_keys]
     clips = [(c.person, c.name, c.path.stat().st_size) for own in public.values() for c in own]
-    code = source_code(
-        talking,
-        lora,
-        *(data.log_mel, data.augment, data.sample_batch, data.Clip),
-        *(metrics.Judges, metrics.train_judges, metrics.split_for_judges),
-        *(metrics.judge_loss, metrics.draw_stretches, metrics.FaceFinder, metrics.train_finder),
-        *(metrics.finder_loss, metrics.paste_faces, metrics.make_backgrounds, metrics.make_noise),
-        *(metrics.draw_figures, metrics.enlarge, metrics.shuffle_blocks),
-        *(metrics.identity_threshold, public_unexplained),
-        *(fed.draw_noise, fed.objective, fed.backward, fed.encode_batch, fed.sample_batch),
-        *(sample_frames, train_autoencoder, train_unet, learning_rate, optimizer_step),
-    )
+    settings["decoding"] = data.CACHE_VERSION
+    code = source_code(("train", "pretrain"), ("data", "log_mel"))
     recipe = json.dumps([settings, clips, code], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 

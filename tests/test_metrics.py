@@ -496,7 +496,7 @@ def test_weights_are_loaded_unchanged(tmp_path):
     assert sources["lpips"]["network"] == "LPIPS"
     assert list(sources["lpips"]["weights"]) == ["alexnet-owt-7be5be79.pth", "v0.1/alex.pth"]
     assert all(len(digest) == 64 for digest in sources["lpips"]["weights"].values())
-    assert sources["lse_c"] == {"network": None, "reason": "needs syncnet_v2.model in --weights"}
+    assert sources["lse_c"] == {"network": None, "reason": "needs syncnet_v2.model"}
 
 
 @pytest.mark.parametrize(

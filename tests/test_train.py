@@ -21,6 +21,7 @@ from PIL import Image
 import data
 import fed
 import lora
+import metrics
 import privacy
 import train
 from test_data import sound_offset
@@ -341,26 +342,38 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
     assert train.checksum(backbone["model"]) == train.checksum(own["model"])
 
 
-def test_comments_do_not_retrain_a_backbone_and_code_does(tmp_path, monkeypatch):
-    code = ["def f(x):\n    '''One.'''\n    return x + 1\n", "def f(x):  # why\n    return x + 1\n"]
-    code.append("def f(x):\n    return x + 2\n")
-    texts = []
-    for text in code:
-        monkeypatch.setattr(train.inspect, "getsource", lambda item: text)
-        texts.append(train.source_code(None))
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_code_of_clips_retrains_a_backbone(monkeypatch):
+def test_comments_do_not_retrain_a_backbone_and_code_does(monkeypatch):
     config = train.load_config(train.DEFAULTS)
-    key = train.backbone_key(config, {})
     getsource = inspect.getsource
 
-    def changed(item):
-        return "class Clip:\n    pass\n" if item is data.Clip else getsource(item)
+    def key_with(module=None, old="", new=""):
+        def changed(item):
+            text = getsource(item)
+            assert item is not module or text.count(old) == 1
+            return text.replace(old, new) if item is module else text
 
-    monkeypatch.setattr(train.inspect, "getsource", changed)
-    assert train.backbone_key(config, {}) != key
+        monkeypatch.setattr(train.inspect, "getsource", changed)
+        train.source_code.cache_clear()
+        return train.backbone_key(config, {})
+
+    key = key_with()
+    assert (
+        key_with(
+            data,
+            'def by_person(clips, min_frames=0):\n    """',
+            'def by_person(clips, min_frames=0):\n    # !\n    """!',
+        )
+        == key
+    )
+    assert key_with(train, "def write_report(", "def write_reports(") == key
+    # what trains, what that uses, and what this uses, constants, too
+    assert key_with(train, "AdamW(parameters, betas=(0.9", "AdamW(parameters, betas=(0.8") != key
+    assert key_with(metrics, "nn.Linear(96 * 4 * 4, 128)", "nn.Linear(96 * 4 * 4, 129)") != key
+    assert key_with(metrics, "FACE_SIDES = (20, 48)", "FACE_SIDES = (20, 47)") != key
+    assert (
+        key_with(data, "def typical_liveliness(clips):", "def typical_liveliness(clips, x):") != key
+    )
+    train.source_code.cache_clear()
 
 
 def generate(run, speech, output, *arguments):

@@ -841,20 +841,26 @@ NOT_A_PERSON = re.compile(
     r"(?i)(pre)?train(val)?|val(id(ation)?)?|dev|test|main|mp4|mpg|aac|wav|videos?|audios?|clips?"
     r"|frames|faces|media|files|data(sets?)?|dcim|camera|downloads?|pictures|movies"
     r"|(front|left|right|top|down)(_\d+)?|level_\d|(19|20)\d\d[-_.]?\d\d([-_.]?\d\d)?"
+    r"|(session|take|part|day|week|batch|cam|group|fold)[-_ ]?\d+|raw|cut|cropped|real|fake"
 )
 # Beginnings of file names that say nothing about who is in them.
 NOT_A_NAME = re.compile(
     r"(?i)|img|vid|videos?|mov|movie|pxl|dsc\w?|mvi|gopr|gh|gx|clips?|take|rec|record(ing)?|screen"
-    r"|whatsapp|signal|win|photo|film|trim|part|segment|scene|session"
+    r"|whatsapp|signal|win|photo|film|trim|part|segment|scene|session|c|p|mah|dji|gmt|zoom|meeting"
+    r"|teams|telegram|snapchat|tiktok|facetime|untitled|copy|new"
+)
+# The first word of a file name, with the number after it where the word is one for anybody.
+FIRST_WORD = re.compile(
+    r"(?i)((speaker|spk|subject|subj|sub|user|person|actor|id|p|s)[\W_])?[^\W_]*"
 )
 
 
-def person_of(path, base, loose=""):
+def person_of(path, base, refusal=""):
     """The person whose clip lies at `path`, below the deepest folder `base` that holds all clips.
 
-    Both are absolute. A known layout is recognised at any depth. Any other is <base>/<person>/
-    <clip> or, unless `loose` says why not, all clips of one person in `base`. Raises ValueError
-    where it is unclear who the person is.
+    Both are absolute. A known layout is recognised at any depth. Otherwise a path must be
+    <base>/<person>/<clip>; a file directly in `base` belongs to the person `base` is named after,
+    or is refused with the reason `refusal`. Raises ValueError where it is unclear who it is.
     """
     stem = os.path.splitext(path)[0].replace(os.sep, "/")
     below = stem[len(base.rstrip("/")) :]
@@ -863,8 +869,8 @@ def person_of(path, base, loose=""):
         return match[match.lastindex]
     folders = below.split("/")[1:-1]
     if not folders:
-        if loose:
-            raise ValueError(loose)
+        if refusal:
+            raise ValueError(refusal)
         return os.path.basename(base)
     if len(folders) == 1 and not NOT_A_PERSON.fullmatch(folders[0]):
         return folders[0]
@@ -875,9 +881,10 @@ def person_of(path, base, loose=""):
 
 
 def several_people(names):
-    """Words with which several file names each begin, as if of several people: anna_1, bob_1 ..."""
+    """First words of two or more names each, if there are two such words (anna_1, bob_1), or []."""
+    # Dates at the beginning are no names: 20240105_1.mp4.
     dateless = [re.sub(r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d", "", name) for name in names]
-    words = [re.split(r"[\W_]", name)[0] for name in dateless]
+    words = [FIRST_WORD.match(name)[0] for name in dateless]
     # Once with numbers (sub01-a, sub01-b, sub02-a), once without (anna1, anna2, bob1).
     for beginnings in (words, [word.rstrip("0123456789") for word in words]):
         counts = Counter(word for word in beginnings if not NOT_A_NAME.fullmatch(word))
@@ -887,24 +894,36 @@ def several_people(names):
     return []
 
 
+def printable(text):
+    """Text with \\xe9 for each byte of a file name that is not UTF-8, which `print` refuses."""
+    return os.fsencode(text).decode(errors="backslashreplace")
+
+
 def assign_people(paths):
     """{path: (person, clip name)} of absolute paths, and [(path, reason)] of what is left out."""
     base = os.path.commonpath([os.path.dirname(path) for path in paths])
     stems = [os.path.splitext(path)[0][len(base.rstrip(os.sep)) + 1 :] for path in paths]
-    loose = ""
+    refusal = ""
     if any(os.sep in stem for stem in stems):
-        loose = "it lies beside the folders of people: put it into the folder of its person"
+        refusal = "it lies beside the folders of people: put it into the folder of its person"
+    elif any(LAYOUTS.search("/" + stem) or LAYOUTS_BELOW.search("/" + stem) for stem in stems):
+        refusal = "its name does not tell whose it is, as others' here do: put it into a folder"
     elif names := several_people(stems):
         people = ", ".join(names[:5])
-        loose = f"the names suggest several people ({people} ...): put each one's into one folder"
+        refusal = f"the names suggest several people ({people} ...): put each one's into one folder"
+        refusal += "; if it is one person, rename them"
     assigned, left_out, taken = {}, [], {}
     for path, stem in zip(paths, stems):
         try:
-            person = person_of(path, base, loose)
+            person = person_of(path, base, refusal)
             # pretrain/anna/1 -> anna, pretrain-1
-            clip = person, "-".join(part for part in stem.split(os.sep) if part != person)
+            *folders, name = stem.split(os.sep)
+            name = "-".join([*(folder for folder in folders if folder != person), name])
+            clip = printable(person), printable(name)
             if clip in taken:
-                raise ValueError(f"only the suffix tells it from {taken[clip]}: taken for a copy")
+                raise ValueError(
+                    f"it differs from {taken[clip]} in its suffix only: left out as a copy"
+                )
         except ValueError as error:
             left_out.append((Path(path), str(error)))
         else:
@@ -969,36 +988,54 @@ class TalkingHeads:
         files, distinct = {}, {}
         for path in assigned:
             try:
-                key = digest(identity_of(path))
+                # Their sound does not lie beside the file, but beside each link.
+                sound = find_sound(path) if os.path.islink(path) else None
+                key = digest((*identity_of(path), sound))
             except ValueError as error:
                 self.skipped.append((Path(path), str(error)))
                 continue
             if key not in distinct:
                 distinct[key] = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
             files[path] = distinct[key]
-        for file in folder.glob("[!.]*.clip"):  # of clips that were deleted or changed
-            if file.stem not in distinct:
-                file.unlink(missing_ok=True)
+        for file in folder.glob("*.clip"):  # of clips that were deleted or changed
+            if file.stem in distinct:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                # A hidden file is being written now, or was when its process was killed.
+                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > 86400:
+                    file.unlink()
 
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in distinct.values() if not file.load_info()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(num_cpus()) as pool:
             jobs = pool.map(decode_into_cache, missing)
-            quiet = None if progress and missing else True
-            reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=quiet)))
+            disable = None if progress and missing else True  # None: if there is no terminal
+            reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=disable)))
+        contents = {}
         for path, file in files.items():
             if reasons.get(file):
                 self.skipped.append((Path(path), reasons[file]))
+                continue
+            # A copy might be for training, and its original for the test.
+            content = assigned[path][0], file.info["frames"], file.info["checksum"]
+            original = contents.setdefault(content, path)
+            if original != path:
+                self.skipped.append((Path(path), f"the same picture and sound as {original}"))
                 continue
             text = os.path.splitext(path)[0] + ".txt"
             prompt, opening, trouble = read_notes(text, file.info["frames"])
             self.clips.append(Clip(*assigned[path], Path(path), file, file, file, prompt, opening))
             self.notes += [(Path(path), note) for note in (file.info["note"], trouble) if note]
         if not self.clips:
-            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
-            raise ValueError(f"no usable clip in {root}, {len(self.skipped)} skipped: {reasons}")
+            examples = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
+            raise ValueError(f"no usable clip in {root}, {len(self.skipped)} skipped: {examples}")
         self.clips.sort(key=attrgetter("person", "name"))
         self.people = by_person(self.clips)
+        for person, clips in self.people.items():
+            own = [clip.path for clip in clips if clip.path.parent.name == person]
+            if names := ", ".join(several_people([path.stem for path in own])[:5]):
+                note = f"the names suggest several people ({names} ...), taken for one"
+                self.notes.append((own[0].parent, note))
 
     def find_clips(self):
         """{path: (person, clip name)} of the video files. Raises ValueError if there are none."""
@@ -1024,6 +1061,13 @@ def identity_of(path):
     with contextlib.suppress(OSError):  # not a link
         path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
     return path, *state
+
+
+def num_cpus():
+    """Number of CPUs that this process may use, which Slurm and containers limit."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def decode_into_cache(file):
@@ -1083,16 +1127,32 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, syn
     """The people of a dataset by role; prints which files are not used, and why.
 
     If `root` does not exist and its name begins with "synthetic", the dataset is made first, of a
-    dict `synthetic` of public_people and keyword arguments of `make_synthetic`.
+    dict `synthetic` of public_people and keyword arguments of `make_synthetic`. Raises ValueError
+    if it was made here with other settings.
     """
     root = Path(root)
-    if synthetic and root.name.startswith("synthetic") and not root.exists():
+    if synthetic and root.name.startswith("synthetic"):
         options = {"num_clients": num_clients, "num_unseen": num_unseen, "size": size, "seed": seed}
         options |= {key: value for key, value in synthetic.items() if key != "public_people"}
-        make_synthetic(root, synthetic["public_people"], progress=True, **options)
+        options["num_public"] = synthetic["public_people"]
+        record = root / "options.json"
+        if not root.exists():
+            make_synthetic(root, progress=True, **options)
+            with atomic_write(record) as temporary:
+                temporary.write_text(json.dumps(options))
+        elif record.exists():
+            made = json.loads(record.read_text())
+            other = [key for key in options if made.get(key, options[key]) != options[key]]
+            if other:
+                raise ValueError(
+                    f"{root} was made with another {', '.join(other)}: remove it, or set another "
+                    "data.root"
+                )
     dataset = TalkingHeads(root, size, crop, cache, progress=True)
     print_troubles(dataset, most=20)
-    roles = split_people(list(dataset.people), num_clients, num_unseen, seed)
+    # Clients need a clip each for training, validation and testing.
+    few = {name for name, clips in dataset.people.items() if len(clips) < 3}
+    roles = split_people(list(dataset.people), num_clients, num_unseen, seed, few)
     if len(roles[0]) < MIN_PUBLIC:
         raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
     return People(*({name: dataset.people[name] for name in names} for names in roles))
@@ -1102,31 +1162,35 @@ def print_troubles(dataset, most=None):
     """Print at most so many of the files that are skipped or used in part, and their number."""
     for title, files in (("skipped", dataset.skipped), ("note", dataset.notes)):
         for path, text in files[:most]:
-            print(f"{title}: {path}: {text}")
+            print(printable(f"{title}: {path}: {text}"))
         if most and len(files) > most:
             print(f"{title}: {len(files) - most} more (python data.py --check {dataset.root})")
 
 
-def split_people(names, num_clients, num_unseen, seed):
+def split_people(names, num_clients, num_unseen, seed, no_clients=()):
     """Disjoint sorted lists of public people, clients and unseen people.
 
-    Names such as client-003 keep their role. Raises ValueError if there are too few people.
+    Names such as client-003 keep their role, but nobody in `no_clients`, who have too few clips, is
+    a client. Raises ValueError if there are too few people.
     """
     if num_clients < 1 or num_unseen < 0:
         raise ValueError(f"{num_clients} clients and {num_unseen} unseen people: 1 and 0 at least")
     roles = {role: sorted(name for name in names if name.startswith(role + "-")) for role in ROLES}
+    roles["client"] = [name for name in roles["client"] if name not in no_clients]
     # Everybody else may get any role.
     free = sorted(set(names).difference(*roles.values()))
     rng_of("people", seed).shuffle(free)
     for role, wanted in (("client", num_clients), ("unseen", num_unseen)):
+        fit = [name for name in free if role != "client" or name not in no_clients]
         missing = max(0, wanted - len(roles[role]))
-        roles[role] = roles[role][:wanted] + free[:missing]
-        free = free[missing:]
+        roles[role] = roles[role][:wanted] + fit[:missing]
+        free = [name for name in free if name not in roles[role]]
     public = sorted(roles["public"] + free)
     if len(roles["client"]) < num_clients or len(roles["unseen"]) < num_unseen or not public:
+        few = f" ({len(no_clients)} with fewer than 3 clips)" if no_clients else ""
         raise ValueError(
-            f"{len(names)} people cannot be split into {num_clients} clients, {num_unseen} unseen "
-            "people and at least one public person"
+            f"{len(names)} people{few} cannot be split into {num_clients} clients, {num_unseen} "
+            "unseen people and at least one public person"
         )
     return public, sorted(roles["client"]), sorted(roles["unseen"])
 
@@ -1655,9 +1719,9 @@ def make_synthetic(
     mouths differ for the same sound (`make_person`). Raises ValueError for values out of range, and
     if `root` is not empty.
     """
-    root = Path(root)
+    root = Path(os.path.abspath(root))  # nothing can be moved to "."
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root} exists already; remove it to make it anew")
+        raise ValueError(f"{root} exists already: remove it first")
     if min(num_public, num_clients, num_unseen, clips_per_public - 1, clips_per_client - 1) < 0:
         raise ValueError("numbers of synthetic people must not be negative, and each needs a clip")
     if not 0 <= unreliable <= 1 or not 0 <= accent <= 1:
@@ -1675,7 +1739,7 @@ def make_synthetic(
         new = Path(folder, "new")
         new.mkdir()
         stems = [new / name / f"{i:05d}" for name, clips in people.items() for i in range(clips)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(num_cpus()) as pool:
             jobs = pool.map(functools.partial(make_clip, **options), stems)
             list(tqdm(jobs, "making talkers", len(stems), disable=None if progress else True))
         new.replace(root)

@@ -62,6 +62,15 @@ def one_clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def grey_clips(tmp_path_factory):
+    """Four different clips, to be copied."""
+    paths = [tmp_path_factory.mktemp("grey") / f"{level}.mp4" for level in (40, 80, 120, 160)]
+    for path, level in zip(paths, (40, 80, 120, 160)):
+        write_clip(path, level=level)
+    return paths
+
+
+@pytest.fixture(scope="module")
 def mute_clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("mute") / "clip.mp4"
     data.write_video(path, np.full((16, 3, 32, 32), 100, np.uint8))
@@ -676,12 +685,12 @@ def test_the_text_beside_a_clip_may_be_wrong_but_costs_only_itself(tmp_path, one
         "binary": "\udcff\udcfe",
     }
     for name, text in texts.items():
-        copy(one_clip, tmp_path / "anna" / f"{name}.mp4")
-        (tmp_path / "anna" / f"{name}.txt").write_text(text, errors="surrogateescape")
-    copy(one_clip, tmp_path / "anna" / "none.mp4", tmp_path / "anna" / "pipe.mp4")
-    os.mkfifo(tmp_path / "anna" / "pipe.txt")
-    dataset = load(tmp_path / "anna")
-    clips = {clip.name: clip for clip in dataset.clips}
+        copy(one_clip, tmp_path / "in" / name / f"{name}.mp4")
+        (tmp_path / "in" / name / f"{name}.txt").write_text(text, errors="surrogateescape")
+    copy(one_clip, *(tmp_path / "in" / name / f"{name}.mp4" for name in ("none", "pipe")))
+    os.mkfifo(tmp_path / "in" / "pipe" / "pipe.txt")
+    dataset = load(tmp_path / "in")
+    clips = {clip.person: clip for clip in dataset.clips}
     assert len(clips) == 7 and dataset.skipped == []
     assert clips["good"].prompt == clips["words"].prompt == "sad" and clips["none"].prompt == ""
     np.testing.assert_array_equal(clips["good"].opening, np.full(16, 0.5, np.float32))
@@ -769,6 +778,7 @@ LAYOUTS = {  # {person: paths of clips}
     "one person": {
         "me": "IMG_1234.MOV IMG_1235.MOV VID_20240105_1.mp4 VID_20240106_2.mp4 talk.mp4 x.mp4"
     },
+    "one person, two cameras": {"me": "C0001.MP4 C0002.MP4 DJI_0001.MP4 DJI_0002.MP4"},
 }
 
 
@@ -806,6 +816,15 @@ def test_one_person_alone_has_the_same_name(layout):
         ("anna_1.mp4 anna_2.mp4 bob_1.mp4 bob_2.mp4", "several people .anna, bob"),
         ("anna1.mp4 anna2.mp4 bob1.mp4 bob2.mp4", "several people .anna, bob"),
         ("sub01-a.mp4 sub01-b.mp4 sub02-a.mp4 sub02-b.mp4", "several people .sub01, sub02"),
+        (
+            "speaker_01_1.mp4 speaker_01_2.mp4 speaker_02_1.mp4 speaker_02_2.mp4",
+            "several people .speaker_01, speaker_02 .* if it is one person, rename them",
+        ),
+        ("spk-1-a.mp4 spk-1-b.mp4 spk-2-a.mp4 spk-2-b.mp4", "several people .spk-1, spk-2"),
+        ("train/real/1.mp4 train/fake/2.mp4", "unclear who the person in real"),
+        ("batch_1/1.mp4 batch_2/1.mp4", "unclear who the person in batch_1"),
+        ("day1/1.mp4 day2/1.mp4", "unclear who the person in day1"),
+        ("cam-2/1.mp4 raw/1.mp4", "unclear who the person in cam-2"),
     ],
 )
 def test_where_people_may_be_mixed_up_clips_are_refused(paths, words):
@@ -813,14 +832,57 @@ def test_where_people_may_be_mixed_up_clips_are_refused(paths, words):
     assert assigned == {} and re.search(words, left_out[0][1])
 
 
+@pytest.mark.parametrize(
+    "known, strange",
+    [
+        ("2A5tWbHxc3k_0", "ABCDEFGHIJK_0 zyxwvutsrqp_0"),
+        ("WDA_Name0_000", "WDA_AOC_Test_000 talk"),
+        ("1001_DFA_ANG_XX", "intro"),
+    ],
+)
+def test_files_of_a_known_layout_leave_strange_names_to_nobody(known, strange):
+    paths = [f"/d/set/{name}.mp4" for name in [known, *strange.split()]]
+    assigned, left_out = data.assign_people(paths)
+    assert list(assigned) == paths[:1] and [os.fspath(path) for path, _ in left_out] == paths[1:]
+    assert all("its name does not tell whose it is" in reason for _, reason in left_out)
+
+
 def test_clips_beside_the_folders_of_people_and_copies_are_left_out():
     paths = ["/d/anna/1.mp4", "/d/anna/1.MOV", "/d/bob/1.mp4", "/d/stray.mp4"]
     assigned, left_out = data.assign_people(paths)
     assert assigned == {"/d/anna/1.mp4": ("anna", "1"), "/d/bob/1.mp4": ("bob", "1")}
     assert [(path.name, reason.split(":")[0]) for path, reason in left_out] == [
-        ("1.MOV", "only the suffix tells it from /d/anna/1.mp4"),
+        ("1.MOV", "it differs from /d/anna/1.mp4 in its suffix only"),
         ("stray.mp4", "it lies beside the folders of people"),
     ]
+
+
+def test_a_file_has_its_own_name_even_if_it_is_the_name_of_its_person():
+    assigned, _ = data.assign_people(["/d/me/me.mp4", "/d/me/me/2.mp4", "/d/me/anna/anna.mp4"])
+    assert assigned["/d/me/me/2.mp4"] == ("me", "2")
+    assert assigned["/d/me/anna/anna.mp4"] == ("anna", "anna")
+    assert data.assign_people(["/d/me/me.mp4"])[0] == {"/d/me/me.mp4": ("me", "me")}
+
+
+def test_names_that_are_not_utf8_can_be_printed(tmp_path, one_clip, capsys):
+    folder = os.fsdecode(b"Andr\xe9")
+    copy(one_clip, tmp_path / "in" / folder / "1.mp4", tmp_path / "in" / "anna" / "1.mp4")
+    (tmp_path / "in" / folder / os.fsdecode(b"\xe9.mp4")).touch()
+    dataset = load(tmp_path / "in")
+    assert sorted(dataset.people) == [r"Andr\xe9", "anna"] and len(dataset.clips) == 2
+    data.print_troubles(dataset)
+    assert r"Andr\xe9/\xe9.mp4: the file is empty" in capsys.readouterr().out
+
+
+def test_folders_whose_names_suggest_several_people_are_noted(tmp_path, grey_clips):
+    names = ("anna_1", "anna_2", "bob_1", "bob_2")
+    copy(grey_clips[0], tmp_path / "in" / "dora" / "1.mp4")
+    for source, name in zip(grey_clips, names):
+        copy(source, tmp_path / "in" / "group" / f"{name}.mp4")
+    dataset = load(tmp_path / "in")
+    ((path, note),) = dataset.notes
+    assert path == tmp_path / "in" / "group"
+    assert note == "the names suggest several people (anna, bob ...), taken for one"
 
 
 # ---------------------------------------------------------------- the cache
@@ -843,7 +905,7 @@ def test_a_file_is_decoded_once_until_it_changes_and_nothing_is_written_beside_i
 ):
     decoded = count_decoding(monkeypatch)
     root = tmp_path / "people"
-    write_clip(root / "anna" / "1.mp4", level=50)
+    write_clip(root / "anna" / "1.mp4", level=90)
     write_clip(root / "anna" / "2.mp4", level=50)
     load(root)
     first = load(root)
@@ -909,6 +971,18 @@ def test_caches_that_nobody_uses_are_deleted_but_no_other_folder(tmp_path, one_c
     assert not old.exists() and mine.exists() and len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_what_killed_runs_left_in_the_cache_is_deleted_after_a_day(tmp_path, one_clip):
+    copy(one_clip, tmp_path / "anna" / "1.mp4")
+    load(tmp_path / "anna")
+    folder = next((tmp_path / "cache").iterdir())
+    old, new = folder / ".0123456789abcdef.clip", folder / ".fedcba9876543210.clip"
+    old.touch()
+    new.touch()
+    os.utime(old, (0, time.time() - 25 * 3600))
+    load(tmp_path / "anna")
+    assert not old.exists() and new.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_refused_or_replaced(tmp_path, one_clip, monkeypatch):
     copy(one_clip, tmp_path / "anna" / "1.mp4")
     (tmp_path / "file").touch()
@@ -923,21 +997,47 @@ def test_a_cache_that_cannot_be_written_is_refused_or_replaced(tmp_path, one_cli
 
 
 def test_thousands_of_links_are_decoded_once_and_opened_one_at_a_time(
-    tmp_path, one_clip, monkeypatch
+    tmp_path, grey_clips, monkeypatch
 ):
     decoded = count_decoding(monkeypatch)
     for i in range(3):
-        copy(one_clip, tmp_path / "files" / f"{i}.mp4")
+        copy(grey_clips[i], tmp_path / "files" / f"{i}.mp4")
     for i in range(3000):
-        person = tmp_path / "people" / f"p{i // 100:03d}"
+        person = tmp_path / "people" / f"p{i // 3:03d}"
         person.mkdir(parents=True, exist_ok=True)
         (person / f"{i}.mp4").symlink_to(f"../../files/{i % 3}.mp4")
     dataset = load(tmp_path / "people")
-    assert len(dataset.clips) == 3000 and len(dataset.people) == 30 and len(decoded) == 3
+    assert len(dataset.clips) == 3000 and len(dataset.people) == 1000 and len(decoded) == 3
     started = time.perf_counter()
     dataset = load(tmp_path / "people")
     assert len(dataset.clips) == 3000 and time.perf_counter() - started < 2
     assert len({id(clip.frames) for clip in dataset.clips}) <= 3
+
+
+def test_copies_of_a_clip_count_once_for_a_person(tmp_path, one_clip):
+    copy(one_clip, *(tmp_path / "in" / name for name in ("a/1.mp4", "a/1 (1).mp4", "b/1.mp4")))
+    (tmp_path / "in" / "a" / "2.mp4").symlink_to("1.mp4")
+    write_clip(tmp_path / "in" / "a" / "3.mp4", level=50)
+    dataset = load(tmp_path / "in")
+    assert [(clip.person, clip.name) for clip in dataset.clips] == [
+        ("a", "1 (1)"),
+        ("a", "3"),
+        ("b", "1"),
+    ]
+    first = tmp_path / "in" / "a" / "1 (1).mp4"
+    same = f"the same picture and sound as {first}"
+    assert reasons(dataset) == {"1.mp4": same, "2.mp4": same}
+
+
+def test_a_link_is_heard_with_the_sound_beside_it(tmp_path, mute_clip):
+    copy(mute_clip, tmp_path / "raw.mp4")
+    for person, hz in (("anna", 300), ("bob", 3000)):
+        folder = tmp_path / "in" / person
+        folder.mkdir(parents=True)
+        (folder / "1.mp4").symlink_to(tmp_path / "raw.mp4")
+        ffmpeg("-f", "lavfi", "-i", f"sine=f={hz}:d=0.64", folder / "1.wav")
+    anna, bob = load(tmp_path / "in").clips
+    assert not np.array_equal(anna.audio, bob.audio)
 
 
 def test_more_clips_than_memory_maps_are_kept(tmp_path, one_clip):
@@ -973,11 +1073,27 @@ def test_people_are_disjoint_and_keep_their_roles():
             data.split_people(few, 4, 1, 0)
 
 
+def test_who_has_too_few_clips_to_split_is_no_client(tmp_path, grey_clips):
+    names = [f"speaker{i}" for i in range(8)] + ["client-0", "unseen-0"]
+    few = {"speaker0", "speaker1", "client-0", "unseen-0"}
+    public, clients, unseen = data.split_people(names, 4, 1, seed=1, no_clients=few)
+    assert len(clients) == 4 and not few & set(clients)
+    assert unseen == ["unseen-0"] and "client-0" in public
+    for i in range(9):
+        copy(grey_clips[0], tmp_path / "in" / f"p{i}" / "0.mp4")
+        for k in range(1, 2 if i < 6 else 3):
+            (tmp_path / "in" / f"p{i}" / f"{k}.mp4").symlink_to(grey_clips[k])
+    people = data.load_people(tmp_path / "in", 16, 1.0, 3, 1, 0, cache=tmp_path / "cache")
+    assert set(people.clients) == {"p6", "p7", "p8"}
+    with pytest.raises(ValueError, match="9 people .6 with fewer than 3 clips. cannot be split"):
+        data.load_people(tmp_path / "in", 16, 1.0, 4, 1, 0, cache=tmp_path / "cache")
+
+
 def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, capsys):
     talkers = {
         "public_people": 4,
         "clips_per_public": 1,
-        "clips_per_client": 1,
+        "clips_per_client": 3,
         "seconds": 0.4,
         "unreliable": 0.0,
     }
@@ -999,6 +1115,12 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
     capsys.readouterr()
     data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)
     assert "public-000/bad.mp4: a text file" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="synthetic-small was made with another num_clients: rem"):
+        data.load_people(tmp_path / "synthetic-small", num_clients=3, **options)
+    changed = options | {"seed": 1, "synthetic": talkers | {"unreliable": 0.5}}
+    with pytest.raises(ValueError, match="made with another seed, unreliable: "):
+        data.load_people(tmp_path / "synthetic-small", num_clients=2, **changed)
+    (tmp_path / "synthetic-small" / "options.json").unlink()  # as if it was made by `data.py`
     with pytest.raises(ValueError, match="cannot be split into 3 clients"):
         data.load_people(tmp_path / "synthetic-small", num_clients=3, **options)
     with pytest.raises(ValueError, match="no dataset"):
@@ -1207,6 +1329,17 @@ def test_the_same_seed_makes_the_same_frames(tmp_path, synthetic):
     again, other = (load(tmp_path / name, size=64).clips[0] for name in ("again", "other"))
     assert np.array_equal(again.frames, synthetic.people["public-000"][0].frames)
     assert not np.array_equal(again.frames, other.frames)
+
+
+def test_talkers_are_made_in_an_empty_folder_by_as_many_threads_as_may_run(tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    threads = []
+    pool = data.ThreadPoolExecutor
+    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda n: threads.append(n) or pool(n))
+    data.make_synthetic(".", 1, 0, 0, clips_per_public=1, seconds=0.4, size=16)
+    assert len(load(tmp_path / "new").clips) == 1 and threads == [3, 3]
 
 
 def test_unreliable_clients_are_marked_and_bad_numbers_refused(tmp_path):

@@ -99,14 +99,17 @@ class Clip:
 
     @functools.cached_property
     def liveliness(self):
-        """How much the picture moves: the standard deviation over time of its 16 x 16 grey places,
-        in [0, 1], at least .002.
+        """Standard deviation of the picture over time: RMS over 16 x 16 grey cells, at least .002.
 
-        Heads and cameras of one person move ten times as much as those of another.
+        It differs by a factor of ten between people, so the model divides motion by it.
         """
-        grey = to_unit(to_float(self.frames)).mean(1, keepdim=True)  # f 1 H W
-        places = F.adaptive_avg_pool2d(grey, 16)  # f 1 16 16
-        return max(0.002, float(places.var(0, correction=0).mean().sqrt()))
+        cells = []
+        for start in range(0, self.num_frames, 512):  # an hour at once would take gigabytes
+            frames = to_unit(to_float(self.frames[start : start + 512]))  # k 3 H W
+            cells.append(F.adaptive_avg_pool2d(frames.mean(1, keepdim=True), 16))  # k 1 16 16
+        deviation = torch.cat(cells).var(0, correction=0).mean().sqrt()
+        # The floor keeps a nearly still clip's motion, which is divided by it, finite.
+        return max(0.002, float(deviation))
 
 
 def slice_clip(clip, start, stop, **changes):
@@ -198,7 +201,7 @@ TONE_MAPPING = (
 def run_ffmpeg(*arguments, blocks=()):
     """Run ffmpeg with `blocks` of bytes as its input -> (exit status, output bytes, log).
 
-    Raises ValueError if it was stopped from outside.
+    Raises ValueError if it was stopped from outside, or by a full disk or memory.
     """
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
@@ -215,12 +218,17 @@ def run_ffmpeg(*arguments, blocks=()):
         if process.returncode < 0 or process.returncode == 255:  # Ctrl-C, or out of memory
             raise ValueError("ffmpeg was stopped")  # what it wrote looks whole, but is not
         log.seek(0)
-        return process.returncode, output, log.read().decode(errors="replace")
+        text = log.read().decode(errors="replace")
+    shortage = "No space left|quota exceeded|Cannot allocate memory"
+    if short := re.search(rf"\[(?:error|fatal)\] .*({shortage})", text):
+        raise ValueError(f"ffmpeg was stopped: {short[1]}")
+    return process.returncode, output, text
 
 
 def first_error(log):
     """The first error in ffmpeg's log, or ''."""
-    errors = re.findall(r"^.*\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    # Without an output, as in `probe`, its last words are no error of the file.
+    errors = re.findall(r"^.*\[(?:error|fatal)\] (?!At least one output)(.*)", log, re.MULTILINE)
     return errors[0] if errors else ""
 
 
@@ -326,13 +334,19 @@ def probe_sound(path):
 
 
 def is_silent(audio):
-    """Whether int16 audio never leaves +-1/1000 of full scale."""
+    """Whether int16 audio varies by less than 2/1000 of full scale; an offset is silence."""
     return not len(audio) or int(audio.max()) - int(audio.min()) < 66
 
 
 def decode_sound(inputs, track, *picture):
-    """Decode a sound track, and `picture` in the same run -> (int16 audio at 16 kHz, log)."""
+    """Decode a sound track, `picture` (output options) in the same run -> (int16 audio, log)."""
     _, output, log = run_ffmpeg(*inputs, *picture, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
+    if "audio parameters changed" in log:
+        # There new filters begin, which insert silence from 0 on: first make the sound uniform.
+        with tempfile.NamedTemporaryFile(suffix=".nut") as uniform:
+            coding = f"-ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le".split()
+            run_ffmpeg(*inputs, "-map", track, *coding, uniform.name)
+            _, output, _ = run_ffmpeg("-i", uniform.name, "-af", RESAMPLE, *AS_SAMPLES)
     audio = np.frombuffer(output, np.int16)
     if is_silent(audio):  # left and right may cancel each other: try the left channel alone
         left = f"pan=mono|c0=c0,{RESAMPLE}"
@@ -347,6 +361,8 @@ def picture_filters(video, shorter=None, fps=FPS):
     The shorter side gets that many pixels, or as many as in the file.
     """
     parts = re.search(r", \w+(?:\(([^)]*)\))?, (\d+)x(\d+)", video)
+    if not parts:
+        raise ValueError("its picture has no known size: the file is cut off or damaged")
     tags = parts[1] or ""  # range, matrix/primaries/transfer, scan: (tv, bt709, progressive)
     sides = sorted((int(parts[2]), int(parts[3])))
     scale = "scale='round(iw*sar)':ih"  # sar: the aspect ratio of a pixel, dar: of the picture
@@ -356,7 +372,15 @@ def picture_filters(video, shorter=None, fps=FPS):
     has_matrix = re.search("bt|smpte|fcc|gbr|ycgco|ictcp", tags.split("/")[0])
     if not has_matrix and (sides[0] > 576 or sides[1] > 1024):
         scale += ":in_color_matrix=bt709"  # as players assume for HD; ffmpeg assumes that of SD
-    filters = [f"fps={fps}:start_time=0", scale]
+    filters = [
+        "yadif=deint=interlaced",  # only frames that are marked so
+        # The filter fps repeats frames over holes. A hole of more than a minute is a wrong time,
+        # and would fill the disk: the video ends there, a minute later at most.
+        "select='lt(t-if(isnan(prev_selected_t),0,prev_selected_t),60)'",
+        "setpts='min(PTS,if(isnan(PREV_OUTPTS),0,PREV_OUTPTS)+60/TB)'",
+        f"fps={fps}:start_time=0",
+        scale,
+    ]
     if "smpte2084" in tags or "arib-std-b67" in tags:  # PQ or HLG
         if not can_tone_map():
             raise ValueError(
@@ -378,40 +402,40 @@ def can_tone_map():
 def decode_video(path, size, crop, output, sound_file=None, finder=None):
     """Write a video's frames, uint8 [f 3 h w], to the file `output` -> ((h, w), audio, note).
 
-    Audio is int16 [640 f], from `sound_file` if the video has none; without either it is empty. The
-    note says what part of a damaged file is used, and of how many faces. Raises ValueError with the
-    reason if there are no frames, or if `finder` finds no face.
+    Audio is int16 [640 f], from `sound_file` if the video has none or is silent; without either it
+    is empty. The note says how much of a damaged file is used, and how many faces were found.
+    Raises ValueError with the reason if there are no frames, or if `finder` finds no face.
     """
     streams = probe(path)
     if streams.video is None:
         raise ValueError("it has sound, but no picture")
     # Packets known to be damaged are dropped; the filter fps repeats the frame before them.
     inputs = ["-threads", 1, "-fflags", "+discardcorrupt", "-i", f"file:{path}"]
-    commands = Path(f"{output}.commands")
     faces = ""
     if size:
         filters = [*picture_filters(streams.video, round(size / crop)), f"crop={size}:{size}"]
     else:
         filters = picture_filters(streams.video)
-    if finder:
-        crops, faces = find_track(inputs, streams.video, crop, output, finder)
-        if crops:  # it is no face track yet
-            commands.write_text(crops)
-            moving = [f"sendcmd=filename={commands}", "crop=exact=1"]
-            square = f"scale={size}:{size}:flags=area+accurate_rnd"
-            filters = [*picture_filters(streams.video), *moving, square]
-    picture = raw_picture(filters, output)
-    try:
+    # The name of a temporary file has no signs that mean something in a list of filters.
+    with tempfile.NamedTemporaryFile("w", suffix=".commands") as commands:
+        if finder:
+            crops, faces = find_track(inputs, streams.video, crop, output, finder)
+            if crops:  # it is no face track yet
+                commands.write(crops)
+                commands.flush()
+                moving = [f"sendcmd=filename={commands.name}", "crop=exact=1"]
+                square = f"scale={size}:{size}:flags=area+accurate_rnd"
+                filters = [*picture_filters(streams.video), *moving, square]
+        picture = raw_picture(filters, output)
         if streams.sound is not None:
             audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
-        elif sound_file:
-            inputs += ["-i", f"file:{sound_file}"]
-            audio, log = decode_sound(inputs, f"1:{probe_sound(sound_file).sound}", *picture)
         else:
             audio = np.zeros(0, np.int16)
             _, _, log = run_ffmpeg(*inputs, *picture)
-    finally:
-        commands.unlink(missing_ok=True)
+    if sound_file and is_silent(audio):
+        track = f"0:{probe_sound(sound_file).sound}"
+        audio, sound_log = decode_sound(["-i", f"file:{sound_file}"], track)
+        log += sound_log
     height, width = raw_shape(log, output)
     num_frames = os.path.getsize(output) // (3 * height * width)
     if len(audio):
@@ -578,7 +602,7 @@ def read_image(path, size=None, crop=1.0, finder=None):
         file_state(path)  # PIL would wait for a pipe
         with Image.open(path) as file:
             image = to_8_bits(ImageOps.exif_transpose(file)).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL raises many kinds, struct.error for odd EXIF among them
         reason = explain(path)
         if "truncated" in str(error).lower():
             reason = "the picture is cut off: copy or download it again"
@@ -692,7 +716,7 @@ def channels_last(frames):
 
 # ---------------------------------------------------------------- the cache of decoded clips
 
-CACHE_VERSION = 1  # to be raised when files are decoded in another way
+CACHE_VERSION = 2  # to be raised when files are decoded in another way
 DAYS_KEPT = 30  # for which the clips of a dataset that nobody uses stay in the cache
 
 

@@ -1,4 +1,4 @@
-"""Clips of people who talk: reading files, whose clip is whose, batches; and synthetic talkers.
+"""Clips of talking people: reading files, assigning people, splits, batches, synthetic talkers.
 
 A clip has 25 frames per second, sound at 16 kHz (frame i spans samples 640 i .. 640 (i + 1)) and a
 log-mel spectrogram of four steps per frame. Every file is decoded once, into a cache, by the ffmpeg
@@ -64,7 +64,7 @@ PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .
 
 
 class CachedArray:
-    """A field of `Clip`: an array, or an object whose `read(field)` gives it at every access."""
+    """Descriptor of a `Clip` field: holds an array, or an object whose `read(name)` returns one."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -81,7 +81,7 @@ class CachedArray:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clip:
-    """One decoded clip of f frames; its arrays are read from the cache when they are used."""
+    """One decoded clip of f frames; its arrays are read from the cache at each access."""
 
     person: str
     name: str
@@ -126,6 +126,7 @@ def slice_clip(clip, start, stop, **changes):
 
 def to_float(frames, device="cpu"):
     """uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]."""
+    # torch warns of read-only memory and refuses negative strides.
     frames = torch.from_numpy(np.require(frames, requirements="CW"))
     return frames.to(device).float().mul_(1 / 127.5).sub_(1)
 
@@ -137,7 +138,7 @@ def to_unit(frames):
 
 # ---------------------------------------------------------------- spectrograms
 
-# Fixed, so that speech looks the same in every dataset, with about zero mean and unit variance.
+# Constants, not statistics of a dataset: speech has about zero mean and unit variance.
 MEL_FLOOR = 1e-4
 MEL_MEAN = -4.0
 MEL_STD = 3.5
@@ -161,10 +162,11 @@ def log_mel(audio, chunk_seconds=60):
         raise ValueError("there is no sound")
     # Step j is centred on samples 160 j .. 160 (j + 1), so a sound is strongest in its own frame.
     margin = (FFT - HOP) // 2
-    rest = -len(audio) % SAMPLES_PER_FRAME  # up to a whole frame
+    # Pad to a whole frame, so that f frames always have 4 f steps.
+    rest = -len(audio) % SAMPLES_PER_FRAME
     padded = np.pad(np.asarray(audio, np.int16), (margin, margin + rest))
     steps = []
-    chunk = chunk_seconds * SAMPLE_RATE
+    chunk = chunk_seconds * SAMPLE_RATE  # samples
     for start in range(0, len(audio), chunk):  # an hour at once would take gigabytes
         piece = torch.from_numpy(padded[start : start + chunk + 2 * margin]) / 32768
         steps.append(mel_transform()(piece).clamp_min(MEL_FLOOR).log())  # m t
@@ -183,7 +185,8 @@ def audio_windows(mel, window=5, start=0, stop=None):
     last = MELS_PER_FRAME * (stop + window // 2)
     piece = torch.tensor(mel[max(first, 0) : last])  # not all of it: a clip may be an hour long
     piece = F.pad(piece, (0, 0, max(-first, 0), max(last - len(mel), 0)), value=SILENCE)
-    return piece.unfold(0, MELS_PER_FRAME * window, MELS_PER_FRAME).mT.numpy()  # f (4 window) m
+    # (4 (f + window - 1)) m -> f (4 window) m
+    return piece.unfold(0, MELS_PER_FRAME * window, MELS_PER_FRAME).mT.numpy()
 
 
 # ---------------------------------------------------------------- ffmpeg
@@ -227,8 +230,9 @@ def run_ffmpeg(*arguments, blocks=()):
 
 def first_error(log):
     """The first error in ffmpeg's log, or ''."""
-    # Without an output, as in `probe`, its last words are no error of the file.
-    errors = re.findall(r"^.*\[(?:error|fatal)\] (?!At least one output)(.*)", log, re.MULTILINE)
+    # What it says of its output, or of having none as in `probe`, is no error of the file.
+    ours = "At least one output|Application provided invalid"
+    errors = re.findall(rf"^.*\[(?:error|fatal)\] (?!{ours})(.*)", log, re.MULTILINE)
     return errors[0] if errors else ""
 
 
@@ -442,6 +446,7 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
         # Containers round the two lengths differently: up to two frames of sound that are missing
         # are filled up with silence; where more is missing, the picture is cut off.
         num_frames = min(num_frames, len(audio) // SAMPLES_PER_FRAME + 2)
+        # 3: two missing frames and the rest of a third.
         audio = np.pad(audio, (0, 3 * SAMPLES_PER_FRAME))[: num_frames * SAMPLES_PER_FRAME]
     os.truncate(output, num_frames * 3 * height * width)
     used = num_frames / FPS
@@ -485,8 +490,8 @@ ALREADY_CUT = 0.5  # overlap with the middle of the picture above which nothing 
 def find_track(inputs, video, crop, output, finder):
     """Commands for ffmpeg's filter crop that follow the face in a video, and a note.
 
-    There are none if the face fills the middle `crop` of the picture already. `output` names a file
-    for the frames in between. Raises ValueError if there is no face in most of the video.
+    The commands are '' if the face already fills the middle `crop` of the picture. `output` names a
+    file for the frames in between. Raises ValueError if there is no face in most of the video.
     """
     filters = picture_filters(video, LOOK_SIZE, LOOK_HZ)
     _, _, log = run_ffmpeg(*inputs, *raw_picture(filters, output))
@@ -500,7 +505,7 @@ def find_track(inputs, video, crop, output, finder):
     path = []  # of the left upper corner, as a share of width and height
     for axis, whole in enumerate((width, height)):
         middles = boxes[:, axis::2].mean(1)
-        at = np.interp(np.arange(num_frames) / FPS, times / LOOK_HZ, middles)
+        at = np.interp(np.arange(num_frames) / FPS, times / LOOK_HZ, middles)  # num_frames
         at = gaussian_filter1d(at, STEADY * FPS, mode="nearest") - side / 2
         path.append(at.clip(0, whole - side) / whole)
     size = f"min(iw,ih)*{side / min(width, height):.5f}"
@@ -513,13 +518,14 @@ def find_track(inputs, video, crop, output, finder):
 def follow_face(frames, crop, finder):
     """The largest face in frames uint8 [f 3 h w]: indices [k] of frames, boxes [k 4], a note.
 
-    A face that fills the middle `crop` of a frame is as in training, and found more easily. Raises
+    A face in the middle `crop`, where training clips have it, is accepted at a lower score. Raises
     ValueError if there is none in four fifths of the frames.
     """
     tracks = []  # {frame: box} of one face
     for i, frame in enumerate(frames):
         free = list(tracks)
         for box in finder.find(frame, middle(*frame.shape[1:], crop)).numpy():
+            # The last box, however long ago: a face that is missed for a while keeps its track.
             near = [track for track in free if box_overlap(list(track.values())[-1], box) > 0.3]
             track = max(near, key=len, default={})
             if near:
@@ -542,7 +548,7 @@ def follow_face(frames, crop, finder):
 
 def box_overlap(a, b):
     """Intersection over union of two boxes (left, top, right, bottom)."""
-    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])  # 2
     shared = np.prod(sides.clip(0))
     return shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared)
 
@@ -562,7 +568,7 @@ def read_video(path, size=None, crop=1.0, finder=None):
 
     Frames are `size` pixels square, the middle `crop` of each side, or the face that `finder`
     finds; with size None they are as large as in the file. Audio is empty if there is none. Raises
-    ValueError with the reason; warns if only a part of the file, or of several faces one, is used.
+    ValueError with the reason; warns if only part of the file, or one of several faces, is used.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "frames")
@@ -663,7 +669,7 @@ def atomic_write(path):
 
 
 def check_output(path, suffixes=(".mp4", ".m4v", ".mov")):
-    """Raise ValueError unless a file of one of `suffixes` can be written there; for before work."""
+    """Raise ValueError unless a file with one of `suffixes` can be written; call it before work."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
@@ -717,11 +723,11 @@ def channels_last(frames):
 # ---------------------------------------------------------------- the cache of decoded clips
 
 CACHE_VERSION = 2  # to be raised when files are decoded in another way
-DAYS_KEPT = 30  # for which the clips of a dataset that nobody uses stay in the cache
+DAYS_KEPT = 30  # days after which an unused dataset's clips are deleted from the cache
 
 
 def digest(key):
-    """16 hexadecimal digits that differ for different keys."""
+    """The first 16 hexadecimal digits of the SHA-256 of a key's repr."""
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
 
@@ -747,7 +753,7 @@ def open_cache(cache, root, size, crop, finder=None):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-            os.utime(folder)  # it is used
+            os.utime(folder)  # marks it as used, for the deletion below
         except OSError as error:
             reason = f"{place}: {error.strerror}"
             continue
@@ -798,8 +804,9 @@ class CacheFile:
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
         sound = find_sound(self.source)
         with atomic_write(self.path) as temporary:
-            sizes = self.size, self.crop, temporary
-            _, audio, note = decode_video(self.source, *sizes, sound, self.finder)
+            _, audio, note = decode_video(
+                self.source, self.size, self.crop, temporary, sound, self.finder
+            )
             num_frames = len(audio) // SAMPLES_PER_FRAME
             if not num_frames:
                 raise ValueError("no sound, in it or in a file beside it")
@@ -815,7 +822,8 @@ class CacheFile:
             with open(temporary, "ab") as file:
                 file.write(b"\n" + json.dumps(self.info).encode())
 
-    @functools.lru_cache(maxsize=1024)  # LRS3 has more clips than a process has memory maps
+    # 1024 maps at a time: Linux allows about 65,000, LRS3 has 150,000 clips.
+    @functools.lru_cache(maxsize=1024)
     def arrays(self):
         """{"frames", "audio", "mel"}, memory-mapped. A damaged or missing file is made anew."""
         whole = self.load_info()
@@ -994,10 +1002,10 @@ class TalkingHeads:
     """All usable clips of a dataset, which is a folder or one video file.
 
     `clips` are sorted by person and name; `people` is {person: [Clip]}; `skipped` holds (path,
-    reason) of files that cannot be used, `notes` (path, note) of those of which a part is not used.
-    `size` is in pixels, `crop` the share of each side that is kept, from the middle; `finder` cuts
-    out the face where the middle does not show it. Raises ValueError if there is no dataset or
-    nothing usable.
+    reason) of files that cannot be used, `notes` (path, note) of files that are used in part and of
+    folders whose file names suggest several people. `size` is in pixels, `crop` the share of each
+    side that is kept, from the middle; `finder` cuts out the face where the middle does not show
+    it. Raises ValueError if there is no dataset or nothing usable.
     """
 
     def __init__(self, root, size=64, crop=1.0, cache=None, progress=False, finder=None):
@@ -1080,7 +1088,7 @@ class TalkingHeads:
 
 
 def identity_of(path):
-    """What changes whenever the content of a file does. Links to one file have the same."""
+    """(path, size, time) of a file, links resolved once: changes whenever the content does."""
     state = file_state(path)
     with contextlib.suppress(OSError):  # not a link
         path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
@@ -1125,7 +1133,7 @@ def read_notes(path, num_frames):
 
 
 def by_person(clips, min_frames=0):
-    """{person: [Clip of at least so many frames]}, in the order of the clips."""
+    """{person: [Clip of at least `min_frames`]}, in the order of the clips."""
     people = {}
     for clip in clips:
         if clip.num_frames >= min_frames:
@@ -1183,7 +1191,7 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, syn
 
 
 def print_troubles(dataset, most=None):
-    """Print at most so many of the files that are skipped or used in part, and their number."""
+    """Print up to `most` files that are skipped, and that have a note, with the reasons."""
     for title, files in (("skipped", dataset.skipped), ("note", dataset.notes)):
         for path, text in files[:most]:
             print(printable(f"{title}: {path}: {text}"))
@@ -1225,23 +1233,21 @@ def num_held_out(num_clips):
 
 
 def split_clips(clips, seed):
-    """{"train", "validation", "test": clips}; a fifth of each person's in either of the last two.
+    """{"train", "validation", "test": clips} of one person; a fifth in each of the last two.
 
-    Raises ValueError for a person with fewer than three clips.
+    Raises ValueError for fewer than three clips.
     """
-    parts = {"train": [], "validation": [], "test": []}
-    for person, own in by_person(clips).items():
-        if len(own) < 3:
-            raise ValueError(
-                f"{person} has {len(own)} usable clips; train, validation and test need at least 3"
-            )
-        # A person's split does not depend on who else is there.
-        order = rng_of("clips", seed, person).permutation(len(own))
-        held_out = num_held_out(len(own))
-        chosen = np.split(order, [held_out, 2 * held_out])
-        for part, indices in zip(("validation", "test", "train"), chosen):
-            parts[part] += [own[i] for i in sorted(indices)]
-    return parts
+    person = clips[0].person
+    if len(clips) < 3:
+        raise ValueError(
+            f"{person} has {len(clips)} usable clips; train, validation and test need at least 3"
+        )
+    # A person's split does not depend on who else is there.
+    order = rng_of("clips", seed, person).permutation(len(clips))
+    held_out = num_held_out(len(clips))
+    validation, test, train = np.split(order, [held_out, 2 * held_out])
+    parts = {"train": train, "validation": validation, "test": test}
+    return {part: [clips[i] for i in sorted(indices)] for part, indices in parts.items()}
 
 
 def segment(clips, seconds):
@@ -1257,20 +1263,14 @@ def segment(clips, seconds):
 
 
 def assign_corruptions(names, share, seed):
-    """{name: fault} of the `share` of clients that are unreliable; a greater share adds to it."""
+    """{name: fault} of unreliable clients; a larger `share` keeps the faults of a smaller one."""
     order = rng_of(seed, "faults").permutation(len(names)).tolist()
     faults = ("shifted sound", "flicker", "noise")
     return {names[i]: faults[rank % 3] for rank, i in enumerate(order[: round(share * len(names))])}
 
 
-def corrupt(clip, fault, seed):
-    """The clip with a fault of `assign_corruptions`."""
-    rng = rng_of(seed, clip.person, clip.name, fault)
-    frames, audio = add_fault(rng, clip.frames, clip.audio, fault)
-    return replace(clip, frames=frames, audio=audio, mel=log_mel(audio))
-
-
 def add_fault(rng, frames, audio, fault):
+    """Frames and sound of a clip with a fault of `assign_corruptions`, or None."""
     if fault == "shifted sound":
         shift = rng.choice([-1, 1]) * rng.integers(8, 13)  # frames
         audio = np.roll(audio, shift * SAMPLES_PER_FRAME)
@@ -1289,47 +1289,44 @@ def sample_batch(people, batch_size, num_frames, generator, window=5, same_clip=
     a frame of any of the person's clips, or of the same one, outside of the window where there is
     room.
 
-    A person's probability grows with the root of the number of clips: in between a person of one
-    clip, learned by heart, and a person of 300 who drowns the others. Returns a dict of tensors
-    frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f (4 window) 40], opening [b f]
-    (NaN if unknown), liveliness [b], and of lists person and prompt. Where the reference is of a
-    clip with the same prompt, it shows the expression already and the prompt is "". Raises
+    A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
+    people with one clip would be learned by heart; in proportion, a person with 300 would dominate.
+    Returns a dict of tensors frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel
+    [b f (4 window) 40], liveliness [b], and of a list prompt. If the reference comes from a clip
+    with the same prompt, it shows the expression already, and the prompt becomes "". Raises
     ValueError if nobody has a clip.
     """
     if not people:
         raise ValueError(f"no clip has the {num_frames} frames that a training window needs")
     names = sorted(people)
-    probability = torch.tensor([float(len(people[name])) for name in names]).sqrt()
+    probability = torch.tensor([float(len(people[name])) for name in names]).sqrt()  # people
 
-    def draw(options):
+    def pick(options):
         return options[int(torch.randint(len(options), (), generator=generator))]
 
     rows = []
     drawn = torch.multinomial(probability, batch_size, replacement=True, generator=generator)
     for i in drawn.tolist():
         own = people[names[i]]
-        clip = draw(own)
-        start = draw(range(clip.num_frames - num_frames + 1))
+        clip = pick(own)
+        start = pick(range(clip.num_frames - num_frames + 1))
         stop = start + num_frames
-        other = clip if same_clip else draw(own)
+        other = clip if same_clip else pick(own)
         indices = range(other.num_frames)
         if other is clip and clip.num_frames > num_frames:
             indices = [*range(start), *range(stop, clip.num_frames)]
-        opening = np.full(stop, np.nan, np.float32) if clip.opening is None else clip.opening
         row = {
             "frames": clip.frames[start:stop],  # f 3 H W
-            "reference": other.frames[draw(indices)],  # 3 H W
+            "reference": other.frames[pick(indices)],  # 3 H W
             "mel": audio_windows(clip.mel, window, start, stop),  # f (4 window) 40
-            "opening": opening[start:stop],  # f
             "liveliness": np.float32(clip.liveliness),
-            "person": clip.person,
             "prompt": clip.prompt if clip.prompt != other.prompt else "",
         }
         rows.append(row)
     batch = {key: [row[key] for row in rows] for key in rows[0]}
     for key in ("frames", "reference"):
         batch[key] = to_float(np.stack(batch[key]))
-    for key in ("mel", "opening", "liveliness"):
+    for key in ("mel", "liveliness"):
         batch[key] = torch.from_numpy(np.stack(batch[key]))
     return batch
 
@@ -1341,6 +1338,7 @@ def typical_liveliness(clips):
 
 def reference_frame(clips, most=500):
     """The frame uint8 [3 H W] of a person's clips that is most like their mean: a typical pose."""
+    # At least every second: neighbours hardly differ.
     step = max(2, sum(clip.num_frames for clip in clips) // most)
     frames = np.concatenate([clip.frames[::step] for clip in clips])  # n 3 H W
     distances = np.square(frames - frames.mean(0, np.float32)).mean((1, 2, 3))
@@ -1364,15 +1362,15 @@ VIEW_NAMES = (
 
 
 def augment(clips, view, generator):
-    """Show clips [b f 3 h w] in [0, 1] as other cameras would; `view` [b 11] has VIEW_NAMES."""
+    """Clips [b f 3 h w] in [0, 1] as other cameras would record them; `view` [b 11]: VIEW_NAMES."""
     b, f, _, h, w = clips.shape
     zoom, shift_x, shift_y, roll, brightness, gamma, warmth, *rest = view.to(clips.device).T  # b
-    light_x, light_y, degradation, mirror = rest
+    light_x, light_y, degradation, mirror = rest  # b
     scale = torch.exp(-0.3 * zoom.clamp_min(0) - 0.1 * zoom.clamp_max(0))  # 0.74, closer, to 1.1
     across = torch.where(mirror < 0, -scale, scale)
     cos, sin = torch.cos(0.15 * roll), torch.sin(0.15 * roll)
     affine = [across * cos, -scale * sin, 0.1 * shift_x, across * sin, scale * cos, 0.1 * shift_y]
-    affine = torch.stack(affine, 1).view(b, 2, 3)
+    affine = torch.stack(affine, 1).view(b, 2, 3)  # b 2 3
     grid = F.affine_grid(affine, (b, 3, h, w), align_corners=False)  # b h w 2
     x = rearrange(clips, "b f c h w -> b (f c) h w")  # all frames of a clip move alike
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
@@ -1380,7 +1378,9 @@ def augment(clips, view, generator):
     tint = torch.tensor([0.2, 0.0, -0.2]) + 0.08 * torch.randn(b, 3, generator=generator)
     colour = torch.exp(0.3 * brightness[:, None] + warmth[:, None] * tint.to(x.device))  # b c
     grid_x, grid_y = grid.unbind(-1)  # b h w, from -1 to 1
-    light = 1 + 0.35 * light_x.view(b, 1, 1) * grid_x + 0.2 * light_y.view(b, 1, 1) * grid_y
+    light = (
+        1 + 0.35 * light_x.view(b, 1, 1) * grid_x + 0.2 * light_y.view(b, 1, 1) * grid_y
+    )  # b h w
     gain = torch.einsum("b c, b h w -> b c h w", colour, light)
     x = rearrange(x, "b (f c) h w -> b f c h w", f=f) * gain[:, None]
     for clip, amount in zip(x, degradation.tolist()):  # f c h w
@@ -1479,7 +1479,8 @@ def make_person(seed, name, accent=0.0):
     p.light *= rng.choice([-1, 1])
     p.background = random_colour(rng, p.brightness)
     p.clothes = random_colour(rng, 0.9 * p.brightness)
-    # Neighbours in number get different looks, so that even a dozen people cover the range.
+    # Neighbours in number get different looks, so that even a dozen people cover the range. Roles
+    # start at looks 37 apart, whatever the seed.
     i = int(number) + 37 * ROLES.index(role) + int(rng_of(seed).integers(100))
     dark = i % 7 in (3, 5)
     p.skin = rgb(SKINS[i % 7])
@@ -1489,10 +1490,10 @@ def make_person(seed, name, accent=0.0):
     p.lips_colour = p.skin * rng.uniform((0.72, 0.5, 0.5), (0.95, 0.66, 0.68)).astype(np.float32)
     p.eyes = rgb(rng.choice(EYES))
     p.glasses = rgb(rng.choice(GLASSES))
-    # An accent: vowels sound as everybody's but open the mouth as other vowels do. Everybody has
-    # one of their own; clients have three times as much, and share three quarters of theirs.
+    # Accent: vowels sound alike for all but open the mouth as other vowels do. Everybody has one of
+    # their own; clients have three times as much, and share three quarters of theirs.
     usual = np.array([shape[:2] for shape in VOWELS.values()])  # v 2
-    other = rng.permutation(usual)
+    other = rng.permutation(usual)  # v 2
     if is_client:
         other = 0.75 * usual[::-1] + 0.25 * other
     mouths = usual + (accent if is_client else accent / 3) * (other - usual)
@@ -1571,7 +1572,7 @@ SHADOW = np.array([0.7, 0.6, 0.57], np.float32)  # skin that lies in the shadow,
 
 
 def make_motion(rng, p, curve, num_frames, prompt):
-    """What moves, each float32 [f 1 1]: head, eyes, brows, and the mouth as in the speech curve."""
+    """Namespace of motion, each float32 [f 1 1]: head, eyes, brows, mouth of the speech curve."""
     smile, lift, slant, eye_opening = PROMPTS[prompt or "calm"]
     t = (np.arange(num_frames) + 0.5) / FPS
     opening, width, _, _, voicing, _ = curve[(t * CONTROL_HZ).astype(int)].T  # f
@@ -1605,7 +1606,7 @@ def ellipse(x, y, rx, ry):
 
 
 def overlap(*distances):
-    """Signed distance to what several shapes have in common."""
+    """Signed distance to the intersection of several shapes."""
     return functools.reduce(np.maximum, distances)
 
 
@@ -1747,7 +1748,7 @@ def make_synthetic(
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root} exists already: remove it first")
     if min(num_public, num_clients, num_unseen, clips_per_public - 1, clips_per_client - 1) < 0:
-        raise ValueError("numbers of synthetic people must not be negative, and each needs a clip")
+        raise ValueError("numbers of people must be at least 0, and of clips at least 1")
     if not 0 <= unreliable <= 1 or not 0 <= accent <= 1:
         raise ValueError("unreliable and accent must lie in 0..1")
     if seconds < MIN_FRAMES / FPS or size < 16 or size % 2:

@@ -1378,11 +1378,9 @@ def augment(clips, view, generator):
     tint = torch.tensor([0.2, 0.0, -0.2]) + 0.08 * torch.randn(b, 3, generator=generator)
     colour = torch.exp(0.3 * brightness[:, None] + warmth[:, None] * tint.to(x.device))  # b c
     grid_x, grid_y = grid.unbind(-1)  # b h w, from -1 to 1
-    light = (
-        1 + 0.35 * light_x.view(b, 1, 1) * grid_x + 0.2 * light_y.view(b, 1, 1) * grid_y
-    )  # b h w
+    light = 1 + 0.35 * light_x.view(b, 1, 1) * grid_x + 0.2 * light_y.view(b, 1, 1) * grid_y
     gain = torch.einsum("b c, b h w -> b c h w", colour, light)
-    x = rearrange(x, "b (f c) h w -> b f c h w", f=f) * gain[:, None]
+    x = rearrange(x, "b (f c) h w -> b f c h w", f=f) * gain[:, None]  # b f c h w
     for clip, amount in zip(x, degradation.tolist()):  # f c h w
         if amount < 0:
             blurred = F.avg_pool2d(clip, 3, 1, 1, count_include_pad=False)
@@ -1552,7 +1550,7 @@ def synthesize(rng, p, curve):
     *gain, hiss, pitch = controls[0].numpy()
     turns = np.cumsum(pitch, dtype=np.float64) / SAMPLE_RATE  # [n], of the fundamental
     phase = (harmonic * turns % 1).astype(np.float32)  # k n
-    voice = (gain * np.sin(2 * np.pi * phase)).sum(0)
+    voice = (gain * np.sin(2 * np.pi * phase)).sum(0)  # n
     white = rng.standard_normal(len(voice) + 2)
     sound = 0.035 * voice + 0.02 * hiss * np.diff(white, 2) + 0.001 * white[2:]
     return (sound.clip(-1, 1) * 32767).astype(np.int16)
@@ -1615,8 +1613,8 @@ def draw(p, m, size):
 
     Shapes are signed distances, negative inside, in 64ths of the picture; y points down.
     """
-    across = (np.arange(size, dtype=np.float32) + 0.5) * 64 / size - 32
-    down = across[:, None]
+    across = (np.arange(size, dtype=np.float32) + 0.5) * 64 / size - 32  # w
+    down = across[:, None]  # h 1
     image = np.empty((3, len(m.x), size, size), np.float32)  # 3 f h w
     image[:] = p.background[:, None, None, None] * (1.08 - 0.006 * (down + 0.5 * across))
 

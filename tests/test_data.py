@@ -67,10 +67,10 @@ def one_clip(tmp_path_factory):
 @pytest.fixture(scope="module")
 def grey_clips(tmp_path_factory):
     """Four different clips, to be copied."""
-    paths = [tmp_path_factory.mktemp("grey") / f"{level}.mp4" for level in (40, 80, 120, 160)]
-    for path, level in zip(paths, (40, 80, 120, 160)):
-        write_clip(path, level=level)
-    return paths
+    folder = tmp_path_factory.mktemp("grey")
+    for level in (40, 80, 120, 160):
+        write_clip(folder / f"{level}.mp4", level=level)
+    return sorted(folder.iterdir())
 
 
 @pytest.fixture(scope="module")

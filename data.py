@@ -1,4 +1,4 @@
-"""Clips of people who talk: reading files, whose clip is whose, batches; and synthetic talkers.
+"""Clips of talking people: reading files, assigning people, splits, batches, synthetic talkers.
 
 A clip has 25 frames per second, sound at 16 kHz (frame i spans samples 640 i .. 640 (i + 1)) and a
 log-mel spectrogram of four steps per frame. Every file is decoded once, into a cache, by the ffmpeg
@@ -64,7 +64,7 @@ PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .
 
 
 class CachedArray:
-    """A field of `Clip`: an array, or an object whose `read(field)` gives it at every access."""
+    """Descriptor of a `Clip` field: holds an array, or an object whose `read(name)` returns one."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -81,7 +81,7 @@ class CachedArray:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clip:
-    """One decoded clip of f frames; its arrays are read from the cache when they are used."""
+    """One decoded clip of f frames; its arrays are read from the cache at each access."""
 
     person: str
     name: str
@@ -99,14 +99,17 @@ class Clip:
 
     @functools.cached_property
     def liveliness(self):
-        """How much the picture moves: the standard deviation over time of its 16 x 16 grey places,
-        in [0, 1], at least .002.
+        """Standard deviation of the picture over time: RMS over 16 x 16 grey cells, at least .002.
 
-        Heads and cameras of one person move ten times as much as those of another.
+        It differs by a factor of ten between people, so the model divides motion by it.
         """
-        grey = to_unit(to_float(self.frames)).mean(1, keepdim=True)  # f 1 H W
-        places = F.adaptive_avg_pool2d(grey, 16)  # f 1 16 16
-        return max(0.002, float(places.var(0, correction=0).mean().sqrt()))
+        cells = []
+        for start in range(0, self.num_frames, 512):  # an hour at once would take gigabytes
+            frames = to_unit(to_float(self.frames[start : start + 512]))  # k 3 H W
+            cells.append(F.adaptive_avg_pool2d(frames.mean(1, keepdim=True), 16))  # k 1 16 16
+        deviation = torch.cat(cells).var(0, correction=0).mean().sqrt()
+        # The floor keeps a nearly still clip's motion, which is divided by it, finite.
+        return max(0.002, float(deviation))
 
 
 def slice_clip(clip, start, stop, **changes):
@@ -123,6 +126,7 @@ def slice_clip(clip, start, stop, **changes):
 
 def to_float(frames, device="cpu"):
     """uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]."""
+    # torch warns of read-only memory and refuses negative strides.
     frames = torch.from_numpy(np.require(frames, requirements="CW"))
     return frames.to(device).float().mul_(1 / 127.5).sub_(1)
 
@@ -134,7 +138,7 @@ def to_unit(frames):
 
 # ---------------------------------------------------------------- spectrograms
 
-# Fixed, so that speech looks the same in every dataset, with about zero mean and unit variance.
+# Constants, not statistics of a dataset: speech has about zero mean and unit variance.
 MEL_FLOOR = 1e-4
 MEL_MEAN = -4.0
 MEL_STD = 3.5
@@ -158,10 +162,11 @@ def log_mel(audio, chunk_seconds=60):
         raise ValueError("there is no sound")
     # Step j is centred on samples 160 j .. 160 (j + 1), so a sound is strongest in its own frame.
     margin = (FFT - HOP) // 2
-    rest = -len(audio) % SAMPLES_PER_FRAME  # up to a whole frame
+    # Pad to a whole frame, so that f frames always have 4 f steps.
+    rest = -len(audio) % SAMPLES_PER_FRAME
     padded = np.pad(np.asarray(audio, np.int16), (margin, margin + rest))
     steps = []
-    chunk = chunk_seconds * SAMPLE_RATE
+    chunk = chunk_seconds * SAMPLE_RATE  # samples
     for start in range(0, len(audio), chunk):  # an hour at once would take gigabytes
         piece = torch.from_numpy(padded[start : start + chunk + 2 * margin]) / 32768
         steps.append(mel_transform()(piece).clamp_min(MEL_FLOOR).log())  # m t
@@ -180,7 +185,8 @@ def audio_windows(mel, window=5, start=0, stop=None):
     last = MELS_PER_FRAME * (stop + window // 2)
     piece = torch.tensor(mel[max(first, 0) : last])  # not all of it: a clip may be an hour long
     piece = F.pad(piece, (0, 0, max(-first, 0), max(last - len(mel), 0)), value=SILENCE)
-    return piece.unfold(0, MELS_PER_FRAME * window, MELS_PER_FRAME).mT.numpy()  # f (4 window) m
+    # (4 (f + window - 1)) m -> f (4 window) m
+    return piece.unfold(0, MELS_PER_FRAME * window, MELS_PER_FRAME).mT.numpy()
 
 
 # ---------------------------------------------------------------- ffmpeg
@@ -198,7 +204,7 @@ TONE_MAPPING = (
 def run_ffmpeg(*arguments, blocks=()):
     """Run ffmpeg with `blocks` of bytes as its input -> (exit status, output bytes, log).
 
-    Raises ValueError if it was stopped from outside.
+    Raises ValueError if it was stopped from outside, or by a full disk or memory.
     """
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
@@ -215,12 +221,18 @@ def run_ffmpeg(*arguments, blocks=()):
         if process.returncode < 0 or process.returncode == 255:  # Ctrl-C, or out of memory
             raise ValueError("ffmpeg was stopped")  # what it wrote looks whole, but is not
         log.seek(0)
-        return process.returncode, output, log.read().decode(errors="replace")
+        text = log.read().decode(errors="replace")
+    shortage = "No space left|quota exceeded|Cannot allocate memory"
+    if short := re.search(rf"\[(?:error|fatal)\] .*({shortage})", text):
+        raise ValueError(f"ffmpeg was stopped: {short[1]}")
+    return process.returncode, output, text
 
 
 def first_error(log):
     """The first error in ffmpeg's log, or ''."""
-    errors = re.findall(r"^.*\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    # What it says of its output, or of having none as in `probe`, is no error of the file.
+    ours = "At least one output|Application provided invalid"
+    errors = re.findall(rf"^.*\[(?:error|fatal)\] (?!{ours})(.*)", log, re.MULTILINE)
     return errors[0] if errors else ""
 
 
@@ -326,13 +338,19 @@ def probe_sound(path):
 
 
 def is_silent(audio):
-    """Whether int16 audio never leaves +-1/1000 of full scale."""
+    """Whether int16 audio varies by less than 2/1000 of full scale; an offset is silence."""
     return not len(audio) or int(audio.max()) - int(audio.min()) < 66
 
 
 def decode_sound(inputs, track, *picture):
-    """Decode a sound track, and `picture` in the same run -> (int16 audio at 16 kHz, log)."""
+    """Decode a sound track, `picture` (output options) in the same run -> (int16 audio, log)."""
     _, output, log = run_ffmpeg(*inputs, *picture, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
+    if "audio parameters changed" in log:
+        # There new filters begin, which insert silence from 0 on: first make the sound uniform.
+        with tempfile.NamedTemporaryFile(suffix=".nut") as uniform:
+            coding = f"-ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le".split()
+            run_ffmpeg(*inputs, "-map", track, *coding, uniform.name)
+            _, output, _ = run_ffmpeg("-i", uniform.name, "-af", RESAMPLE, *AS_SAMPLES)
     audio = np.frombuffer(output, np.int16)
     if is_silent(audio):  # left and right may cancel each other: try the left channel alone
         left = f"pan=mono|c0=c0,{RESAMPLE}"
@@ -347,6 +365,8 @@ def picture_filters(video, shorter=None, fps=FPS):
     The shorter side gets that many pixels, or as many as in the file.
     """
     parts = re.search(r", \w+(?:\(([^)]*)\))?, (\d+)x(\d+)", video)
+    if not parts:
+        raise ValueError("its picture has no known size: the file is cut off or damaged")
     tags = parts[1] or ""  # range, matrix/primaries/transfer, scan: (tv, bt709, progressive)
     sides = sorted((int(parts[2]), int(parts[3])))
     scale = "scale='round(iw*sar)':ih"  # sar: the aspect ratio of a pixel, dar: of the picture
@@ -356,7 +376,15 @@ def picture_filters(video, shorter=None, fps=FPS):
     has_matrix = re.search("bt|smpte|fcc|gbr|ycgco|ictcp", tags.split("/")[0])
     if not has_matrix and (sides[0] > 576 or sides[1] > 1024):
         scale += ":in_color_matrix=bt709"  # as players assume for HD; ffmpeg assumes that of SD
-    filters = [f"fps={fps}:start_time=0", scale]
+    filters = [
+        "yadif=deint=interlaced",  # only frames that are marked so
+        # The filter fps repeats frames over holes. A hole of more than a minute is a wrong time,
+        # and would fill the disk: the video ends there, a minute later at most.
+        "select='lt(t-if(isnan(prev_selected_t),0,prev_selected_t),60)'",
+        "setpts='min(PTS,if(isnan(PREV_OUTPTS),0,PREV_OUTPTS)+60/TB)'",
+        f"fps={fps}:start_time=0",
+        scale,
+    ]
     if "smpte2084" in tags or "arib-std-b67" in tags:  # PQ or HLG
         if not can_tone_map():
             raise ValueError(
@@ -378,46 +406,47 @@ def can_tone_map():
 def decode_video(path, size, crop, output, sound_file=None, finder=None):
     """Write a video's frames, uint8 [f 3 h w], to the file `output` -> ((h, w), audio, note).
 
-    Audio is int16 [640 f], from `sound_file` if the video has none; without either it is empty. The
-    note says what part of a damaged file is used, and of how many faces. Raises ValueError with the
-    reason if there are no frames, or if `finder` finds no face.
+    Audio is int16 [640 f], from `sound_file` if the video has none or is silent; without either it
+    is empty. The note says how much of a damaged file is used, and how many faces were found.
+    Raises ValueError with the reason if there are no frames, or if `finder` finds no face.
     """
     streams = probe(path)
     if streams.video is None:
         raise ValueError("it has sound, but no picture")
     # Packets known to be damaged are dropped; the filter fps repeats the frame before them.
     inputs = ["-threads", 1, "-fflags", "+discardcorrupt", "-i", f"file:{path}"]
-    commands = Path(f"{output}.commands")
     faces = ""
     if size:
         filters = [*picture_filters(streams.video, round(size / crop)), f"crop={size}:{size}"]
     else:
         filters = picture_filters(streams.video)
-    if finder:
-        crops, faces = find_track(inputs, streams.video, crop, output, finder)
-        if crops:  # it is no face track yet
-            commands.write_text(crops)
-            moving = [f"sendcmd=filename={commands}", "crop=exact=1"]
-            square = f"scale={size}:{size}:flags=area+accurate_rnd"
-            filters = [*picture_filters(streams.video), *moving, square]
-    picture = raw_picture(filters, output)
-    try:
+    # The name of a temporary file has no signs that mean something in a list of filters.
+    with tempfile.NamedTemporaryFile("w", suffix=".commands") as commands:
+        if finder:
+            crops, faces = find_track(inputs, streams.video, crop, output, finder)
+            if crops:  # it is no face track yet
+                commands.write(crops)
+                commands.flush()
+                moving = [f"sendcmd=filename={commands.name}", "crop=exact=1"]
+                square = f"scale={size}:{size}:flags=area+accurate_rnd"
+                filters = [*picture_filters(streams.video), *moving, square]
+        picture = raw_picture(filters, output)
         if streams.sound is not None:
             audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
-        elif sound_file:
-            inputs += ["-i", f"file:{sound_file}"]
-            audio, log = decode_sound(inputs, f"1:{probe_sound(sound_file).sound}", *picture)
         else:
             audio = np.zeros(0, np.int16)
             _, _, log = run_ffmpeg(*inputs, *picture)
-    finally:
-        commands.unlink(missing_ok=True)
+    if sound_file and is_silent(audio):
+        track = f"0:{probe_sound(sound_file).sound}"
+        audio, sound_log = decode_sound(["-i", f"file:{sound_file}"], track)
+        log += sound_log
     height, width = raw_shape(log, output)
     num_frames = os.path.getsize(output) // (3 * height * width)
     if len(audio):
         # Containers round the two lengths differently: up to two frames of sound that are missing
         # are filled up with silence; where more is missing, the picture is cut off.
         num_frames = min(num_frames, len(audio) // SAMPLES_PER_FRAME + 2)
+        # 3: two missing frames and the rest of a third.
         audio = np.pad(audio, (0, 3 * SAMPLES_PER_FRAME))[: num_frames * SAMPLES_PER_FRAME]
     os.truncate(output, num_frames * 3 * height * width)
     used = num_frames / FPS
@@ -461,8 +490,8 @@ ALREADY_CUT = 0.5  # overlap with the middle of the picture above which nothing 
 def find_track(inputs, video, crop, output, finder):
     """Commands for ffmpeg's filter crop that follow the face in a video, and a note.
 
-    There are none if the face fills the middle `crop` of the picture already. `output` names a file
-    for the frames in between. Raises ValueError if there is no face in most of the video.
+    The commands are '' if the face already fills the middle `crop` of the picture. `output` names a
+    file for the frames in between. Raises ValueError if there is no face in most of the video.
     """
     filters = picture_filters(video, LOOK_SIZE, LOOK_HZ)
     _, _, log = run_ffmpeg(*inputs, *raw_picture(filters, output))
@@ -476,7 +505,7 @@ def find_track(inputs, video, crop, output, finder):
     path = []  # of the left upper corner, as a share of width and height
     for axis, whole in enumerate((width, height)):
         middles = boxes[:, axis::2].mean(1)
-        at = np.interp(np.arange(num_frames) / FPS, times / LOOK_HZ, middles)
+        at = np.interp(np.arange(num_frames) / FPS, times / LOOK_HZ, middles)  # num_frames
         at = gaussian_filter1d(at, STEADY * FPS, mode="nearest") - side / 2
         path.append(at.clip(0, whole - side) / whole)
     size = f"min(iw,ih)*{side / min(width, height):.5f}"
@@ -489,13 +518,14 @@ def find_track(inputs, video, crop, output, finder):
 def follow_face(frames, crop, finder):
     """The largest face in frames uint8 [f 3 h w]: indices [k] of frames, boxes [k 4], a note.
 
-    A face that fills the middle `crop` of a frame is as in training, and found more easily. Raises
+    A face in the middle `crop`, where training clips have it, is accepted at a lower score. Raises
     ValueError if there is none in four fifths of the frames.
     """
     tracks = []  # {frame: box} of one face
     for i, frame in enumerate(frames):
         free = list(tracks)
         for box in finder.find(frame, middle(*frame.shape[1:], crop)).numpy():
+            # The last box, however long ago: a face that is missed for a while keeps its track.
             near = [track for track in free if box_overlap(list(track.values())[-1], box) > 0.3]
             track = max(near, key=len, default={})
             if near:
@@ -518,7 +548,7 @@ def follow_face(frames, crop, finder):
 
 def box_overlap(a, b):
     """Intersection over union of two boxes (left, top, right, bottom)."""
-    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])  # 2
     shared = np.prod(sides.clip(0))
     return shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared)
 
@@ -538,7 +568,7 @@ def read_video(path, size=None, crop=1.0, finder=None):
 
     Frames are `size` pixels square, the middle `crop` of each side, or the face that `finder`
     finds; with size None they are as large as in the file. Audio is empty if there is none. Raises
-    ValueError with the reason; warns if only a part of the file, or of several faces one, is used.
+    ValueError with the reason; warns if only part of the file, or one of several faces, is used.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "frames")
@@ -578,7 +608,7 @@ def read_image(path, size=None, crop=1.0, finder=None):
         file_state(path)  # PIL would wait for a pipe
         with Image.open(path) as file:
             image = to_8_bits(ImageOps.exif_transpose(file)).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL raises many kinds, struct.error for odd EXIF among them
         reason = explain(path)
         if "truncated" in str(error).lower():
             reason = "the picture is cut off: copy or download it again"
@@ -639,7 +669,7 @@ def atomic_write(path):
 
 
 def check_output(path, suffixes=(".mp4", ".m4v", ".mov")):
-    """Raise ValueError unless a file of one of `suffixes` can be written there; for before work."""
+    """Raise ValueError unless a file with one of `suffixes` can be written; call it before work."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
@@ -692,12 +722,12 @@ def channels_last(frames):
 
 # ---------------------------------------------------------------- the cache of decoded clips
 
-CACHE_VERSION = 1  # to be raised when files are decoded in another way
-DAYS_KEPT = 30  # for which the clips of a dataset that nobody uses stay in the cache
+CACHE_VERSION = 2  # to be raised when files are decoded in another way
+DAYS_KEPT = 30  # days after which an unused dataset's clips are deleted from the cache
 
 
 def digest(key):
-    """16 hexadecimal digits that differ for different keys."""
+    """The first 16 hexadecimal digits of the SHA-256 of a key's repr."""
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
 
@@ -723,7 +753,7 @@ def open_cache(cache, root, size, crop, finder=None):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-            os.utime(folder)  # it is used
+            os.utime(folder)  # marks it as used, for the deletion below
         except OSError as error:
             reason = f"{place}: {error.strerror}"
             continue
@@ -774,8 +804,9 @@ class CacheFile:
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
         sound = find_sound(self.source)
         with atomic_write(self.path) as temporary:
-            sizes = self.size, self.crop, temporary
-            _, audio, note = decode_video(self.source, *sizes, sound, self.finder)
+            _, audio, note = decode_video(
+                self.source, self.size, self.crop, temporary, sound, self.finder
+            )
             num_frames = len(audio) // SAMPLES_PER_FRAME
             if not num_frames:
                 raise ValueError("no sound, in it or in a file beside it")
@@ -791,7 +822,8 @@ class CacheFile:
             with open(temporary, "ab") as file:
                 file.write(b"\n" + json.dumps(self.info).encode())
 
-    @functools.lru_cache(maxsize=1024)  # LRS3 has more clips than a process has memory maps
+    # 1024 maps at a time: Linux allows about 65,000, LRS3 has 150,000 clips.
+    @functools.lru_cache(maxsize=1024)
     def arrays(self):
         """{"frames", "audio", "mel"}, memory-mapped. A damaged or missing file is made anew."""
         whole = self.load_info()
@@ -841,20 +873,26 @@ NOT_A_PERSON = re.compile(
     r"(?i)(pre)?train(val)?|val(id(ation)?)?|dev|test|main|mp4|mpg|aac|wav|videos?|audios?|clips?"
     r"|frames|faces|media|files|data(sets?)?|dcim|camera|downloads?|pictures|movies"
     r"|(front|left|right|top|down)(_\d+)?|level_\d|(19|20)\d\d[-_.]?\d\d([-_.]?\d\d)?"
+    r"|(session|take|part|day|week|batch|cam|group|fold)[-_ ]?\d+|raw|cut|cropped|real|fake"
 )
 # Beginnings of file names that say nothing about who is in them.
 NOT_A_NAME = re.compile(
     r"(?i)|img|vid|videos?|mov|movie|pxl|dsc\w?|mvi|gopr|gh|gx|clips?|take|rec|record(ing)?|screen"
-    r"|whatsapp|signal|win|photo|film|trim|part|segment|scene|session"
+    r"|whatsapp|signal|win|photo|film|trim|part|segment|scene|session|c|p|mah|dji|gmt|zoom|meeting"
+    r"|teams|telegram|snapchat|tiktok|facetime|untitled|copy|new"
+)
+# The first word of a file name, with the number after it where the word is one for anybody.
+FIRST_WORD = re.compile(
+    r"(?i)((speaker|spk|subject|subj|sub|user|person|actor|id|p|s)[\W_])?[^\W_]*"
 )
 
 
-def person_of(path, base, loose=""):
+def person_of(path, base, refusal=""):
     """The person whose clip lies at `path`, below the deepest folder `base` that holds all clips.
 
-    Both are absolute. A known layout is recognised at any depth. Any other is <base>/<person>/
-    <clip> or, unless `loose` says why not, all clips of one person in `base`. Raises ValueError
-    where it is unclear who the person is.
+    Both are absolute. A known layout is recognised at any depth. Otherwise a path must be
+    <base>/<person>/<clip>; a file directly in `base` belongs to the person `base` is named after,
+    or is refused with the reason `refusal`. Raises ValueError where it is unclear who it is.
     """
     stem = os.path.splitext(path)[0].replace(os.sep, "/")
     below = stem[len(base.rstrip("/")) :]
@@ -863,8 +901,8 @@ def person_of(path, base, loose=""):
         return match[match.lastindex]
     folders = below.split("/")[1:-1]
     if not folders:
-        if loose:
-            raise ValueError(loose)
+        if refusal:
+            raise ValueError(refusal)
         return os.path.basename(base)
     if len(folders) == 1 and not NOT_A_PERSON.fullmatch(folders[0]):
         return folders[0]
@@ -875,9 +913,10 @@ def person_of(path, base, loose=""):
 
 
 def several_people(names):
-    """Words with which several file names each begin, as if of several people: anna_1, bob_1 ..."""
+    """First words of two or more names each, if there are two such words (anna_1, bob_1), or []."""
+    # Dates at the beginning are no names: 20240105_1.mp4.
     dateless = [re.sub(r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d", "", name) for name in names]
-    words = [re.split(r"[\W_]", name)[0] for name in dateless]
+    words = [FIRST_WORD.match(name)[0] for name in dateless]
     # Once with numbers (sub01-a, sub01-b, sub02-a), once without (anna1, anna2, bob1).
     for beginnings in (words, [word.rstrip("0123456789") for word in words]):
         counts = Counter(word for word in beginnings if not NOT_A_NAME.fullmatch(word))
@@ -887,24 +926,36 @@ def several_people(names):
     return []
 
 
+def printable(text):
+    """Text with \\xe9 for each byte of a file name that is not UTF-8, which `print` refuses."""
+    return os.fsencode(text).decode(errors="backslashreplace")
+
+
 def assign_people(paths):
     """{path: (person, clip name)} of absolute paths, and [(path, reason)] of what is left out."""
     base = os.path.commonpath([os.path.dirname(path) for path in paths])
     stems = [os.path.splitext(path)[0][len(base.rstrip(os.sep)) + 1 :] for path in paths]
-    loose = ""
+    refusal = ""
     if any(os.sep in stem for stem in stems):
-        loose = "it lies beside the folders of people: put it into the folder of its person"
+        refusal = "it lies beside the folders of people: put it into the folder of its person"
+    elif any(LAYOUTS.search("/" + stem) or LAYOUTS_BELOW.search("/" + stem) for stem in stems):
+        refusal = "its name does not tell whose it is, as others' here do: put it into a folder"
     elif names := several_people(stems):
         people = ", ".join(names[:5])
-        loose = f"the names suggest several people ({people} ...): put each one's into one folder"
+        refusal = f"the names suggest several people ({people} ...): put each one's into one folder"
+        refusal += "; if it is one person, rename them"
     assigned, left_out, taken = {}, [], {}
     for path, stem in zip(paths, stems):
         try:
-            person = person_of(path, base, loose)
+            person = person_of(path, base, refusal)
             # pretrain/anna/1 -> anna, pretrain-1
-            clip = person, "-".join(part for part in stem.split(os.sep) if part != person)
+            *folders, name = stem.split(os.sep)
+            name = "-".join([*(folder for folder in folders if folder != person), name])
+            clip = printable(person), printable(name)
             if clip in taken:
-                raise ValueError(f"only the suffix tells it from {taken[clip]}: taken for a copy")
+                raise ValueError(
+                    f"it differs from {taken[clip]} in its suffix only: left out as a copy"
+                )
         except ValueError as error:
             left_out.append((Path(path), str(error)))
         else:
@@ -951,10 +1002,10 @@ class TalkingHeads:
     """All usable clips of a dataset, which is a folder or one video file.
 
     `clips` are sorted by person and name; `people` is {person: [Clip]}; `skipped` holds (path,
-    reason) of files that cannot be used, `notes` (path, note) of those of which a part is not used.
-    `size` is in pixels, `crop` the share of each side that is kept, from the middle; `finder` cuts
-    out the face where the middle does not show it. Raises ValueError if there is no dataset or
-    nothing usable.
+    reason) of files that cannot be used, `notes` (path, note) of files that are used in part and of
+    folders whose file names suggest several people. `size` is in pixels, `crop` the share of each
+    side that is kept, from the middle; `finder` cuts out the face where the middle does not show
+    it. Raises ValueError if there is no dataset or nothing usable.
     """
 
     def __init__(self, root, size=64, crop=1.0, cache=None, progress=False, finder=None):
@@ -969,36 +1020,54 @@ class TalkingHeads:
         files, distinct = {}, {}
         for path in assigned:
             try:
-                key = digest(identity_of(path))
+                # Their sound does not lie beside the file, but beside each link.
+                sound = find_sound(path) if os.path.islink(path) else None
+                key = digest((*identity_of(path), sound))
             except ValueError as error:
                 self.skipped.append((Path(path), str(error)))
                 continue
             if key not in distinct:
                 distinct[key] = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
             files[path] = distinct[key]
-        for file in folder.glob("[!.]*.clip"):  # of clips that were deleted or changed
-            if file.stem not in distinct:
-                file.unlink(missing_ok=True)
+        for file in folder.glob("*.clip"):  # of clips that were deleted or changed
+            if file.stem in distinct:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                # A hidden file is being written now, or was when its process was killed.
+                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > 86400:
+                    file.unlink()
 
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in distinct.values() if not file.load_info()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(num_cpus()) as pool:
             jobs = pool.map(decode_into_cache, missing)
-            quiet = None if progress and missing else True
-            reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=quiet)))
+            disable = None if progress and missing else True  # None: if there is no terminal
+            reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=disable)))
+        contents = {}
         for path, file in files.items():
             if reasons.get(file):
                 self.skipped.append((Path(path), reasons[file]))
+                continue
+            # A copy might be for training, and its original for the test.
+            content = assigned[path][0], file.info["frames"], file.info["checksum"]
+            original = contents.setdefault(content, path)
+            if original != path:
+                self.skipped.append((Path(path), f"the same picture and sound as {original}"))
                 continue
             text = os.path.splitext(path)[0] + ".txt"
             prompt, opening, trouble = read_notes(text, file.info["frames"])
             self.clips.append(Clip(*assigned[path], Path(path), file, file, file, prompt, opening))
             self.notes += [(Path(path), note) for note in (file.info["note"], trouble) if note]
         if not self.clips:
-            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
-            raise ValueError(f"no usable clip in {root}, {len(self.skipped)} skipped: {reasons}")
+            examples = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
+            raise ValueError(f"no usable clip in {root}, {len(self.skipped)} skipped: {examples}")
         self.clips.sort(key=attrgetter("person", "name"))
         self.people = by_person(self.clips)
+        for person, clips in self.people.items():
+            own = [clip.path for clip in clips if clip.path.parent.name == person]
+            if names := ", ".join(several_people([path.stem for path in own])[:5]):
+                note = f"the names suggest several people ({names} ...), taken for one"
+                self.notes.append((own[0].parent, note))
 
     def find_clips(self):
         """{path: (person, clip name)} of the video files. Raises ValueError if there are none."""
@@ -1019,11 +1088,18 @@ class TalkingHeads:
 
 
 def identity_of(path):
-    """What changes whenever the content of a file does. Links to one file have the same."""
+    """(path, size, time) of a file, links resolved once: changes whenever the content does."""
     state = file_state(path)
     with contextlib.suppress(OSError):  # not a link
         path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
     return path, *state
+
+
+def num_cpus():
+    """Number of CPUs that this process may use, which Slurm and containers limit."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def decode_into_cache(file):
@@ -1057,7 +1133,7 @@ def read_notes(path, num_frames):
 
 
 def by_person(clips, min_frames=0):
-    """{person: [Clip of at least so many frames]}, in the order of the clips."""
+    """{person: [Clip of at least `min_frames`]}, in the order of the clips."""
     people = {}
     for clip in clips:
         if clip.num_frames >= min_frames:
@@ -1083,50 +1159,70 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, syn
     """The people of a dataset by role; prints which files are not used, and why.
 
     If `root` does not exist and its name begins with "synthetic", the dataset is made first, of a
-    dict `synthetic` of public_people and keyword arguments of `make_synthetic`.
+    dict `synthetic` of public_people and keyword arguments of `make_synthetic`. Raises ValueError
+    if it was made here with other settings.
     """
     root = Path(root)
-    if synthetic and root.name.startswith("synthetic") and not root.exists():
+    if synthetic and root.name.startswith("synthetic"):
         options = {"num_clients": num_clients, "num_unseen": num_unseen, "size": size, "seed": seed}
         options |= {key: value for key, value in synthetic.items() if key != "public_people"}
-        make_synthetic(root, synthetic["public_people"], progress=True, **options)
+        options["num_public"] = synthetic["public_people"]
+        record = root / "options.json"
+        if not root.exists():
+            make_synthetic(root, progress=True, **options)
+            with atomic_write(record) as temporary:
+                temporary.write_text(json.dumps(options))
+        elif record.exists():
+            made = json.loads(record.read_text())
+            other = [key for key in options if made.get(key, options[key]) != options[key]]
+            if other:
+                raise ValueError(
+                    f"{root} was made with another {', '.join(other)}: remove it, or set another "
+                    "data.root"
+                )
     dataset = TalkingHeads(root, size, crop, cache, progress=True)
     print_troubles(dataset, most=20)
-    roles = split_people(list(dataset.people), num_clients, num_unseen, seed)
+    # Clients need a clip each for training, validation and testing.
+    few = {name for name, clips in dataset.people.items() if len(clips) < 3}
+    roles = split_people(list(dataset.people), num_clients, num_unseen, seed, few)
     if len(roles[0]) < MIN_PUBLIC:
         raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
     return People(*({name: dataset.people[name] for name in names} for names in roles))
 
 
 def print_troubles(dataset, most=None):
-    """Print at most so many of the files that are skipped or used in part, and their number."""
+    """Print up to `most` files that are skipped, and that have a note, with the reasons."""
     for title, files in (("skipped", dataset.skipped), ("note", dataset.notes)):
         for path, text in files[:most]:
-            print(f"{title}: {path}: {text}")
+            print(printable(f"{title}: {path}: {text}"))
         if most and len(files) > most:
             print(f"{title}: {len(files) - most} more (python data.py --check {dataset.root})")
 
 
-def split_people(names, num_clients, num_unseen, seed):
+def split_people(names, num_clients, num_unseen, seed, no_clients=()):
     """Disjoint sorted lists of public people, clients and unseen people.
 
-    Names such as client-003 keep their role. Raises ValueError if there are too few people.
+    Names such as client-003 keep their role, but nobody in `no_clients`, who have too few clips, is
+    a client. Raises ValueError if there are too few people.
     """
     if num_clients < 1 or num_unseen < 0:
         raise ValueError(f"{num_clients} clients and {num_unseen} unseen people: 1 and 0 at least")
     roles = {role: sorted(name for name in names if name.startswith(role + "-")) for role in ROLES}
+    roles["client"] = [name for name in roles["client"] if name not in no_clients]
     # Everybody else may get any role.
     free = sorted(set(names).difference(*roles.values()))
     rng_of("people", seed).shuffle(free)
     for role, wanted in (("client", num_clients), ("unseen", num_unseen)):
+        fit = [name for name in free if role != "client" or name not in no_clients]
         missing = max(0, wanted - len(roles[role]))
-        roles[role] = roles[role][:wanted] + free[:missing]
-        free = free[missing:]
+        roles[role] = roles[role][:wanted] + fit[:missing]
+        free = [name for name in free if name not in roles[role]]
     public = sorted(roles["public"] + free)
     if len(roles["client"]) < num_clients or len(roles["unseen"]) < num_unseen or not public:
+        few = f" ({len(no_clients)} with fewer than 3 clips)" if no_clients else ""
         raise ValueError(
-            f"{len(names)} people cannot be split into {num_clients} clients, {num_unseen} unseen "
-            "people and at least one public person"
+            f"{len(names)} people{few} cannot be split into {num_clients} clients, {num_unseen} "
+            "unseen people and at least one public person"
         )
     return public, sorted(roles["client"]), sorted(roles["unseen"])
 
@@ -1137,23 +1233,21 @@ def num_held_out(num_clips):
 
 
 def split_clips(clips, seed):
-    """{"train", "validation", "test": clips}; a fifth of each person's in either of the last two.
+    """{"train", "validation", "test": clips} of one person; a fifth in each of the last two.
 
-    Raises ValueError for a person with fewer than three clips.
+    Raises ValueError for fewer than three clips.
     """
-    parts = {"train": [], "validation": [], "test": []}
-    for person, own in by_person(clips).items():
-        if len(own) < 3:
-            raise ValueError(
-                f"{person} has {len(own)} usable clips; train, validation and test need at least 3"
-            )
-        # A person's split does not depend on who else is there.
-        order = rng_of("clips", seed, person).permutation(len(own))
-        held_out = num_held_out(len(own))
-        chosen = np.split(order, [held_out, 2 * held_out])
-        for part, indices in zip(("validation", "test", "train"), chosen):
-            parts[part] += [own[i] for i in sorted(indices)]
-    return parts
+    person = clips[0].person
+    if len(clips) < 3:
+        raise ValueError(
+            f"{person} has {len(clips)} usable clips; train, validation and test need at least 3"
+        )
+    # A person's split does not depend on who else is there.
+    order = rng_of("clips", seed, person).permutation(len(clips))
+    held_out = num_held_out(len(clips))
+    validation, test, train = np.split(order, [held_out, 2 * held_out])
+    parts = {"train": train, "validation": validation, "test": test}
+    return {part: [clips[i] for i in sorted(indices)] for part, indices in parts.items()}
 
 
 def segment(clips, seconds):
@@ -1169,20 +1263,14 @@ def segment(clips, seconds):
 
 
 def assign_corruptions(names, share, seed):
-    """{name: fault} of the `share` of clients that are unreliable; a greater share adds to it."""
+    """{name: fault} of unreliable clients; a larger `share` keeps the faults of a smaller one."""
     order = rng_of(seed, "faults").permutation(len(names)).tolist()
     faults = ("shifted sound", "flicker", "noise")
     return {names[i]: faults[rank % 3] for rank, i in enumerate(order[: round(share * len(names))])}
 
 
-def corrupt(clip, fault, seed):
-    """The clip with a fault of `assign_corruptions`."""
-    rng = rng_of(seed, clip.person, clip.name, fault)
-    frames, audio = add_fault(rng, clip.frames, clip.audio, fault)
-    return replace(clip, frames=frames, audio=audio, mel=log_mel(audio))
-
-
 def add_fault(rng, frames, audio, fault):
+    """Frames and sound of a clip with a fault of `assign_corruptions`, or None."""
     if fault == "shifted sound":
         shift = rng.choice([-1, 1]) * rng.integers(8, 13)  # frames
         audio = np.roll(audio, shift * SAMPLES_PER_FRAME)
@@ -1201,47 +1289,44 @@ def sample_batch(people, batch_size, num_frames, generator, window=5, same_clip=
     a frame of any of the person's clips, or of the same one, outside of the window where there is
     room.
 
-    A person's probability grows with the root of the number of clips: in between a person of one
-    clip, learned by heart, and a person of 300 who drowns the others. Returns a dict of tensors
-    frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel [b f (4 window) 40], opening [b f]
-    (NaN if unknown), liveliness [b], and of lists person and prompt. Where the reference is of a
-    clip with the same prompt, it shows the expression already and the prompt is "". Raises
+    A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
+    people with one clip would be learned by heart; in proportion, a person with 300 would dominate.
+    Returns a dict of tensors frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel
+    [b f (4 window) 40], liveliness [b], and of a list prompt. If the reference comes from a clip
+    with the same prompt, it shows the expression already, and the prompt becomes "". Raises
     ValueError if nobody has a clip.
     """
     if not people:
         raise ValueError(f"no clip has the {num_frames} frames that a training window needs")
     names = sorted(people)
-    probability = torch.tensor([float(len(people[name])) for name in names]).sqrt()
+    probability = torch.tensor([float(len(people[name])) for name in names]).sqrt()  # people
 
-    def draw(options):
+    def pick(options):
         return options[int(torch.randint(len(options), (), generator=generator))]
 
     rows = []
     drawn = torch.multinomial(probability, batch_size, replacement=True, generator=generator)
     for i in drawn.tolist():
         own = people[names[i]]
-        clip = draw(own)
-        start = draw(range(clip.num_frames - num_frames + 1))
+        clip = pick(own)
+        start = pick(range(clip.num_frames - num_frames + 1))
         stop = start + num_frames
-        other = clip if same_clip else draw(own)
+        other = clip if same_clip else pick(own)
         indices = range(other.num_frames)
         if other is clip and clip.num_frames > num_frames:
             indices = [*range(start), *range(stop, clip.num_frames)]
-        opening = np.full(stop, np.nan, np.float32) if clip.opening is None else clip.opening
         row = {
             "frames": clip.frames[start:stop],  # f 3 H W
-            "reference": other.frames[draw(indices)],  # 3 H W
+            "reference": other.frames[pick(indices)],  # 3 H W
             "mel": audio_windows(clip.mel, window, start, stop),  # f (4 window) 40
-            "opening": opening[start:stop],  # f
             "liveliness": np.float32(clip.liveliness),
-            "person": clip.person,
             "prompt": clip.prompt if clip.prompt != other.prompt else "",
         }
         rows.append(row)
     batch = {key: [row[key] for row in rows] for key in rows[0]}
     for key in ("frames", "reference"):
         batch[key] = to_float(np.stack(batch[key]))
-    for key in ("mel", "opening", "liveliness"):
+    for key in ("mel", "liveliness"):
         batch[key] = torch.from_numpy(np.stack(batch[key]))
     return batch
 
@@ -1253,6 +1338,7 @@ def typical_liveliness(clips):
 
 def reference_frame(clips, most=500):
     """The frame uint8 [3 H W] of a person's clips that is most like their mean: a typical pose."""
+    # At least every second: neighbours hardly differ.
     step = max(2, sum(clip.num_frames for clip in clips) // most)
     frames = np.concatenate([clip.frames[::step] for clip in clips])  # n 3 H W
     distances = np.square(frames - frames.mean(0, np.float32)).mean((1, 2, 3))
@@ -1276,15 +1362,15 @@ VIEW_NAMES = (
 
 
 def augment(clips, view, generator):
-    """Show clips [b f 3 h w] in [0, 1] as other cameras would; `view` [b 11] has VIEW_NAMES."""
+    """Clips [b f 3 h w] in [0, 1] as other cameras would record them; `view` [b 11]: VIEW_NAMES."""
     b, f, _, h, w = clips.shape
     zoom, shift_x, shift_y, roll, brightness, gamma, warmth, *rest = view.to(clips.device).T  # b
-    light_x, light_y, degradation, mirror = rest
+    light_x, light_y, degradation, mirror = rest  # b
     scale = torch.exp(-0.3 * zoom.clamp_min(0) - 0.1 * zoom.clamp_max(0))  # 0.74, closer, to 1.1
     across = torch.where(mirror < 0, -scale, scale)
     cos, sin = torch.cos(0.15 * roll), torch.sin(0.15 * roll)
     affine = [across * cos, -scale * sin, 0.1 * shift_x, across * sin, scale * cos, 0.1 * shift_y]
-    affine = torch.stack(affine, 1).view(b, 2, 3)
+    affine = torch.stack(affine, 1).view(b, 2, 3)  # b 2 3
     grid = F.affine_grid(affine, (b, 3, h, w), align_corners=False)  # b h w 2
     x = rearrange(clips, "b f c h w -> b (f c) h w")  # all frames of a clip move alike
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
@@ -1294,7 +1380,7 @@ def augment(clips, view, generator):
     grid_x, grid_y = grid.unbind(-1)  # b h w, from -1 to 1
     light = 1 + 0.35 * light_x.view(b, 1, 1) * grid_x + 0.2 * light_y.view(b, 1, 1) * grid_y
     gain = torch.einsum("b c, b h w -> b c h w", colour, light)
-    x = rearrange(x, "b (f c) h w -> b f c h w", f=f) * gain[:, None]
+    x = rearrange(x, "b (f c) h w -> b f c h w", f=f) * gain[:, None]  # b f c h w
     for clip, amount in zip(x, degradation.tolist()):  # f c h w
         if amount < 0:
             blurred = F.avg_pool2d(clip, 3, 1, 1, count_include_pad=False)
@@ -1391,7 +1477,8 @@ def make_person(seed, name, accent=0.0):
     p.light *= rng.choice([-1, 1])
     p.background = random_colour(rng, p.brightness)
     p.clothes = random_colour(rng, 0.9 * p.brightness)
-    # Neighbours in number get different looks, so that even a dozen people cover the range.
+    # Neighbours in number get different looks, so that even a dozen people cover the range. Roles
+    # start at looks 37 apart, whatever the seed.
     i = int(number) + 37 * ROLES.index(role) + int(rng_of(seed).integers(100))
     dark = i % 7 in (3, 5)
     p.skin = rgb(SKINS[i % 7])
@@ -1401,10 +1488,10 @@ def make_person(seed, name, accent=0.0):
     p.lips_colour = p.skin * rng.uniform((0.72, 0.5, 0.5), (0.95, 0.66, 0.68)).astype(np.float32)
     p.eyes = rgb(rng.choice(EYES))
     p.glasses = rgb(rng.choice(GLASSES))
-    # An accent: vowels sound as everybody's but open the mouth as other vowels do. Everybody has
-    # one of their own; clients have three times as much, and share three quarters of theirs.
+    # Accent: vowels sound alike for all but open the mouth as other vowels do. Everybody has one of
+    # their own; clients have three times as much, and share three quarters of theirs.
     usual = np.array([shape[:2] for shape in VOWELS.values()])  # v 2
-    other = rng.permutation(usual)
+    other = rng.permutation(usual)  # v 2
     if is_client:
         other = 0.75 * usual[::-1] + 0.25 * other
     mouths = usual + (accent if is_client else accent / 3) * (other - usual)
@@ -1463,7 +1550,7 @@ def synthesize(rng, p, curve):
     *gain, hiss, pitch = controls[0].numpy()
     turns = np.cumsum(pitch, dtype=np.float64) / SAMPLE_RATE  # [n], of the fundamental
     phase = (harmonic * turns % 1).astype(np.float32)  # k n
-    voice = (gain * np.sin(2 * np.pi * phase)).sum(0)
+    voice = (gain * np.sin(2 * np.pi * phase)).sum(0)  # n
     white = rng.standard_normal(len(voice) + 2)
     sound = 0.035 * voice + 0.02 * hiss * np.diff(white, 2) + 0.001 * white[2:]
     return (sound.clip(-1, 1) * 32767).astype(np.int16)
@@ -1483,7 +1570,7 @@ SHADOW = np.array([0.7, 0.6, 0.57], np.float32)  # skin that lies in the shadow,
 
 
 def make_motion(rng, p, curve, num_frames, prompt):
-    """What moves, each float32 [f 1 1]: head, eyes, brows, and the mouth as in the speech curve."""
+    """Namespace of motion, each float32 [f 1 1]: head, eyes, brows, mouth of the speech curve."""
     smile, lift, slant, eye_opening = PROMPTS[prompt or "calm"]
     t = (np.arange(num_frames) + 0.5) / FPS
     opening, width, _, _, voicing, _ = curve[(t * CONTROL_HZ).astype(int)].T  # f
@@ -1517,7 +1604,7 @@ def ellipse(x, y, rx, ry):
 
 
 def overlap(*distances):
-    """Signed distance to what several shapes have in common."""
+    """Signed distance to the intersection of several shapes."""
     return functools.reduce(np.maximum, distances)
 
 
@@ -1526,8 +1613,8 @@ def draw(p, m, size):
 
     Shapes are signed distances, negative inside, in 64ths of the picture; y points down.
     """
-    across = (np.arange(size, dtype=np.float32) + 0.5) * 64 / size - 32
-    down = across[:, None]
+    across = (np.arange(size, dtype=np.float32) + 0.5) * 64 / size - 32  # w
+    down = across[:, None]  # h 1
     image = np.empty((3, len(m.x), size, size), np.float32)  # 3 f h w
     image[:] = p.background[:, None, None, None] * (1.08 - 0.006 * (down + 0.5 * across))
 
@@ -1655,11 +1742,11 @@ def make_synthetic(
     mouths differ for the same sound (`make_person`). Raises ValueError for values out of range, and
     if `root` is not empty.
     """
-    root = Path(root)
+    root = Path(os.path.abspath(root))  # nothing can be moved to "."
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root} exists already; remove it to make it anew")
+        raise ValueError(f"{root} exists already: remove it first")
     if min(num_public, num_clients, num_unseen, clips_per_public - 1, clips_per_client - 1) < 0:
-        raise ValueError("numbers of synthetic people must not be negative, and each needs a clip")
+        raise ValueError("numbers of people must be at least 0, and of clips at least 1")
     if not 0 <= unreliable <= 1 or not 0 <= accent <= 1:
         raise ValueError("unreliable and accent must lie in 0..1")
     if seconds < MIN_FRAMES / FPS or size < 16 or size % 2:
@@ -1675,7 +1762,7 @@ def make_synthetic(
         new = Path(folder, "new")
         new.mkdir()
         stems = [new / name / f"{i:05d}" for name, clips in people.items() for i in range(clips)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(num_cpus()) as pool:
             jobs = pool.map(functools.partial(make_clip, **options), stems)
             list(tqdm(jobs, "making talkers", len(stems), disable=None if progress else True))
         new.replace(root)

@@ -839,14 +839,16 @@ def load_people(config):
 def find_faces(config, people, finder):
     """Return the people with the faces of clients and unseen people cut out of their clips.
 
-    Raises ValueError for a person in whose clips no face is found.
+    Raises ValueError for people in too few of whose clips a face is found.
     """
     found = read_clips(config, config["data"]["root"], finder).people
     roles = []
-    for role in (people.clients, people.unseen):
-        lost = sorted(set(role) - set(found))
+    for role, least in ((people.clients, 3), (people.unseen, 1)):
+        lost = ", ".join(sorted(name for name in role if len(found.get(name, ())) < least))
         if lost:
-            raise ValueError(f"data.find_faces: no face found in the clips of {', '.join(lost)}")
+            raise ValueError(
+                f"data.find_faces: a face is found in fewer than {least} clips of {lost}"
+            )
         roles.append({name: found[name] for name in role})
     return data.People(people.public, *roles)
 

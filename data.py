@@ -1144,7 +1144,7 @@ def by_person(clips, min_frames=0):
 # ---------------------------------------------------------------- people and splits
 
 ROLES = ("public", "client", "unseen")  # with which the names of synthetic talkers begin
-MIN_PUBLIC = 4
+MIN_PUBLIC = 8  # two halves, of each of which judges are trained
 
 
 class People(NamedTuple):
@@ -1174,7 +1174,12 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, syn
                 temporary.write_text(json.dumps(options))
         elif record.exists():
             made = json.loads(record.read_text())
-            other = [key for key in options if made.get(key, options[key]) != options[key]]
+            # Fewer people than there are can be used.
+            other = [
+                key
+                for key, value in options.items()
+                if made[key] != value and not (key.startswith("num_") and made[key] > value)
+            ]
             if other:
                 raise ValueError(
                     f"{root} was made with another {', '.join(other)}: remove it, or set another "

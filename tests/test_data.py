@@ -1172,7 +1172,7 @@ def test_clients_with_too_few_clips_of_their_face_are_named(monkeypatch):
 
 def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, capsys):
     talkers = {
-        "public_people": 4,
+        "public_people": 8,
         "clips_per_public": 1,
         "clips_per_client": 3,
         "seconds": 0.4,
@@ -1187,7 +1187,7 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
         "synthetic": talkers,
     }
     people = data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)
-    assert [len(role) for role in people] == [4, 2, 1] and set(people.clients) == {
+    assert [len(role) for role in people] == [8, 2, 1] and set(people.clients) == {
         "client-000",
         "client-001",
     }
@@ -1198,6 +1198,8 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
     assert "public-000/bad.mp4: a text file" in capsys.readouterr().out
     with pytest.raises(ValueError, match="synthetic-small was made with another num_clients: rem"):
         data.load_people(tmp_path / "synthetic-small", num_clients=3, **options)
+    people = data.load_people(tmp_path / "synthetic-small", num_clients=1, **options)
+    assert [len(role) for role in people] == [8, 1, 1]  # fewer can be used
     changed = options | {"seed": 1, "synthetic": talkers | {"unreliable": 0.5}}
     with pytest.raises(ValueError, match="made with another seed, unreliable: "):
         data.load_people(tmp_path / "synthetic-small", num_clients=2, **changed)

@@ -730,6 +730,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
     mechanism = make_mechanism(config, len(state["adapter"]))
     accountant = privacy.Accountant(state["accountant"])
     training = training_kwargs(config, "fed", device)
+    rating = {"alpha": f["reliability_alpha"], "public_jitter": public_jitter}
     for index in tqdm(range(state["round"], f["rounds"]), "rounds", disable=workers.rank > 0):
         key = bytes.fromhex(state["sampling_key"])
         cohort = privacy.draw_cohort(
@@ -757,15 +758,8 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 r = 1.0
                 if f["gamma"]:
                     # of phi_k, which local_update has left in the model
-                    r = fed.reliability(
-                        model,
-                        judges,
-                        client.validation_batch(model),
-                        seed,
-                        alpha=f["reliability_alpha"],
-                        public_jitter=public_jitter,
-                        **config["sampling"],
-                    )
+                    batch = client.validation_batch(model)
+                    r = fed.reliability(model, judges, batch, seed, **rating, **config["sampling"])
                 weight = fed.isfa_weight(client.num_samples, r, f["gamma"], f["sample_cap"])
                 diagnostics[i] |= terms | {"reliability": r, "norm": float(update.norm())}
             uploads[i] = update, weight

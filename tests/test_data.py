@@ -1146,13 +1146,13 @@ def test_who_has_too_few_clips_to_split_is_no_client(tmp_path, grey_clips):
     public, clients, unseen = data.split_people(names, 4, 1, seed=1, no_clients=few)
     assert len(clients) == 4 and not few & set(clients)
     assert unseen == ["unseen-0"] and "client-0" in public
-    for i in range(9):
+    for i in range(10, 22):
         copy(grey_clips[0], tmp_path / "in" / f"p{i}" / "0.mp4")
-        for k in range(1, 2 if i < 6 else 3):
+        for k in range(1, 2 if i < 19 else 3):
             (tmp_path / "in" / f"p{i}" / f"{k}.mp4").symlink_to(grey_clips[k])
     people = data.load_people(tmp_path / "in", 16, 1.0, 3, 1, 0, cache=tmp_path / "cache")
-    assert set(people.clients) == {"p6", "p7", "p8"}
-    with pytest.raises(ValueError, match="9 people .6 with fewer than 3 clips. cannot be split"):
+    assert set(people.clients) == {"p19", "p20", "p21"}
+    with pytest.raises(ValueError, match="12 people .9 with fewer than 3 clips. cannot be split"):
         data.load_people(tmp_path / "in", 16, 1.0, 4, 1, 0, cache=tmp_path / "cache")
 
 

@@ -370,7 +370,7 @@ def train_adapter(
                 optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             else:
-                # Option II divides phi_k - g by K lr: no clipping, momentum or decay may come between.
+                # Option II divides phi_k - g by K lr: neither clipping nor momentum may interfere.
                 for parameter, piece in zip(parameters, corrections):
                     parameter.grad += piece
             optimizer.step()
@@ -410,13 +410,15 @@ def local_update(model, judges, client, state, seed, *, local_epochs, lr, batch_
     )
     # (g - phi_k) / (K lr) is the mean gradient of the K steps.
     change = (start - trained) / (num_steps * lr) - state["control"]
+    if not change.sum().isfinite():
+        raise ValueError("the control variate is not finite")
     client.save_control(state["round"] + 1, own_control + change)
     return torch.cat([trained - start, change]), terms
 
 
 @contextlib.contextmanager
 def catch_failure(client, record):
-    """Turn whatever fails at a client into record["failure"]: it costs this client's update only."""
+    """Turn whatever fails at a client into record["failure"]: it costs its own update only."""
     try:
         yield
     except Exception as error:
@@ -468,6 +470,9 @@ def round_params(mechanism, cohort_size):
             f"the cohort has {cohort_size} clients, {needed} are needed"
         )
     neighbors = privacy.choose_neighbors(cohort_size)
+    # It takes more than half of a client's neighbours to open its upload: curious ones never are.
+    if neighbors is not None and mechanism.num_curious > neighbors // 2:
+        neighbors = None
     return privacy.RoundParams(
         cohort_size, mechanism.length + 1, neighbors=neighbors, min_survivors=needed
     )

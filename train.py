@@ -273,7 +273,7 @@ def make_mechanism(config, length):
 
 
 def accounted_rate(f):
-    """Return the sampling rate that the accountant may count on: only Poisson sampling amplifies."""
+    """Return the rate to account with: 1 for fixed cohorts, for which `Accountant` has no bound."""
     return 1.0 if f["fixed_cohorts"] else f["sample_rate"]
 
 
@@ -406,7 +406,7 @@ def sample_frames(public, num_frames, generator):
 
 
 def train_autoencoder(config, public, device):
-    """Return the state of an AutoencoderKL trained on single public frames: L1 + L2 + a small KL."""
+    """Return the state of an AutoencoderKL trained on public frames: L1 + L2 + a small KL."""
     settings = config["backbone"]
     torch.manual_seed(config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
@@ -668,7 +668,7 @@ def load_finder(config, backbone):
 
 
 def add_adapter(config, model, directions, section):
-    """Put the adapters of config section `lora` or `personal` into the frozen model and return it."""
+    """Put the adapters of config section `lora` or `personal` into a frozen model; return it."""
     settings = config[section]
     lora.inject_lora(
         model.unet,
@@ -687,7 +687,7 @@ def add_adapter(config, model, directions, section):
 
 
 def train(config, people, run, device, workers):
-    """Backbone, federated rounds, personal adapters, evaluation and report, into the folder `run`."""
+    """Do everything, into the folder `run`: backbone, rounds, personal adapters and report."""
     stopwatch = Stopwatch(run, workers)
     # -- on public people's clips: backbone, judges, the directions of the adapters
     backbone = load_or_pretrain(config, people.public, run, device, workers)
@@ -700,7 +700,7 @@ def train(config, people, run, device, workers):
     # -- between clients and server: Algorithm 1
     clients = make_clients(config, people, run)
     state = workers.broadcast(load_or_initialize(config, model, backbone, run))
-    # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: where it is not, no disk is shared.
+    # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: without it no disk is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
     jitter = backbone["public_jitter"]
@@ -893,7 +893,8 @@ def load_or_initialize(config, model, backbone, run):
     """Return the state of the rounds, from last.pt or as before round 0.
 
     It holds the global adapter [d], the number of rounds done, the accountant's history, the
-    sampling key and, for SCAFFOLD alone, c under the name "control". Raises ValueError for the adapter of another backbone or shape.
+    sampling key and, for SCAFFOLD alone, c under the name "control". Raises ValueError for the
+    adapter of another backbone or shape.
     """
     description = describe_adapter(config, "lora", checksum(backbone["model"]))
     if (run / "last.pt").exists():
@@ -940,6 +941,7 @@ def summarize_round(config, accountant, diagnostics):
 
     Raises ValueError if every client failed.
     """
+    # Only a simulation sees failures: a server could not, as clients that fail send zeros.
     failures = [d["failure"] for d in diagnostics.values() if "failure" in d]
     if diagnostics and len(failures) == len(diagnostics):
         raise ValueError(f"every client of the round failed, the first with: {failures[0]}")
@@ -952,7 +954,8 @@ def summarize_round(config, accountant, diagnostics):
         simulation["clipped_share"] = float(np.mean(clipped))
     rate, noise_multiplier, _ = accountant.history[-1]
     record = {"sample_rate": rate, "noise_multiplier": noise_multiplier}
-    record["epsilon"] = accountant.epsilon_known_cohorts(config["privacy"]["delta"])
+    epsilon = accountant.epsilon_known_cohorts(config["privacy"]["delta"])
+    record["epsilon"] = math.inf if config["privacy"]["seed"] >= 0 else epsilon  # seeded: none
     return record | {"simulation": simulation}
 
 

@@ -172,8 +172,7 @@ def main(num_rounds=300, num_kills=10):
         assert logs[0] == logs[1] and len(logs[0]) == num_rounds
         spent = [sum(rounds for *_, rounds in state["accountant"]) for state in states]
         assert spent[0] == num_rounds <= spent[1] <= num_rounds + num_kills, spent
-        counted = privacy.Accountant(states[1]["accountant"]).epsilon_known_cohorts(1e-5)
-        assert epsilons[-1] == counted
+        assert epsilons[-1] is None  # as the noise follows from a seed
         usage = np.array([json.loads(line) for line in open(runs[0] / "usage.jsonl")])
     early, late = usage[num_rounds // 3], usage[-1]
     assert late[0] < 1.05 * early[0] and late[1] <= early[1], "memory or files grow"

@@ -606,3 +606,12 @@ def test_imports_follow_one_arrow():
         starts = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
         imported = {start.split(".")[0] for start in starts} & own
         assert imported <= allowed[name], f"{name}.py imports {imported - allowed[name]}"
+
+
+def test_curious_clients_never_have_half_of_a_clients_neighbours():
+    sizes = {"clip_norm": 1.0, "noise_multiplier": 1.0, "length": 10, "num_clients": 100}
+    sizes |= {"weight_scale": 0.3, "min_weight": 1.0, "survivor_share": 0.6}
+    few = fed.round_params(privacy.Mechanism(**sizes, num_curious=5), 100)
+    many = fed.round_params(privacy.Mechanism(**sizes, num_curious=40), 100)
+    assert few.degree == 34 and few.threshold > 5
+    assert many.degree == 99 and many.threshold > 40

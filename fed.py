@@ -87,6 +87,7 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     continued = torch.rand(b, generator=generator) < CONTINUED
     num_known = min(talking.KNOWN_FRAMES, f // 2) * continued
     known = torch.arange(f) < num_known[:, None]  # b f
+    # implied_eps is 0 for known frames: so is eps, and Eq. 8 sees no error there.
     eps = eps * ~known[:, :, None, None, None]
     noise = {"t": t[:, None].where(~known, -1).to(device), "eps": eps.to(device)}
     noise["keep"] = dict(zip(talking.CONDITIONS, keep.T.to(device)))

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2022) on Linear and Conv2d layers, and their one flat vector.
+"""Low-rank adapters (Hu et al. 2022) on Linear and Conv2d layers; their values as a flat vector.
 
     train = "R":   W' = W + (alpha / rank) B R A    A, B frozen, R [rank, rank] trained
     train = "B":   W' = W + (alpha / rank) B A      A frozen, B trained
@@ -130,10 +130,8 @@ def add_gradient_moments(module, moments):
     for name, layer in adaptable_layers(module).items():
         gradient = layer.weight.grad.flatten(1)  # out (in k k)
         gradient = gradient / gradient.norm().clamp(min=1e-12)
-        if name not in moments:
-            moments[name] = [0.0, 0.0]
-        moments[name][0] = moments[name][0] + gradient @ gradient.T  # out out
-        moments[name][1] = moments[name][1] + gradient.T @ gradient  # (in k k) (in k k)
+        left, right = moments.get(name, (0.0, 0.0))  # out out; (in k k) (in k k)
+        moments[name] = [left + gradient @ gradient.T, right + gradient.T @ gradient]
 
 
 @torch.no_grad()
@@ -170,7 +168,7 @@ def adapter_parameters(module):
 
 
 def adapter_vector(module):
-    """Return all trained adapter numbers of `module` as one float32 vector [d] on the CPU, a copy."""
+    """Return a copy of the trained numbers of `module` as one float32 vector [d] on the CPU."""
     return torch.cat([p.detach().float().flatten().cpu() for p in adapter_parameters(module)])
 
 

@@ -9,7 +9,8 @@ that the network never has to draw the face that the reference shows already.
 Before any network, x0 is modelled as a Gaussian N(0, S) whose covariance S = K (x) (U diag(v) U^T +
 r (I - U U^T)) is measured on public clips (K: over frames, U: the leading modes of a frame). The
 best linear denoiser of a Gaussian is
-    D(xt) = E[x0 | xt] = a S (a^2 S + s^2 I)^-1 xt,        a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar),
+    D(xt) = E[x0 | xt] = a S (a^2 S + s^2 I)^-1 xt,
+    a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar),
 and it leaves at each place a standard deviation d_t. The network corrects it: x0_hat = D(xt) + d_t
 * UNet(D(xt), t, c). With S = sigma_data^2 I this is the preconditioning of Karras et al. 2022
 (EDM), Eq. 7 and Table 1: c_skip xt is D(xt) and c_out is d_t. The linear part costs no training and
@@ -126,6 +127,7 @@ class AutoencoderKL(nn.Module):
         self.linear_in.weight.copy_((basis / scale).view(num_latents, 3, p, p))
         self.linear_in.bias.copy_(-(basis @ mean) / scale)
         self.linear_out.weight.copy_((basis * scale).view(num_latents, 3, p, p))
+        # A bias has one number per colour: the mean block is taken to be flat.
         self.linear_out.bias.copy_(mean.view(3, -1).mean(1))
 
     def moments(self, frames):
@@ -233,6 +235,7 @@ class TextEncoder(nn.Module):
         return rows
 
     def forward(self, ids):
+        # Padding is not masked: its token is the norm's bias, the same for every prompt.
         words = self.table(ids)  # b max_words d
         summary = self.mlp(words.sum(1, keepdim=True))  # b 1 d
         return self.norm(torch.cat([words, summary], dim=1))  # b max_words+1 d
@@ -281,8 +284,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Decoupled cross-attention (Ye et al. 2023, Eq. 5): one query; each condition has its own
-    keys, values and scale.
+    """Decoupled cross-attention (Ye et al. 2023, Eq. 5): one query projection; each condition
+    has its own keys, values and scale.
 
     Scale 0 drops the condition, as condition dropout does in training. Zero at the start.
     """
@@ -308,14 +311,13 @@ class CrossAttention(nn.Module):
         total = 0.0
         for name in CONDITIONS:
             tokens, scale = conditions[name]
-            per_frame = tokens.dim() == 4
-            if per_frame:
+            queries = q
+            if tokens.dim() == 4:  # of each frame
                 tokens = rearrange(tokens, "b f m d -> (b f) m d")
-                h = attend(q, self.to_k[name](tokens), self.to_v[name](tokens), self.heads)
-            else:  # the frames of a clip attend to the same tokens: as one long sequence of queries
+            else:  # of the clip: all its frames attend as one long sequence of queries
                 queries = rearrange(q, "(b f) n c -> b (f n) c", f=num_frames)
-                h = attend(queries, self.to_k[name](tokens), self.to_v[name](tokens), self.heads)
-                h = rearrange(h, "b (f n) c -> (b f) n c", f=num_frames)
+            h = attend(queries, self.to_k[name](tokens), self.to_v[name](tokens), self.heads)
+            h = h.reshape(q.shape)  # (b f) n c
             total = total + scale.repeat_interleave(num_frames)[:, None, None] * h
         return x + self.to_out(total)
 
@@ -344,7 +346,7 @@ class TemporalAttention(nn.Module):
 
 
 class TalkingBlock(nn.Module):
-    """Convolution, then attention to space (below the finest level), to the conditions and to time."""
+    """Convolution; attention to space (below the finest level), to the conditions and to time."""
 
     def __init__(self, in_channels, channels, temb_channels, condition_dim, heads, radius, spatial):
         super().__init__()
@@ -378,7 +380,7 @@ class TalkingUNet(nn.Module):
                 f"not {list(channels)}"
             )
         temb = 4 * channels[0]
-        shape = {
+        sizes = {
             "temb_channels": temb,
             "condition_dim": condition_dim,
             "heads": heads,
@@ -388,6 +390,7 @@ class TalkingUNet(nn.Module):
         self.time_mlp = nn.Sequential(
             nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb)
         )
+        # Identity has no summary: the reference's latents enter at conv_in instead.
         self.modulation = nn.ModuleDict(
             {name: nn.Linear(condition_dim, temb, bias=False) for name in ("speech", "text")}
         )
@@ -399,13 +402,13 @@ class TalkingUNet(nn.Module):
         self.up = nn.ModuleList()
         for level, width in enumerate(channels):
             narrower = channels[max(level - 1, 0)]
-            self.down.append(TalkingBlock(narrower, width, **shape, spatial=level > 0))
+            self.down.append(TalkingBlock(narrower, width, **sizes, spatial=level > 0))
         for level in range(len(channels) - 1):
             width, wider = channels[level : level + 2]
             self.downsample.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
             self.upsample.insert(0, nn.Conv2d(wider, width, 1))
-            self.up.insert(0, TalkingBlock(width, width, **shape, spatial=level > 0))
-        self.middle = TalkingBlock(channels[-1], channels[-1], **shape, spatial=True)
+            self.up.insert(0, TalkingBlock(width, width, **sizes, spatial=level > 0))
+        self.middle = TalkingBlock(channels[-1], channels[-1], **sizes, spatial=True)
         self.norm_out = nn.GroupNorm(GROUPS, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], motion_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -434,6 +437,7 @@ class TalkingUNet(nn.Module):
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
         x = rearrange(torch.cat([x, reference], dim=2), "b f c h w -> (b f) c h w")
         x = self.conv_in(x)  # (b f) c0 h w
+        # A learned map, stretched to the grid: a face has its parts at known places.
         x = x + F.interpolate(self.position, x.shape[-2:], mode="bilinear", align_corners=False)
         skips = []
         for block, downsample in zip(self.down, self.downsample):
@@ -460,7 +464,7 @@ def sinusoid(t, dim):
 
 
 class Diffusion:
-    """The forward process q(xt | x0) (Eq. 2-4) and a sampler of its inverse. The network states x0."""
+    """Forward process q(xt | x0) (Eq. 2-4), a sampler of its inverse. The network predicts x0."""
 
     def __init__(self, num_steps=1000, schedule="cosine"):
         if num_steps < 2:
@@ -473,7 +477,8 @@ class Diffusion:
         those of u (Esser et al. 2024, Eq. 23), as the linear denoiser leaves little to learn where
         there is little noise.
         """
-        return (3 * u / (1 + 2 * u) * self.num_steps).long()
+        t = (3 * u / (1 + 2 * u) * self.num_steps).long()
+        return t.clamp(max=self.num_steps - 1)  # for u = 1 - 3 * 2^-24 the quotient rounds to 1
 
     def coefficients(self, t, like):
         """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at integer t [b] or, by frame, [b f],
@@ -492,10 +497,11 @@ class Diffusion:
         return signal * x0 + noise * eps
 
     def implied_eps(self, x0_hat, xt, t):
-        """Return the eps_hat that the statement x0_hat implies (Eq. 5); zero for frames without
+        """Return the eps_hat that the prediction x0_hat implies (Eq. 5); zero for frames without
         noise.
         """
         signal, noise = self.coefficients(t, xt)
+        # The clamp keeps 0 / 0, whose gradient would be NaN, out of what `where` drops.
         return ((xt - signal * x0_hat) / noise.clamp(min=1e-3)).where(noise > 0, 0.0)
 
     def timesteps(self, num_steps):
@@ -524,7 +530,8 @@ class Diffusion:
             x0 = predict_x0(xt, torch.full((len(xt),), t, device=xt.device))
             h = log_snr[i + 1] - log_snr[i]
             estimate = x0
-            if 0 < i < num_steps - 1:  # the first and the last step are of first order
+            # First and last step are of first order; so is the second: previous_h is infinite.
+            if 0 < i < num_steps - 1:
                 estimate = x0 + (x0 - previous_x0) * float(h / previous_h / 2)
             ratio = ((1 - alpha_bar[i + 1]) / (1 - alpha_bar[i])).sqrt()
             gain = alpha_bar[i + 1].sqrt() * -torch.expm1(-h)
@@ -566,7 +573,7 @@ def warp(pictures, flow):
     """Return pictures [n c H W] with pixel p taken from p + flow(p); flow [n 2 h w] is (x, y) in
     half picture sides.
     """
-    # Of a diverged network: grid_sample's backward pass would crash the process.
+    # A diverged network gives NaN, on which grid_sample's backward pass crashes the process.
     flow = flow.nan_to_num()
     flow = F.interpolate(flow, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
     identity = torch.eye(2, 3, device=flow.device).expand(len(flow), 2, 3)
@@ -665,31 +672,32 @@ class GaussianPrior(nn.Module):
         frame = torch.arange(num_frames, device=self.autocorrelation.device)
         lag = (frame[None] - frame[:, None]).abs().clamp(max=len(self.autocorrelation) - 1)
         values, vectors = torch.linalg.eigh(self.autocorrelation[lag].double())
-        return vectors * values.clamp(min=1e-3) @ vectors.T
+        return (vectors * values.clamp(min=1e-3)) @ vectors.T
 
     def denoise(self, xt, signal, noise):
         """Return E[x0 | xt] and the standard deviation that it leaves, both [b f m h w], for xt =
         signal x0 + noise eps.
 
         signal and noise [b f 1 1 1] may differ by frame: frames of less noise inform the others. In
-        a mode of variance v the frames are N(0, v K), and with S, N the diagonal matrices of signal
-        and noise the gain is v K S (v S K S + N^2)^-1. Let N^-1 S K S N^-1 = Q diag(snr) Q^T: then
-        the gain is K S N^-1 Q diag(v / (v snr + 1)) Q^T N^-1, and one decomposition serves all
-        modes.
+        a mode of variance v the frames have covariance v K. With A, N the diagonal matrices of
+        signal and noise the gain is v K A (v A K A + N^2)^-1. Let N^-1 A K A N^-1 = Q diag(snr)
+        Q^T: then the gain is K A N^-1 Q diag(v / (v snr + 1)) Q^T N^-1, and one decomposition
+        serves all modes.
         """
         K = self.frame_correlation(xt.shape[1])
-        S = signal.flatten(1).double()  # b f
+        A = signal.flatten(1).double()  # b f
         N = noise.flatten(1).double().clamp(min=1e-5)  # frames without noise: nearly none
-        snr, Q = torch.linalg.eigh((S / N)[:, :, None] * K * (S / N)[:, None])  # b f; b f f
+        snr, Q = torch.linalg.eigh((A / N)[:, :, None] * K * (A / N)[:, None])  # b f; b f f
         to_basis = Q.mT / N[:, None]  # Q^T N^-1
-        from_basis = K * S[:, None] @ to_basis.mT  # K S N^-1 Q
+        from_basis = (K * A[:, None]) @ to_basis.mT  # b f f, K A N^-1 Q
         variance = torch.cat([self.variance, self.residual_variance[None]]).double()  # k+1
         shrink = variance / (variance * snr.clamp(min=0)[..., None] + 1)  # b f k+1
+        # The posterior covariance is v K - gain A v K; only its diagonal is needed.
         posterior = K.diagonal()[:, None] * variance - from_basis.square() @ (variance * shrink)
         posterior = posterior.clamp(min=0).to(xt)  # b f k+1, the variance left in each mode
         shrink = shrink.to(xt)
         h = to_basis.to(xt) @ xt.flatten(2)  # b f (m h w)
-        in_modes = h @ self.modes * (shrink[..., :-1] - shrink[..., -1:])  # b f k
+        in_modes = (h @ self.modes) * (shrink[..., :-1] - shrink[..., -1:])  # b f k
         h = in_modes @ self.modes.T + h * shrink[..., -1:]
         mean = from_basis.to(xt) @ h  # b f (m h w)
         excess = (posterior[..., :-1] - posterior[..., -1:]) @ self.modes.square().T
@@ -742,7 +750,8 @@ class TalkingHead(nn.Module):
         correlated values have a higher SNR than their per-value variance suggests, and half of the
         noise levels would teach nothing (Hoogeboom et al. 2023, Sec. 3.1).
         """
-        self.reference_std.copy_(reference_latents.std(dim=(0, 2, 3))[:, None, None])
+        std = reference_latents.std(dim=(0, 2, 3))[:, None, None]  # c 1 1
+        self.reference_std.copy_(std.clamp(min=1e-6))
         self.typical_liveliness.copy_(liveliness.median())
         for part in (slice(0, 2), slice(2, None)):  # flow, residual
             flat = rearrange(motion[:, :, part], "b f m h w -> (b f) (m h w)")
@@ -765,7 +774,7 @@ class TalkingHead(nn.Module):
         """
         num_frames = frames.shape[1]
         target = frames.flatten(0, 1)  # (b f) 3 H W
-        source = reference.repeat_interleave(num_frames, 0)  # (b f) 3 H W
+        source = repeat(reference, "b c h w -> (b f) c h w", f=num_frames)  # (b f) 3 H W
         flow = estimate_flow(source, target, self.latent_size)  # (b f) 2 h w
         warped = warp(source, flow)  # (b f) 3 H W
         residual = self.autoencoder.encode(target) - self.autoencoder.encode(warped)
@@ -782,7 +791,7 @@ class TalkingHead(nn.Module):
         Gradients reach the flow through the warped picture only: through the two decodings they
         cancel, but for terms of the residual's size.
         """
-        motion = x0 * self.motion_std * liveliness[:, None, None, None, None]
+        motion = x0 * self.motion_std * liveliness[:, None, None, None, None]  # b f m h w
         motion = rearrange(motion, "b f m h w -> (b f) m h w")
         flow, residual = motion.split([2, self.motion_channels - 2], dim=1)
         warped = warp(repeat(reference, "b c h w -> (b f) c h w", f=x0.shape[1]), flow)
@@ -903,13 +912,14 @@ class TalkingHead(nn.Module):
         `mel` [b f n m].
 
         reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves;
-        words [b n]: of the prompt; liveliness [b]: how much the person moves, left out as public
-        people do. `temperature` scales the initial noise: at 0 the head rests and the mouth moves
-        as speech lets expect, at 1 all moves as in the training clips. Each window continues from
-        the last KNOWN_FRAMES frames of the one before and starts from the reference again, so that
-        neither memory nor errors grow with the clip. The first window is half as long, so that its
-        frames come sooner.
+        words [b n]: of the prompt; liveliness [b]: how much the person moves, by default as much as
+        a typical public person. `temperature` scales the initial noise: at 0 the head rests and the
+        mouth moves as speech predicts, at 1 all moves as in the training clips. Each window
+        continues from the last KNOWN_FRAMES frames of the one before and starts from the reference
+        again, so that neither memory nor errors grow with the clip. The first window is half as
+        long, so that its frames come sooner.
         """
+        # The first window, half as long, has to hold the frames that the second takes over.
         if window <= 2 * KNOWN_FRAMES:
             raise ValueError(f"sampling.window must be above {2 * KNOWN_FRAMES}, not {window}")
         moving = reference if reference.dim() == 4 else reference[:, 0]  # b 3 H W
@@ -938,13 +948,14 @@ class TalkingHead(nn.Module):
 
 
 def speech_weights(x0, mel, share=0.75):
-    """Return weights [m h w] of the squared error by place: of the power of x0 [b f m h w] a `share`
-    goes to places in proportion to what speech explains there, the rest to all alike.
+    """Return weights [m h w] of the squared error by place: of the power of x0 [b f m h w] a
+    `share` goes to places in proportion to what speech explains there, the rest to all alike.
 
     Heads, eyes and cameras move more than mouths; without weights the part of the loss that speech
     can lower would be some hundredths of it. What speech explains is the share of the variance over
     time that a ridge regression on mel windows [b f n m], fitted to one half of the clips, explains
-    in the other half. As in the loss, a calm clip counts as much as a lively one.
+    in the other half (a person may be in both). As in the loss, a calm clip counts as much as a
+    lively one.
     """
     shape = x0.shape[2:]
     x0 = x0.flatten(2).double()  # b f (m h w)

@@ -1037,7 +1037,8 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     model = personal_model(config, model, state["adapter"], directions)
     start = lora.adapter_vector(model)
     kwargs = training_kwargs(config, "personal", device)
-    origin = checksum([state["adapter"], kwargs])
+    base = checksum([state["description"], state["adapter"]])
+    origin = checksum([base, kwargs])
     description = describe_adapter(config, "personal", origin)
     (run / "personal").mkdir(parents=True, exist_ok=True)
     paths = {client.name: run / "personal" / f"{client.name}.pt" for client in clients}
@@ -1055,7 +1056,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         client = clients[todo[i]]
         seed = fed.derive_seed(config["fed"]["seed"], 10**6, todo[i])
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
-        content = {"adapter": trained, "description": description}
+        content = {"adapter": trained, "description": description, "base": base}
         content["liveliness"] = data.typical_liveliness(client.split["train"])
         save_checkpoint(paths[client.name], "personal adapter", content)
         own[client.name] = content
@@ -1391,9 +1392,10 @@ def generate(args, config, device):
         expected = describe_adapter(config, "personal", content["description"]["origin"])
         if content["description"] != expected:
             raise ValueError(f"{args.adapter}: made with other settings: {content['description']}")
+        if content.get("base") != checksum([state["description"], state["adapter"]]):
+            raise ValueError(f"{args.adapter}: was trained on another run's global adapter")
         model = add_adapter(config, model, backbone["directions"], "personal")
-        lora.load_adapter_vector(model, content["adapter"])
-        model = lora.merge_lora(model)
+        model = merged_copy(model, content["adapter"])
         liveliness = torch.full([1], content["liveliness"], device=device)
     known = model.text_encoder.words
     unknown = sorted(set(talking.split_words(args.prompt)) - set(known))
@@ -1460,7 +1462,7 @@ def add_watermark(frames):
 
 
 def personalize_own(args, config, device):
-    """--action personalize: make an adapter of a person's videos, and measure it on others."""
+    """--action personalize: train an adapter on a person's videos; measure it on other pieces."""
     for flag in ("clips", "resume"):
         if not getattr(args, flag):
             raise ValueError(f"--action personalize needs --{flag}")
@@ -1486,6 +1488,7 @@ def personalize_own(args, config, device):
     trained, _ = fed.train_adapter(model, judges["loss"], client, start, config["seed"], **kwargs)
     description = describe_adapter(config, "personal", checksum([state["adapter"], kwargs]))
     content = {"adapter": trained, "description": description}
+    content["base"] = checksum([state["description"], state["adapter"]])
     content["liveliness"] = data.typical_liveliness(split["train"])
     save_checkpoint(output, "personal adapter", content)
     batch = fed.fixed_batch(model, split["test"], split["train"], 50)
@@ -1494,7 +1497,7 @@ def personalize_own(args, config, device):
         share = fed.unexplained_variance(merged_copy(model, vector), batch, 0).mean()
         shares[name] = float(share)
     limit = backbone["public_unexplained"]
-    if limit and shares["global adapter"] > limit:
+    if limit and not shares["global adapter"] <= limit:  # nor if it is NaN, as nothing moves
         print(
             f"the model does not explain these clips: it leaves {shares['global adapter']:.4f} of "
             f"their motion unexplained; without any training {limit:.4f} of the worst public clip's "

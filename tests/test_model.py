@@ -665,6 +665,8 @@ def test_the_odds_of_a_timestep_are_three_times_those_of_u():
     t = talking.Diffusion().timestep(u)
     assert (t - expected).abs().max() < 1
     assert int(talking.Diffusion(50).timestep(torch.tensor([1 - 1e-6]))) == 49
+    # where the quotient rounds to 1
+    assert int(talking.Diffusion().timestep(torch.tensor([1 - 3 * 2**-24]))) == 999
 
 
 @torch.no_grad()

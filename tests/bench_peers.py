@@ -157,6 +157,7 @@ def run_pfl(private):
     from pfl.data.pytorch import PyTorchTensorDataset
     from pfl.data.sampling import get_user_sampler
     from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.metrics import Metrics
     from pfl.model.pytorch import PyTorchModel
     from pfl.privacy.gaussian_mechanism import GaussianMechanism
     from pfl.privacy.privacy_mechanism import CentrallyAppliedPrivacyMechanism
@@ -171,7 +172,7 @@ def run_pfl(private):
     class Clock(TrainingProcessCallback):
         def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
             moments.append(time.perf_counter())
-            return False, {}
+            return False, Metrics()
 
     moments = []
     users = FederatedDataset(

@@ -104,15 +104,12 @@ def make_tables():
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, epsilon 2", (), overrides))
 
     reliability = [Cell("FedAvg, no faults", ("plain", "fedavg"))]
-    for fault in ("other sound", "frozen"):
-        spoiled = "--fault", fault, "--share", "0.25"
-        name = f"25 % {fault}: "
-        reliability.append(Cell(name + "FedAvg", ("plain", "fedavg"), variant=spoiled))
-        label = name + "ISFA, gamma 5.0"
-        reliability.append(Cell(label, ("plain",), ("fed.gamma=5.0",), variant=spoiled))
-        gain = (*spoiled, "--reliability", "gain")
-        label = name + "r = gain, gamma 5.0"
-        reliability.append(Cell(label, ("plain",), ("fed.gamma=5.0",), variant=gain))
+    spoiled = "--fault", "other sound", "--share", "0.25"
+    reliability.append(Cell("25 % faulty: FedAvg", ("plain", "fedavg"), variant=spoiled))
+    for label, variant in (("ISFA", spoiled), ("r = gain", (*spoiled, "--reliability", "gain"))):
+        sharp = ("fed.gamma=5.0",)
+        label = f"25 % faulty: {label}, gamma 5.0"
+        reliability.append(Cell(label, ("plain",), sharp, variant=variant))
 
     poisoned = [plain, private]
     for fault in ("sign changed", "tenfold"):

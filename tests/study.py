@@ -67,9 +67,9 @@ def make_tables():
     methods.append(Cell("centralized", ("centralized",)))
     everything = ("lora.train=AB", "lora.layers=''", "fed.lr=0.005")
     methods.append(Cell("centralized, A and B of all layers", ("centralized",), everything))
-    further = ("fed.server_lr=1.5",)
-    methods.append(Cell("FedAvg, server rate 1.5", ("plain", "fedavg"), further))
-    methods.append(Cell("ISFA, epsilon 2.0, server rate 1.5", (), further))
+    shorter = ("fed.server_lr=1.0",)
+    methods.append(Cell("FedAvg, server rate 1.0", ("plain", "fedavg"), shorter))
+    methods.append(Cell("ISFA, epsilon 2.0, server rate 1.0", (), shorter))
 
     bare = (
         "fed.gamma=0.0",

@@ -81,9 +81,8 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     u = (torch.rand((), generator=generator) + torch.arange(b) / b) % 1
     t = model.diffusion.timestep(u)  # b
     eps = torch.randn(batch["motion"].shape, generator=generator)
-    keep = (
-        torch.rand(b, len(talking.CONDITIONS), generator=generator) >= condition_dropout
-    ).float()
+    shape = b, len(talking.CONDITIONS)
+    keep = (torch.rand(shape, generator=generator) >= condition_dropout).float()
     continued = torch.rand(b, generator=generator) < CONTINUED
     num_known = min(talking.KNOWN_FRAMES, f // 2) * continued
     known = torch.arange(f) < num_known[:, None]  # b f

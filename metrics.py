@@ -142,9 +142,8 @@ def _mean_difference(x, y):
 
 def jitter_ratio(generated, truth):
     """Return the temporal jitter of generated clips over that of the true ones; 1 is best."""
-    return temporal_jitter(generated) / temporal_jitter(truth).clamp(
-        min=1e-4
-    )  # of a picture that stands still
+    still = 1e-4  # a truth that stands still has no jitter to divide by
+    return temporal_jitter(generated) / temporal_jitter(truth).clamp(min=still)
 
 
 def mean_jitter(clips):

@@ -66,10 +66,8 @@ RANGES = {
     "model.autoencoder_channels": (8, 4096),
     "model.channels": (8, 4096),
     "model.dim": (1, 4096),
-    "model.prior_modes": (
-        1,
-        5000,
-    ),  # train_unet fits the prior to 256 windows of at least 20 frames
+    # train_unet fits the prior to 256 windows of at least 20 frames.
+    "model.prior_modes": (1, 5000),
     "backbone.judge_steps": (1, 1e9),
     "backbone.steps": (1, 1e9),
     "backbone.batch_size": (1, 1024),
@@ -889,6 +887,11 @@ def describe_adapter(config, section, origin):
     return shape | {"alpha": config["lora"]["alpha"], "origin": origin}
 
 
+def describe_personal(config, state):
+    """Return what a personal adapter on top of the global one is checked against."""
+    return describe_adapter(config, "personal", checksum([state["description"], state["adapter"]]))
+
+
 def load_or_initialize(config, model, backbone, run):
     """Return the state of the rounds, from last.pt or as before round 0.
 
@@ -1037,16 +1040,16 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     model = personal_model(config, model, state["adapter"], directions)
     start = lora.adapter_vector(model)
     kwargs = training_kwargs(config, "personal", device)
-    base = checksum([state["description"], state["adapter"]])
-    origin = checksum([base, kwargs])
-    description = describe_adapter(config, "personal", origin)
+    description = describe_personal(config, state)
+    training = checksum(kwargs)
     (run / "personal").mkdir(parents=True, exist_ok=True)
     paths = {client.name: run / "personal" / f"{client.name}.pt" for client in clients}
     finished = {}
     for name, path in paths.items():
         if workers.rank == 0 and path.exists():
             content = load_checkpoint(path, "personal adapter")
-            if content["description"] == description:  # else: of an earlier global adapter
+            # Else it is of an earlier global adapter, or was trained otherwise.
+            if content["description"] == description and content["training"] == training:
                 finished[name] = content
     finished = workers.broadcast(finished)
     todo = [k for k, client in enumerate(clients) if client.name not in finished]
@@ -1056,7 +1059,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         client = clients[todo[i]]
         seed = fed.derive_seed(config["fed"]["seed"], 10**6, todo[i])
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
-        content = {"adapter": trained, "description": description, "base": base}
+        content = {"adapter": trained, "description": description, "training": training}
         content["liveliness"] = data.typical_liveliness(client.split["train"])
         save_checkpoint(paths[client.name], "personal adapter", content)
         own[client.name] = content
@@ -1389,10 +1392,10 @@ def generate(args, config, device):
     liveliness = None  # as public people
     if args.adapter:
         content = load_checkpoint(args.adapter, "personal adapter")
-        expected = describe_adapter(config, "personal", content["description"]["origin"])
-        if content["description"] != expected:
+        expected = describe_personal(config, state)
+        if content["description"] | {"origin": expected["origin"]} != expected:
             raise ValueError(f"{args.adapter}: made with other settings: {content['description']}")
-        if content.get("base") != checksum([state["description"], state["adapter"]]):
+        if content["description"] != expected:
             raise ValueError(f"{args.adapter}: was trained on another run's global adapter")
         model = add_adapter(config, model, backbone["directions"], "personal")
         model = merged_copy(model, content["adapter"])
@@ -1486,9 +1489,7 @@ def personalize_own(args, config, device):
     client = fed.Client("me", split, num_frames, same_clip=same_clip)
     kwargs = training_kwargs(config, "personal", device)
     trained, _ = fed.train_adapter(model, judges["loss"], client, start, config["seed"], **kwargs)
-    description = describe_adapter(config, "personal", checksum([state["adapter"], kwargs]))
-    content = {"adapter": trained, "description": description}
-    content["base"] = checksum([state["description"], state["adapter"]])
+    content = {"adapter": trained, "description": describe_personal(config, state)}
     content["liveliness"] = data.typical_liveliness(split["train"])
     save_checkpoint(output, "personal adapter", content)
     batch = fed.fixed_batch(model, split["test"], split["train"], 50)

@@ -366,7 +366,7 @@ def test_a_run_on_the_gpu_makes_the_files_of_a_run_on_the_cpu(runs, file, kind):
     states = [train.load_checkpoint(run / file, kind) for run in runs[:2]]
     for state in states:
         state.pop("seconds", None)
-        state.pop("description", None)  # says whether bfloat16 was asked for
+        state.pop("training", None)  # says whether bfloat16 was asked for
     assert train.checksum(states[0]) == train.checksum(states[1])
 
 

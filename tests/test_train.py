@@ -424,7 +424,8 @@ def test_own_videos_become_an_adapter_that_only_its_run_accepts(finished, tmp_pa
     error = fails(capsys, *base, "--adapter", str(output), "--set", "personal.rank=2")
     assert "other settings" in error
     content = train.load_checkpoint(output, "personal adapter")
-    train.save_checkpoint(output, "personal adapter", content | {"base": "of another adapter"})
+    content["description"]["origin"] = "another adapter"
+    train.save_checkpoint(output, "personal adapter", content)
     assert "another run's global adapter" in fails(capsys, *base, "--adapter", str(output))
     assert not (tmp_path / "no.mp4").exists()
 

@@ -1,15 +1,20 @@
-"""What a GPU does with the project: `python tests/bench_gpu.py [PART ...]`, every part by default.
+"""What a GPU does with the project: `python tests/bench_gpu.py [PART ...] [--people ROOT]`, every
+part by default.
 
     equality    the same step and clip on CPU and GPU; adapters before the first round
     steps       clips a second, share of the UNet and memory of a training step, by preset and size
     speaking    generated frames a second, by preset and size
-    runs        the default run with two workers on the GPU and with one
-    dry-run     what a dry run of `lrs3` expects there
+    runs        the default run with two workers on the GPU
+    workers     a short run with one worker and with two: is the adapter the same?
+    dry-run     what a dry run of `faces` and `lrs3` expects there, by size
+    people      the preset `faces` on the real people in ROOT, by size
 
-Each part that ends is written to tests/results/gpu.md; `runs` needs ffmpeg.
+Each part that ends is written to tests/results/gpu.md; `runs`, `workers` and `people` need ffmpeg.
 """
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,7 +78,7 @@ def distance(x, y):
     return float((x - y).norm() / y.norm())
 
 
-def compare():
+def compare(people):
     """Return lines of a table: how far the GPU's numbers are from the CPU's."""
     config = load_preset("talkers")
     batch = make_batch(config, 4, config["backbone"]["num_frames"])
@@ -172,7 +177,7 @@ def measure_step(preset, size):
     )
 
 
-def measure_steps():
+def measure_steps(people):
     """Return lines of a table of training steps."""
     lines = ["| training | clips × frames | ms a step | clips a second | UNet | encoding | GiB |"]
     lines[0] += " ms of a client's step |"
@@ -183,7 +188,7 @@ def measure_steps():
     return lines
 
 
-def measure_speaking():
+def measure_speaking(people):
     """Return lines of a table of generation, one clip at a time as `--action generate` does."""
     lines = ["| speaking | ms until the first frames | frames a second | × real time |"]
     lines.append("|---|---|---|---|")
@@ -211,55 +216,90 @@ def measure_speaking():
     return lines
 
 
-def run_train(folder, gpus, *overrides):
-    """Run the default with noise that follows from a seed; return its folder and its seconds."""
-    places = {"data.root": "synthetic", "runtime.cache": "cache", "runtime.directory": "runs"}
+def run_train(folder, gpus, *arguments):
+    """Run train.py in a folder; return the folder of the run and its seconds."""
+    places = {"runtime.cache": "cache", "runtime.directory": "runs"}
     places = [f"{key}={folder / name}" for key, name in places.items()]
-    command = [sys.executable, ROOT / "train.py", "--gpus", gpus]
+    command = [sys.executable, ROOT / "train.py", "--gpus", gpus, *arguments, *places]
     started = time.perf_counter()
-    subprocess.run([*command, "--set", "privacy.seed=1", *places, *overrides], check=True)
+    subprocess.run(command, check=True)
     seconds = time.perf_counter() - started
-    return next((folder / "runs").glob("2*")), seconds
+    run = next((folder / "runs").glob("2*"))
+    return run.rename(run.with_name(f"done-{len(list(run.parent.iterdir()))}")), seconds
 
 
-def run_whole():
-    """Return lines of a table of whole runs.
+def describe_run(title, run, whole):
+    """Return a line of a table of whole runs, which took `whole` seconds."""
+    report = json.loads((run / "report.json").read_text())
+    seconds = report["seconds"]
+    laps = [seconds[n] for n in ("backbone", "rounds", "personal adapters", "evaluation")]
+    r = report["unseen"]["backbone"]["mouth_correlation*"]["mean"]
+    cells = [f"{value:.0f}" for value in (whole, whole - sum(laps), *laps)]
+    cells += [f"{report['hardware']['gpu_gib']:.2f}", "–" if r is None else f"{r:.2f}"]
+    return f"| {title} | " + " | ".join(cells) + " |"
 
-    The second takes over the first one's backbone, and makes fewer personal adapters.
+
+RUN_HEADER = ["| run | s | data | backbone | rounds | personal | evaluation | GiB | mouth r |"]
+RUN_HEADER.append("|---" * 9 + "|")
+
+
+def run_whole(people):
+    """Return a table of the default run."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = f"data.root={folder}/synthetic"
+        run, whole = run_train(Path(folder), "0,0", "--set", root)
+        return [*RUN_HEADER, describe_run("default, --gpus 0,0", run, whole)]
+
+
+def compare_workers(people):
+    """Return a line that says how far the adapters of a short run with one and with two workers
+    are apart.
     """
-    lines = ["| run | s | data | backbone | rounds | personal | evaluation | GiB | mouth r |"]
-    lines.append("|---" * 9 + "|")
+    few = ["data.clients=12", "data.synthetic.public_people=24", "privacy.num_curious=1"]
+    few += ["backbone.steps=50", "backbone.autoencoder_steps=50", "backbone.judge_steps=20"]
+    few += ["backbone.finder_steps=0", "personal.steps=0", "privacy.seed=1"]
     adapters = []
     with tempfile.TemporaryDirectory() as folder:
-        for gpus, num_personal in (("0,0", 12), ("0", 4)):
-            own = f"personal.clients={num_personal}"
-            run, whole = run_train(Path(folder), gpus, own)
-            report = json.loads((run / "report.json").read_text())
-            state = train.load_checkpoint(run / "last.pt", "global adapter")
-            adapters.append(state["adapter"])
-            run.rename(run.with_name(f"done-{len(adapters)}"))
-            seconds = report["seconds"]
-            laps = [seconds[n] for n in ("backbone", "rounds", "personal adapters", "evaluation")]
-            r = report["unseen"]["backbone"]["mouth_correlation*"]["mean"]
-            cells = [f"{value:.0f}" for value in (whole, whole - sum(laps), *laps)]
-            cells += [f"{report['hardware']['gpu_gib']:.2f}", f"{r:.2f}"]
-            lines.append(
-                f"| default, --gpus {gpus}, {num_personal} personal adapters | "
-                + " | ".join(cells)
-                + " |"
-            )
-            print(lines[-1], flush=True)
+        for gpus in ("0,0", "0"):  # the second takes over the first one's backbone
+            root = f"data.root={folder}/synthetic"
+            run, _ = run_train(Path(folder), gpus, "--set", *few, root)
+            adapters.append(train.load_checkpoint(run / "last.pt", "global adapter")["adapter"])
     apart = distance(adapters[1], adapters[0])
-    lines += ["", f"The global adapters of the two runs are {apart:.1e} of their length apart."]
+    return [
+        f"Two rounds of 12 clients, by one worker and by two: adapters {apart:.1e} of their"
+        " length apart."
+    ]
+
+
+def run_people(people):
+    """Return a table of the preset `faces` on real people, without private noise."""
+    if people is None:
+        return ["Real people: no --people ROOT was given."]
+    lines = list(RUN_HEADER)
+    for size in (64, 128):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = ["--preset", "faces", "--set", f"data.root={people}", f"data.size={size}"]
+            run, whole = run_train(Path(folder), "0,0", *arguments)
+            lines.append(describe_run(f"faces, {size} px", run, whole))
+            print(lines[-1], flush=True)
     return lines
 
 
-def run_dry():
-    """Return lines with what a dry run of `lrs3` expects on this GPU."""
-    command = [sys.executable, ROOT / "train.py", "--action", "dry-run", "--gpus", "0"]
-    command += ["--preset", "lrs3"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return ["`--action dry-run --preset lrs3`:", "", "```", *output.splitlines()[-8:], "```"]
+def run_dry(people):
+    """Return a table of what dry runs expect on this GPU."""
+    lines = ["| dry run | ms of a step | ms of a client's step | hours | GB |", "|---" * 5 + "|"]
+    for preset, size in SIZES[1:]:
+        command = [sys.executable, ROOT / "train.py", "--action", "dry-run", "--gpus", "0"]
+        command += ["--preset", preset, "--set", f"data.size={size}"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        step, client = re.search("takes (.*) s in the backbone and (.*) s at", output).groups()
+        backbone, rounds = re.search("backbone ([^,]*), rounds (.*)", output).groups()
+        memory = re.search("as timed: (.*) GB", output)[1]
+        cells = [f"{1e3 * float(step):.0f}", f"{1e3 * float(client):.0f}"]
+        cells += [f"backbone {backbone}, rounds {rounds}", memory]
+        lines.append(f"| {preset}, {size} px | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 PARTS = {
@@ -267,22 +307,27 @@ PARTS = {
     "steps": measure_steps,
     "speaking": measure_speaking,
     "runs": run_whole,
+    "workers": compare_workers,
     "dry-run": run_dry,
+    "people": run_people,
 }
 
 
-def main(names):
-    name = torch.cuda.get_device_name(0)
-    header = ["# On a GPU", "", "`python tests/bench_gpu.py` on one " + name]
-    header[-1] += f", torch {torch.__version__}."
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART")
+    parser.add_argument("--people", type=Path, help="folder of real people, as data.root")
+    args = parser.parse_args()
+    header = ["# On a GPU", "", "`python tests/bench_gpu.py` on one "]
+    header[-1] += f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}."
     text = "\n".join(header) + "\n"
-    for part in names or PARTS:
+    for part in args.parts:
         started = time.perf_counter()
-        lines = PARTS[part]()
+        lines = PARTS[part](args.people)
         text += "\n" + "\n".join(lines) + "\n"
         RESULTS.write_text(text)
         print("\n".join(lines), f"\n{part}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,9 +1,10 @@
 """The study: tables of ordinary runs of train.py that differ in a few settings.
 
-    python tests/study.py [TABLE ...] [--seeds 3] [--set KEY=VALUE ...]     default: every table
+    python tests/study.py [TABLE ...] [--seeds 3] [--jobs 1] [--gpus 0] [--set KEY=VALUE ...]
 
-A cell is one run, `python train.py --preset ... --set ...`, in runs/study. It is skipped if its
-report is there, so that the study can be interrupted; all cells share one cached backbone.
+Without a name it makes every table. A cell is one run, `python train.py --preset ... --set ...`, in
+runs/study. It is skipped if its report is there, so that the study can be interrupted; all cells
+share one cached backbone, and once it is there --jobs cells run at once.
 `fed.seed` differs between the seeds of a cell: batches, cohorts and noise change, people and
 backbone stay. Writes tests/results/study.md: means with 95 % intervals over people and seeds
 (`metrics.crossed_ci`), and differences to the table's reference row, pair by pair (same person,
@@ -15,7 +16,8 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +89,11 @@ def make_tables():
     ablation.append(Cell("bare with ISFA", ("plain",), bare[1:]))
 
     epsilons = [backbone, plain, private]
-    epsilons.append(Cell("ISFA, epsilon 0.5", (), ("privacy.target_epsilon=0.5",)))
+    for epsilon in (1.0, 0.5):
+        label = f"ISFA, epsilon {epsilon}"
+        epsilons.append(Cell(label, (), (f"privacy.target_epsilon={epsilon}",)))
+    many = ("data.root=datasets/synthetic-300", "data.clients=300")
+    epsilons_300 = [replace(cell, overrides=(*cell.overrides, *many)) for cell in epsilons]
 
     adapters = [plain, private]  # R, rank 4, layers that hear speech
     for layers, factors, rank, lr in (
@@ -136,10 +142,19 @@ def make_tables():
             label = f"{factors}, rank {rank}, {steps} steps"
             personal.append(Cell(label, ("plain",), overrides, "personal adapter"))
 
+    parts = [Cell("all parts", ("plain",))]
+    parts.append(Cell("without guidance", ("plain",), ("sampling.guidance=1.0",)))
+    for part in ("prior", "warp", "loss weights", "liveliness", "noisy steps"):
+        parts.append(Cell(f"without {part}", ("plain",), variant=("--without", part)))
+    unseen_parts = [replace(cell, method="unseen: backbone") for cell in parts]
+
     return {
+        "parts": Table("What does each part of the backbone add for clients?", parts),
+        "unseen": Table("... and for people whom nothing trained on?", unseen_parts),
         "methods": Table("Which method learns most from the clients?", methods),
         "ablation": Table("What does each part of Eq. 12 and of the aggregation add?", ablation),
         "privacy": Table("What does privacy cost?", epsilons),
+        "privacy of 300": Table("... with three hundred clients?", epsilons_300),
         "adapters": Table("What should be trained and sent?", adapters),
         "participation": Table(
             "How many clients have to take part?", sweep("fed.sample_rate", (1.0, 0.5, 0.25))
@@ -151,13 +166,18 @@ def make_tables():
     }
 
 
-def run_cell(cell, seed, settings):
-    """Return the report of a cell's run, made now if it is not there."""
+def describe_run(cell, seed, settings):
+    """Return the overrides of a cell's run and its name, which follows from all that makes it."""
     overrides = [*cell.overrides, *settings, f"fed.seed={seed}"]
     if cell.method != "personal adapter":
         overrides += NO_PERSONAL
     recipe = json.dumps([cell.presets, overrides, *cell.variant])
-    name = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    return overrides, hashlib.sha256(recipe.encode()).hexdigest()[:12]
+
+
+def run_cell(cell, seed, args):
+    """Return the report of a cell's run, made now if it is not there."""
+    overrides, name = describe_run(cell, seed, args.set)
     found = sorted(RUNS.glob(f"*-{name}/report.json"))
     if not found:
         arguments = []
@@ -167,6 +187,8 @@ def run_cell(cell, seed, settings):
         unfinished = sorted(RUNS.glob(f"*-{name}"))
         if unfinished:
             arguments = ["--resume", str(unfinished[-1])]
+        if args.gpus:
+            arguments += ["--gpus", args.gpus]
         command = [sys.executable, str(ROOT / "train.py"), *arguments]
         if cell.variant:
             variants = str(Path(__file__).with_name("variants.py"))
@@ -177,11 +199,30 @@ def run_cell(cell, seed, settings):
     return json.loads(found[-1].read_text())
 
 
+def run_ahead(cells, args):
+    """Run the cells of all seeds, --jobs at once; the first one alone, as it makes the backbone."""
+    run_cell(cells[0], 0, args)
+    runs = {}
+    for seed in range(args.seeds):
+        for cell in cells:  # several rows of the tables may be of one run
+            runs[describe_run(cell, seed, args.set)[1]] = cell, seed
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for cell, seed in runs.values():
+            pool.submit(run_cell, cell, seed, args)
+
+
 def by_person(report, method, metric):
-    """Return {person: mean over the person's clips} of a metric."""
-    cell = (
-        report["unexplained"][method] if metric == "unexplained" else report["rows"][method][metric]
-    )
+    """Return {person: mean over the person's clips} of a metric; the method "unseen: NAME" is NAME
+    for the people whom nothing trained on.
+    """
+    rows = report["rows"]
+    if method.startswith("unseen: "):
+        rows = report["unseen"]
+        method = method.removeprefix("unseen: ")
+        unexplained = {}  # is measured for clients only
+    else:
+        unexplained = report["unexplained"][method]
+    cell = unexplained if metric == "unexplained" else rows[method][metric]
     people = {}
     for name, value in cell.get("values", {}).items():
         people.setdefault(name.split("/")[0], []).append(value)
@@ -209,13 +250,13 @@ def write_interval(values):
     return f"{result['mean']:.4f} [{low:.4f}, {high:.4f}]"
 
 
-def write_table(name, table, num_seeds, settings):
+def write_table(name, table, args):
     """Return a table as lines of Markdown: values, then differences to its first row."""
     values = {}
     lines = [f"## {name}", "", table.question, ""]
     lines += ["| | epsilon | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for cell in table.cells:
-        reports = [run_cell(cell, seed, settings) for seed in range(num_seeds)]
+        reports = [run_cell(cell, seed, args) for seed in range(args.seeds)]
         epsilon = reports[0]["privacy"]["epsilon"]
         values[cell.label] = {m: collect(reports, cell.method, m) for m in METRICS}
         row = [write_interval(values[cell.label][m]) for m in METRICS]
@@ -242,6 +283,8 @@ def main():
     )
     parser.add_argument("tables", nargs="*", default=list(tables), metavar="TABLE")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="cells that run at once")
+    parser.add_argument("--gpus", help="of each cell, as in train.py")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every cell")
     args = parser.parse_args()
     unknown = set(args.tables) - set(tables)
@@ -257,8 +300,9 @@ def main():
         "",
     ]
     lines += [f"Commit {commit.stdout.strip()}, {args.seeds} seeds.", ""]
+    run_ahead([cell for name in args.tables for cell in tables[name].cells], args)
     for name in args.tables:
-        lines += write_table(name, tables[name], args.seeds, args.set)
+        lines += write_table(name, tables[name], args)
     path = ROOT / "tests" / "results" / "study.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines))

@@ -1,12 +1,16 @@
 """A run of train.py with a part of it exchanged, as the study's tables ask for.
 
-    python tests/variants.py [--tdc x0|v] [--fault NAME --share 0.25] [--reliability gain] -- ARGUMENTS
+    python tests/variants.py [--tdc x0|v] [--fault NAME --share 0.25] [--reliability gain]
+        [--without PART] -- ARGUMENTS
 
 --tdc: Eq. 8 of errors of x0 or of the velocity instead of the noise. --fault: what is wrong with a
 share of the clients, evenly spread: their sound is that of other moments, or their pictures stand
 still ("frozen"); or they send their update with the sign changed, or tenfold. --reliability gain:
 by what share local training lowers the unexplained motion of the client's own validation clip,
-instead of identity and stability. ARGUMENTS are those of train.py; there are two workers.
+instead of identity and stability. --without: the backbone is pretrained without the Gaussian prior
+(a scalar sigma_data instead), the warp of the reference, the loss's weights by place, the division
+by liveliness, or the emphasis on noisy steps. ARGUMENTS are those of train.py; there are two
+workers.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import data
 import fed
 import lora
 import model as talking
@@ -104,6 +109,39 @@ def use_gain_as_reliability():
     fed.reliability = reliability
 
 
+def use_scalar_prior():
+    """Let the prior be white: one variance for all places and frames, EDM's sigma_data."""
+    measure = talking.GaussianPrior.fit
+
+    def fit(self, x0):
+        measure(self, x0)
+        variance = self.mean_variance()
+        self.variance.fill_(variance)
+        self.residual_variance.fill_(variance)
+        self.autocorrelation.zero_()
+        self.autocorrelation[0] = 1.0
+
+    talking.GaussianPrior.fit = fit
+
+
+def leave_out(part):
+    """Pretrain the backbone without a part of it; its place in the cache tells so."""
+    key = train.backbone_key
+    train.backbone_key = lambda *args: f"{key(*args)}-no-{part.replace(' ', '-')}"
+    if part == "prior":
+        use_scalar_prior()
+    elif part == "warp":
+        talking.estimate_flow = lambda source, target, size: target.new_zeros(
+            len(target), 2, size, size
+        )
+    elif part == "loss weights":
+        talking.speech_weights = lambda x0, mel: torch.ones(x0.shape[2:])
+    elif part == "liveliness":
+        data.Clip.liveliness = property(lambda clip: 1.0)
+    elif part == "noisy steps":
+        talking.Diffusion.timestep = lambda self, u: (u * self.num_steps).long()
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -113,6 +151,8 @@ def main():
     parser.add_argument("--fault", choices=faults)
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--reliability", choices=("gain",))
+    parts = ("prior", "warp", "loss weights", "liveliness", "noisy steps")
+    parser.add_argument("--without", choices=parts)
     parser.add_argument("arguments", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
     if "RANK" not in os.environ:
@@ -128,6 +168,8 @@ def main():
         use_faulty_updates(-1.0 if args.fault == "sign changed" else 10.0, args.share)
     if args.reliability:
         use_gain_as_reliability()
+    if args.without:
+        leave_out(args.without)
     train.main(args.arguments)
 
 

@@ -739,7 +739,7 @@ class TalkingHead(nn.Module):
         self.register_buffer("typical_liveliness", torch.ones(()))
         self.register_buffer("reference_std", torch.ones(latent_channels, 1, 1))
         grid = self.latent_size, self.latent_size
-        self.register_buffer("loss_weights", torch.ones(self.motion_channels, *grid))
+        self.register_buffer("place_weights", torch.ones(self.motion_channels, *grid))
 
     @torch.no_grad()
     def fit_statistics(self, motion, reference_latents, mel, liveliness):
@@ -762,7 +762,7 @@ class TalkingHead(nn.Module):
             self.motion_std[part] = typical.sqrt().clamp(min=1e-6)
         x0 = motion / self.motion_std
         self.prior.fit(x0)
-        self.loss_weights.copy_(speech_weights(x0, mel))
+        self.place_weights.copy_(speech_weights(x0, mel))
 
     @torch.no_grad()
     def encode_motion(self, frames, reference, liveliness):
@@ -842,7 +842,7 @@ class TalkingHead(nn.Module):
         """
         still = x.mean(1, keepdim=True)  # b 1 m h w
         square = (x - still).square() + 0.1 * still.square()
-        return (self.loss_weights * square).flatten(2).mean(2)
+        return (self.place_weights * square).flatten(2).mean(2)
 
     def training_losses(self, batch, t, eps, scales=None):
         """Return the diffusion loss [b] (Eq. 6), x0_hat and eps_hat [b f m h w] of a batch.
@@ -894,6 +894,18 @@ class TalkingHead(nn.Module):
         x0 = self.diffusion.sample(predict_x0, noise, num_steps)
         return torch.cat([known, x0[:, num_known:]], dim=1)
 
+    def noise_by_place(self):
+        """Return the standard deviation [h w] of the initial noise: from 1 where speech explains
+        nothing of the motion to 0 where it explains most.
+
+        A true sample of a mouth that speech tells to a correlation of r would follow the real mouth
+        by r squared only, the rest being chance. Without chance it moves as speech lets expect,
+        while head and eyes, of which speech says little, move as in the training clips.
+        """
+        explained = self.place_weights.mean(0)  # h w
+        explained = explained - explained.min()
+        return 1 - explained / explained.max().clamp(min=1e-6)
+
     @torch.inference_mode()
     def stream(
         self,
@@ -913,11 +925,10 @@ class TalkingHead(nn.Module):
 
         reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves;
         words [b n]: of the prompt; liveliness [b]: how much the person moves, by default as much as
-        a typical public person. `temperature` scales the initial noise: at 0 the head rests and the
-        mouth moves as speech predicts, at 1 all moves as in the training clips. Each window
-        continues from the last KNOWN_FRAMES frames of the one before and starts from the reference
-        again, so that neither memory nor errors grow with the clip. The first window is half as
-        long, so that its frames come sooner.
+        a typical public person. `temperature` scales the initial noise (`noise_by_place`): at 0 the
+        head rests. Each window continues from the last KNOWN_FRAMES frames of the one before and
+        starts from the reference again, so that neither memory nor errors grow with the clip. The
+        first window is half as long, so that its frames come sooner.
         """
         # The first window, half as long, has to hold the frames that the second takes over.
         if window <= 2 * KNOWN_FRAMES:
@@ -934,7 +945,8 @@ class TalkingHead(nn.Module):
             first = start - known.shape[1]
             mel_window = mel[:, first : first + length]  # b w n m
             shape = (num_clips, mel_window.shape[1], *known.shape[2:])
-            noise = temperature * torch.randn(shape, generator=generator).to(latents.device)
+            noise = torch.randn(shape, generator=generator).to(latents.device)
+            noise = temperature * self.noise_by_place() * noise
             conditions = self.encode_conditions(mel_window, reference, words, scales)
             x0 = self.sample(conditions, latents, noise, known, num_steps, guidance)
             new = x0[:, known.shape[1] :]

@@ -551,7 +551,7 @@ def loss_inputs():
         "reference_latents": model.autoencoder.encode(reference).detach(),
         "words": words,
     }
-    model.loss_weights.copy_(torch.rand(model.loss_weights.shape) + 0.5)
+    model.place_weights.copy_(torch.rand(model.place_weights.shape) + 0.5)
     t = torch.tensor([[-1, 20, 300, 999], [20, 300, 600, 900]])
     return model, batch, x0, t, eps
 
@@ -572,7 +572,7 @@ def test_the_loss_is_divided_by_the_clips_power_and_by_the_noise():
     noise = torch.from_numpy(np.sqrt(1 - alpha_bar))[:, :, None, None, None]
     xt = signal * x0 + noise * eps
     arguments = batch["mel"], batch["reference"], batch["words"]
-    weights = model.loss_weights.numpy()
+    weights = model.place_weights.numpy()
     assert torch.allclose(x0_hat, predict_x0(model, xt, *arguments, t=t), atol=1e-5)
     assert torch.allclose(signal * x0_hat + noise * eps_hat, xt, atol=1e-4)
     noise_level = np.sqrt(np.maximum(1 - alpha_bar, 0.05))[..., None, None, None]
@@ -591,7 +591,7 @@ def test_the_loss_is_the_error_of_v_and_eq_6_divided_by_alpha_bar():
     t = torch.tensor([[300, 500, 700, 900]] * 2)
     loss, x0_hat, eps_hat = model.training_losses(batch, t, eps)
     signal, noise = model.diffusion.coefficients(t, x0)
-    weights = model.loss_weights.numpy()
+    weights = model.place_weights.numpy()
     power = weighted_power(x0.numpy(), weights)[0]
     eq_6 = weighted_power(((eps - eps_hat) / signal).numpy(), weights)[0]
     assert float(loss[0]) == pytest.approx(eq_6 / power, rel=1e-4)
@@ -633,6 +633,23 @@ def test_liveliness_scales_the_motion_and_temperature_its_chance():
     own = generate(model, reference, mel, words, liveliness=lively)
     assert torch.equal(own[0], typical[0])
     assert (own[1] - reference[1]).std() > 1.5 * (typical[1] - reference[1]).std()
+
+
+@torch.no_grad()
+def test_chance_moves_what_speech_does_not_explain(monkeypatch):
+    model = small_model()
+    height, width = model.place_weights.shape[1:]
+    assert torch.equal(model.noise_by_place(), torch.ones(height, width))
+    model.place_weights[:, 2, 1] = 3.0
+    model.place_weights[:, 3, 1] = 2.0
+    noise = []
+    monkeypatch.setattr(model, "sample", lambda c, r, own, *rest: noise.append(own) or own)
+    _, mel, reference, words = inputs()
+    generate(model, reference, mel, words, temperature=2.0)
+    spread = torch.cat([x.flatten(0, 2) for x in noise]).std(0)  # h w
+    assert spread[2, 1] == 0
+    assert abs(spread[3, 1] - 1) < 0.2  # half of the noise that temperature gives elsewhere
+    assert abs(spread[0, 0] - 2) < 0.4
 
 
 def test_generation_is_deterministic_and_in_range():

@@ -1,7 +1,7 @@
 """Real people as an independent witness sees them: `python tests/bench_people.py ROOT`.
 
 Trains the autoencoder and the UNet of the preset `faces` on the people in the folder ROOT (about
-20 minutes on two cores), but for every fourth of those with eight clips or more, whom nothing
+15 minutes on two cores), but for every fourth of those with eight clips or more, whom nothing
 trains on, and for six clips of the person with most clips. Then lets them speak and measures by
 `witness.py`. Prints a table of means with 95 % intervals; numbers only are kept. What is trained
 stays in --work and is used again.
@@ -10,6 +10,7 @@ stays in --work and is used again.
 import argparse
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def with_own_adapter(config, model, directions, name, clips):
 
 def measure(config, models, split, all_speech):
     """Return {method: [scores of each test clip]} of a person; other speech is the next of
-    `all_speech`.
+    `all_speech`. The reference picture is of another clip, but for the one method that says so.
     """
     window = config["data"]["window"]
     backbone = models["backbone"]
@@ -112,6 +113,10 @@ def measure(config, models, split, all_speech):
         generated = {"autoencoder ceiling": ceiling}
         for name, model in models.items():
             generated[name] = train.generate_case(model, case, case.mel, config)
+        from_first = replace(case, reference=case.clip.frames[0])
+        generated["backbone, first frame"] = train.generate_case(
+            backbone, from_first, case.mel, config
+        )
         generated["other speech"] = train.generate_case(backbone, case, other_mel, config)
         truth = witness.trace(train.to_pixels(case.frames))
         silent = witness.find_silence(case.audio, len(case.frames))

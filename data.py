@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 import zlib
 from collections import Counter, deque
@@ -851,9 +852,10 @@ class CacheFile:
 
 # ---------------------------------------------------------------- whose clip is it?
 
-# Layouts that the end of a path, without suffix, gives away. The group is the person.
+# Layouts that the end of a path, without suffix, gives away. The group is the person. The path
+# begins with the dataset's own folder: those above it say nothing about who is in it.
 LAYOUTS = (
-    r"/(id\d{5})/[^/]+/[^/]+$",  # VoxCeleb2: id00012/<video>/00001
+    r"/(id\d{5})/[\w-]{11}/[^/]+$",  # VoxCeleb2: id00012/21Uxsk56VDQ/00001
     r"/([MW]\d{3})/video/[^/]+/[^/]+/[^/]+/[^/]+$",  # MEAD: M003/video/front/angry/level_1/001
     r"/(s\d{1,2})/video/[^/]+/[^/]+$",  # GRID: s1/video/mpg_6000/bbaf2n
     r"/(\d{4})_[A-Z]{3}_[A-Z]{3}_[A-Z]{1,2}$",  # CREMA-D: 1001_DFA_ANG_XX
@@ -864,7 +866,9 @@ LAYOUTS = (
 # The same, below the deepest folder that holds all clips.
 LAYOUTS_BELOW = (
     r"/(?:pretrain|trainval|train|valid|val|dev|test|main)/([^/]+)/[^/]+$",  # LRS2, LRS3
-    r"^/((?=[^/]*[a-z][A-Z0-9])[\w-]{11})_\d+$",  # CelebV-HQ: <video>_0, all in one folder
+    # CelebV-HQ: <video>_0, all in one folder. A video's name has both cases, and is not words with
+    # numbers (JohnSmith01); that leaves out 1 % of random names.
+    r"^/((?=.*[a-z])(?=.*[A-Z])(?!(?:[A-Z]?[a-z]{2,}\d*[-_]?)+_\d+$)[\w-]{11})_\d+$",
 )
 LAYOUTS = re.compile("|".join(LAYOUTS))
 LAYOUTS_BELOW = re.compile("|".join(LAYOUTS_BELOW))
@@ -876,26 +880,34 @@ NOT_A_PERSON = re.compile(
     r"|(session|take|part|day|week|batch|cam|group|fold)[-_ ]?\d+|raw|cut|cropped|real|fake"
 )
 # Beginnings of file names that say nothing about who is in them.
-NOT_A_NAME = re.compile(
-    r"(?i)|img|vid|videos?|mov|movie|pxl|dsc\w?|mvi|gopr|gh|gx|clips?|take|rec|record(ing)?|screen"
+NOT_A_NAME = (
+    r"img|vid|videos?|mov|movie|pxl|dsc\w?|mvi|gopr|gh|gx|clips?|take|rec|record(?:ing)?|screen"
     r"|whatsapp|signal|win|photo|film|trim|part|segment|scene|session|c|p|mah|dji|gmt|zoom|meeting"
-    r"|teams|telegram|snapchat|tiktok|facetime|untitled|copy|new"
+    r"|teams|telegram|snapchat|tiktok|facetime|untitled|copy|new|at|on"
 )
+# The first other word of a name that ends in a number: session1_anna_01.
+NUMBERED_NAME = re.compile(
+    rf"(?i)(?:(?:{NOT_A_NAME})?\d*[\W_])*"
+    rf"(?!(?:{NOT_A_NAME})\d*(?:[\W_]|$))([^\W\d_]{{2,}}\d*)(?:[\W_].*)?$(?<=\d)"
+)
+NOT_A_NAME = re.compile(f"(?i){NOT_A_NAME}")
 # The first word of a file name, with the number after it where the word is one for anybody.
 FIRST_WORD = re.compile(
     r"(?i)((speaker|spk|subject|subj|sub|user|person|actor|id|p|s)[\W_])?[^\W_]*"
 )
 
 
-def person_of(path, base, refusal=""):
+def person_of(path, root, base, refusal=""):
     """The person whose clip lies at `path`, below the deepest folder `base` that holds all clips.
 
-    Both are absolute. A known layout is recognised at any depth. Otherwise a path must be
-    <base>/<person>/<clip>; a file directly in `base` belongs to the person `base` is named after,
-    or is refused with the reason `refusal`. Raises ValueError where it is unclear who it is.
+    All three are absolute. A known layout is recognised at any depth of the dataset `root`.
+    Otherwise a path must be <base>/<person>/<clip>; a file directly in `base` belongs to the person
+    `base` is named after, or is refused with the reason `refusal`. Raises ValueError where it is
+    unclear who it is.
     """
     stem = os.path.splitext(path)[0].replace(os.sep, "/")
     below = stem[len(base.rstrip("/")) :]
+    stem = stem[len(os.path.dirname(root).rstrip("/")) :]
     match = LAYOUTS.search(stem) or LAYOUTS_BELOW.search(below)  # one of its groups matched
     if match and not NOT_A_PERSON.fullmatch(match[match.lastindex]):
         return match[match.lastindex]
@@ -913,16 +925,19 @@ def person_of(path, base, refusal=""):
 
 
 def several_people(names):
-    """First words of two or more names each, if there are two such words (anna_1, bob_1), or []."""
+    """The words at the beginning of names that suggest two people or more, or []."""
     # Dates at the beginning are no names: 20240105_1.mp4.
     dateless = [re.sub(r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d", "", name) for name in names]
     words = [FIRST_WORD.match(name)[0] for name in dateless]
-    # Once with numbers (sub01-a, sub01-b, sub02-a), once without (anna1, anna2, bob1).
-    for beginnings in (words, [word.rstrip("0123456789") for word in words]):
-        counts = Counter(word for word in beginnings if not NOT_A_NAME.fullmatch(word))
-        shared = sorted(word for word, count in counts.items() if count > 1)
-        if len(shared) > 1:
-            return shared
+    numbered = [match[1] for match in map(NUMBERED_NAME.match, dateless) if match]
+    # A word counts from two names on; in numbered ones (anna_1, anna_2, bob_1), one is enough.
+    for beginnings, least in ((words, 2), (numbered, 1)):
+        # Once with numbers (sub01-a, sub01-b, sub02-a), once without (anna1, anna2, bob1).
+        for tried in (beginnings, [word.rstrip("0123456789") for word in beginnings]):
+            counts = Counter(word for word in tried if word and not NOT_A_NAME.fullmatch(word))
+            people = sorted(word for word, count in counts.items() if count >= least)
+            if len(people) > 1 and max(counts.values()) > 1:
+                return people
     return []
 
 
@@ -931,10 +946,15 @@ def printable(text):
     return os.fsencode(text).decode(errors="backslashreplace")
 
 
-def assign_people(paths):
-    """{path: (person, clip name)} of absolute paths, and [(path, reason)] of what is left out."""
-    base = os.path.commonpath([os.path.dirname(path) for path in paths])
-    stems = [os.path.splitext(path)[0][len(base.rstrip(os.sep)) + 1 :] for path in paths]
+def assign_people(paths, root):
+    """{path: (person, clip name)} of the videos of the dataset `root`, [(path, reason)] of others.
+
+    Paths are absolute.
+    """
+    # macOS may write an accent as a sign of its own: the same name, in other bytes.
+    root, *composed = (unicodedata.normalize("NFC", path) for path in [root, *paths])
+    base = os.path.commonpath([os.path.dirname(path) for path in composed])
+    stems = [os.path.splitext(path)[0][len(base.rstrip(os.sep)) + 1 :] for path in composed]
     refusal = ""
     if any(os.sep in stem for stem in stems):
         refusal = "it lies beside the folders of people: put it into the folder of its person"
@@ -945,16 +965,16 @@ def assign_people(paths):
         refusal = f"the names suggest several people ({people} ...): put each one's into one folder"
         refusal += "; if it is one person, rename them"
     assigned, left_out, taken = {}, [], {}
-    for path, stem in zip(paths, stems):
+    for path, whole, stem in zip(paths, composed, stems):
         try:
-            person = person_of(path, base, refusal)
+            person = person_of(whole, root, base, refusal)
             # pretrain/anna/1 -> anna, pretrain-1
             *folders, name = stem.split(os.sep)
             name = "-".join([*(folder for folder in folders if folder != person), name])
             clip = printable(person), printable(name)
             if clip in taken:
                 raise ValueError(
-                    f"it differs from {taken[clip]} in its suffix only: left out as a copy"
+                    f"it is named as {taken[clip]}: left out; rename it if it is no copy"
                 )
         except ValueError as error:
             left_out.append((Path(path), str(error)))
@@ -1063,7 +1083,12 @@ class TalkingHeads:
             raise ValueError(f"no usable clip in {root}, {len(self.skipped)} skipped: {examples}")
         self.clips.sort(key=attrgetter("person", "name"))
         self.people = by_person(self.clips)
+        spelled = {}
         for person, clips in self.people.items():
+            other = spelled.setdefault(person.casefold(), person)
+            if other != person:
+                note = f"{person} and {other} are taken for two people: they differ in case only"
+                self.notes.append((clips[0].path.parent, note))
             own = [clip.path for clip in clips if clip.path.parent.name == person]
             if names := ", ".join(several_people([path.stem for path in own])[:5]):
                 note = f"the names suggest several people ({names} ...), taken for one"
@@ -1082,7 +1107,7 @@ class TalkingHeads:
             raise ValueError(f"no dataset at {self.root}{hint}")
         if not paths:
             raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {self.root}")
-        assigned, left_out = assign_people(paths)
+        assigned, left_out = assign_people(paths, os.fspath(self.root))
         self.skipped += left_out
         return assigned
 

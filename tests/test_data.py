@@ -305,7 +305,7 @@ def test_sound_in_a_file_beside_a_mute_video_is_found(tmp_path, mute_clip):
     ffmpeg("-i", tmp_path / "tone.wav", tmp_path / "tone.m4a")
     for video, sound in (
         ("HDTF/WDA_Name0_000.mp4", "HDTF/WDA_Name0_000.WAV"),
-        ("vox/dev/mp4/id00012/abc/00001.mp4", "vox/dev/aac/id00012/abc/00001.m4a"),
+        ("vox/dev/mp4/id00012/21Uxsk56VDQ/00001.mp4", "vox/dev/aac/id00012/21Uxsk56VDQ/00001.m4a"),
         ("MEAD/M003/video/front/angry/level_1/001.mp4", "MEAD/M003/audio/angry/level_1/001.m4a"),
         ("own/anna/none.mp4", "own/anna/other.wav"),
     ):
@@ -811,8 +811,8 @@ LAYOUTS = {  # {person: paths of clips}
     "LRS2": {"553541569906": "main/553541569906/00001.mp4", "633155": "main/633155/00002.mp4"},
     "LRS2 with two parts": {"55": "mvlrs_v1/main/55/1.mp4 mvlrs_v1/pretrain/55/1.mp4"},
     "VoxCeleb2": {
-        "id00012": "dev/mp4/id00012/ab-c/00001.mp4 dev/mp4/id00012/xyz/00001.mp4",
-        "id00017": "test/mp4/id00017/xyz/00001.mp4",
+        "id00012": ("dev/mp4/id00012/21Uxsk56VDQ/00001.mp4 dev/mp4/id00012/--cL39MXZ9g/00001.mp4"),
+        "id00017": "test/mp4/id00017/2A5tWbHxc3k/00001.mp4",
     },
     "HDTF": {
         "RD_Radio1": "RD_Radio1_000.mp4 RD_Radio1_001.mp4",
@@ -846,16 +846,24 @@ LAYOUTS = {  # {person: paths of clips}
         "me": "IMG_1234.MOV IMG_1235.MOV VID_20240105_1.mp4 VID_20240106_2.mp4 talk.mp4 x.mp4"
     },
     "one person, two cameras": {"me": "C0001.MP4 C0002.MP4 DJI_0001.MP4 DJI_0002.MP4"},
+    "one person, parts": {
+        "me": "IMG_12_1.mp4 IMG_12_2.mp4 IMG_13_1.mp4 GX07_1.mp4 GX07_2.mp4 GX08_1.mp4"
+    },
+    "one person, two programs": {
+        "me": "WhatsApp_at_10.11.12.mp4 WhatsApp_at_10.11.13.mp4 Movie_on_05.01.24.mp4 IMG_E12.MOV"
+    },
+    "one person, titles": {"me": "hello_1.mp4 talk_2.mp4 holiday_2.mp4"},
+    "words in no pattern": {"me": "talk_1.mp4 talk_2.mp4 holiday.mp4 001.mp4 002.mp4"},
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("above", ["me", "lrs3_v0.4/me", "data/test/me"])
+@pytest.mark.parametrize("above", ["me", "lrs3_v0.4/me", "data/test/me", "id00012/me"])
 def test_people_of_known_layouts_are_found_at_any_depth(layout, above):
     expected = {}
     for person, paths in LAYOUTS[layout].items():
         expected |= {f"/d/{above}/{path}": person for path in paths.split()}
-    assigned, left_out = data.assign_people(list(expected))
+    assigned, left_out = data.assign_people(list(expected), f"/d/{above}")
     assert {path: person for path, (person, _) in assigned.items()} == expected
     assert left_out == [] and len(set(assigned.values())) == len(assigned)
 
@@ -866,7 +874,7 @@ KNOWN = ["LRS3", "LRS2", "VoxCeleb2", "HDTF", "CREMA-D", "MEAD", "GRID", "a fold
 @pytest.mark.parametrize("layout", KNOWN)
 def test_one_person_alone_has_the_same_name(layout):
     for person, paths in LAYOUTS[layout].items():
-        assigned, _ = data.assign_people([f"/d/{path}" for path in paths.split()])
+        assigned, _ = data.assign_people([f"/d/{path}" for path in paths.split()], "/d")
         assert {name for name, _ in assigned.values()} == {person}
 
 
@@ -888,6 +896,11 @@ def test_one_person_alone_has_the_same_name(layout):
             "several people .speaker_01, speaker_02 .* if it is one person, rename them",
         ),
         ("spk-1-a.mp4 spk-1-b.mp4 spk-2-a.mp4 spk-2-b.mp4", "several people .spk-1, spk-2"),
+        ("conference1_0.mp4 conference1_1.mp4 conference2_0.mp4", "conference1, conference2"),
+        ("JohnSmith01_1.mp4 JohnSmith01_2.mp4 JannetDoe01_1.mp4", "JannetDoe01, JohnSmith01"),
+        ("b1-take-one_1.mp4 b1-take-one_2.mp4 b2-take-one_1.mp4 b2-take-one_2.mp4", "b1, b2"),
+        ("john_smith_01.mp4 john_smith_02.mp4 jane_doe_1.mp4", "several people .jane, john"),
+        ("rec_anna_1.mp4 rec_anna_2.mp4 session2_bob_1.mp4", "several people .anna, bob"),
         ("train/real/1.mp4 train/fake/2.mp4", "unclear who the person in real"),
         ("batch_1/1.mp4 batch_2/1.mp4", "unclear who the person in batch_1"),
         ("day1/1.mp4 day2/1.mp4", "unclear who the person in day1"),
@@ -895,8 +908,22 @@ def test_one_person_alone_has_the_same_name(layout):
     ],
 )
 def test_where_people_may_be_mixed_up_clips_are_refused(paths, words):
-    assigned, left_out = data.assign_people([f"/d/{path}" for path in paths.split()])
+    assigned, left_out = data.assign_people([f"/d/{path}" for path in paths.split()], "/d")
     assert assigned == {} and re.search(words, left_out[0][1])
+
+
+def test_folders_above_the_dataset_tell_nothing_about_people():
+    for above in ("id00012", "s1/video", "M003/video/front/angry", "main", "train/x"):
+        paths = [f"/d/{above}/{name}/00001.mp4" for name in ("anna", "bob")]
+        assigned, _ = data.assign_people(paths, f"/d/{above}")
+        assert list(assigned.values()) == [("anna", "00001"), ("bob", "00001")]
+
+
+def test_an_accent_written_in_two_ways_is_one_name():
+    paths = ["/d/Jos\u00e9/1.mp4", "/d/Jose\u0301/2.mp4", "/d/Jose\u0301/1.mp4", "/d/bob/1.mp4"]
+    assigned, left_out = data.assign_people(paths, "/d")
+    assert list(assigned.values()) == [("Jos\u00e9", "1"), ("Jos\u00e9", "2"), ("bob", "1")]
+    assert left_out[0][0] == Path(paths[2]) and "rename it if it is no copy" in left_out[0][1]
 
 
 @pytest.mark.parametrize(
@@ -909,26 +936,27 @@ def test_where_people_may_be_mixed_up_clips_are_refused(paths, words):
 )
 def test_files_of_a_known_layout_leave_strange_names_to_nobody(known, strange):
     paths = [f"/d/set/{name}.mp4" for name in [known, *strange.split()]]
-    assigned, left_out = data.assign_people(paths)
+    assigned, left_out = data.assign_people(paths, "/d")
     assert list(assigned) == paths[:1] and [os.fspath(path) for path, _ in left_out] == paths[1:]
     assert all("its name does not tell whose it is" in reason for _, reason in left_out)
 
 
 def test_clips_beside_the_folders_of_people_and_copies_are_left_out():
     paths = ["/d/anna/1.mp4", "/d/anna/1.MOV", "/d/bob/1.mp4", "/d/stray.mp4"]
-    assigned, left_out = data.assign_people(paths)
+    assigned, left_out = data.assign_people(paths, "/d")
     assert assigned == {"/d/anna/1.mp4": ("anna", "1"), "/d/bob/1.mp4": ("bob", "1")}
     assert [(path.name, reason.split(":")[0]) for path, reason in left_out] == [
-        ("1.MOV", "it differs from /d/anna/1.mp4 in its suffix only"),
+        ("1.MOV", "it is named as /d/anna/1.mp4"),
         ("stray.mp4", "it lies beside the folders of people"),
     ]
 
 
 def test_a_file_has_its_own_name_even_if_it_is_the_name_of_its_person():
-    assigned, _ = data.assign_people(["/d/me/me.mp4", "/d/me/me/2.mp4", "/d/me/anna/anna.mp4"])
+    paths = ["/d/me/me.mp4", "/d/me/me/2.mp4", "/d/me/anna/anna.mp4"]
+    assigned, _ = data.assign_people(paths, "/d/me")
     assert assigned["/d/me/me/2.mp4"] == ("me", "2")
     assert assigned["/d/me/anna/anna.mp4"] == ("anna", "anna")
-    assert data.assign_people(["/d/me/me.mp4"])[0] == {"/d/me/me.mp4": ("me", "me")}
+    assert data.assign_people(paths[:1], "/d/me")[0] == {"/d/me/me.mp4": ("me", "me")}
 
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path, one_clip, capsys):
@@ -939,6 +967,14 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path, one_clip, capsys):
     assert sorted(dataset.people) == [r"Andr\xe9", "anna"] and len(dataset.clips) == 2
     data.print_troubles(dataset)
     assert r"Andr\xe9/\xe9.mp4: the file is empty" in capsys.readouterr().out
+
+
+def test_people_whose_names_differ_in_case_only_are_noted(tmp_path, grey_clips):
+    for source, name in zip(grey_clips, ("Anna", "anna", "bob")):
+        copy(source, tmp_path / "in" / name / "1.mp4")
+    ((path, note),) = load(tmp_path / "in").notes
+    assert path == tmp_path / "in" / "anna"
+    assert note == "anna and Anna are taken for two people: they differ in case only"
 
 
 def test_folders_whose_names_suggest_several_people_are_noted(tmp_path, grey_clips):

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 import torchaudio
 from einops import rearrange
 from imageio_ffmpeg import get_ffmpeg_exe
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
@@ -608,7 +609,7 @@ def read_image(path, size=None, crop=1.0, finder=None):
     try:
         file_state(path)  # PIL would wait for a pipe
         with Image.open(path) as file:
-            image = to_8_bits(ImageOps.exif_transpose(file)).convert("RGBA")
+            image = to_srgb(to_8_bits(ImageOps.exif_transpose(file))).convert("RGBA")
     except Exception as error:  # PIL raises many kinds, struct.error for odd EXIF among them
         reason = explain(path)
         if "truncated" in str(error).lower():
@@ -643,6 +644,19 @@ def read_image(path, size=None, crop=1.0, finder=None):
 def channels_first(image):
     """An RGB picture as uint8 [3 h w]."""
     return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def to_srgb(image):
+    """A picture of 8 bits in sRGB, if it has a colour profile that can be read; cameras differ."""
+    if image.mode != "CMYK":
+        image = image.convert("RGBA")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        mode = "RGB" if image.mode == "CMYK" else "RGBA"
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, profile, srgb, outputMode=mode)
+    except (KeyError, OSError, ImageCms.PyCMSError):
+        return image
 
 
 def to_8_bits(image):

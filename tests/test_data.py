@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy import ndimage
 from scipy.signal import correlate, correlation_lags
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 import train
@@ -608,6 +608,28 @@ def test_pictures_of_any_mode(tmp_path, mode):
     if mode != "1":
         assert np.abs(picture.astype(int) - 200).max() <= 3
     assert data.read_image(path).shape == (3, 30, 50)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_the_colour_profile_of_a_picture_is_obeyed_where_it_can_be_read(
+    tmp_path, monkeypatch, mode
+):
+    monkeypatch.setattr(data, "read_video", None)  # which knows no profiles
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    # A profile whose red is green, and whose green is red.
+    swapped = srgb.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+    image = Image.new("RGB", (20, 20), (204, 102, 51)).convert(mode)
+    for profile, expected in (
+        (srgb, (204, 102, 51)),
+        (swapped, (102, 204, 51)),
+        (lab, (204, 102, 51)),
+        (swapped[:300], (204, 102, 51)),
+        (b"no profile", (204, 102, 51)),
+    ):
+        image.save(tmp_path / "a.png", icc_profile=profile)
+        colour = data.read_image(tmp_path / "a.png")[:, 9, 9]
+        assert np.abs(colour.astype(int) - expected).max() <= 2
 
 
 def test_a_picture_is_turned_as_its_camera_was(tmp_path):

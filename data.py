@@ -1039,10 +1039,13 @@ class TalkingHeads:
     reason) of files that cannot be used, `notes` (path, note) of files that are used in part and of
     folders whose file names suggest several people. `size` is in pixels, `crop` the share of each
     side that is kept, from the middle; `finder` cuts out the face where the middle does not show
-    it. Raises ValueError if there is no dataset or nothing usable.
+    it. Only people in `names`, by default all, are read. Raises ValueError if there is no dataset
+    or nothing usable.
     """
 
-    def __init__(self, root, size=64, crop=1.0, cache=None, progress=False, finder=None):
+    def __init__(
+        self, root, size=64, crop=1.0, cache=None, progress=False, finder=None, names=None
+    ):
         self.root = Path(os.path.abspath(root))
         self.skipped = []
         self.notes = []
@@ -1052,7 +1055,9 @@ class TalkingHeads:
         # Links to one file share what is cached of it.
         folder = open_cache(cache, self.root, size, crop, finder)
         files, distinct = {}, {}
-        for path in assigned:
+        for path, (person, _) in assigned.items():
+            if names is not None and person not in names:
+                continue
             try:
                 # Their sound does not lie beside the file, but beside each link.
                 sound = find_sound(path) if os.path.islink(path) else None

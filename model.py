@@ -197,13 +197,16 @@ class IdentityEncoder(nn.Module):
         return self.norm(rearrange(h, "(b n) d h w -> b (n h w) d", b=len(reference)))
 
 
+MAX_WORDS = 8  # of a prompt that are used
+
+
 class TextEncoder(nn.Module):
     """Tokens of a prompt of a few words: one for each known word, and a summary.
 
     The vocabulary is that of the public captions (`learn_words`); it is saved with the weights.
     """
 
-    def __init__(self, dim, num_words=256, max_words=8):
+    def __init__(self, dim, num_words=256, max_words=MAX_WORDS):
         super().__init__()
         self.words = []  # word i has row i + 1 of the table; row 0 is padding
         self.max_words = max_words

@@ -825,7 +825,11 @@ def load_people(config):
     cache = config["runtime"]["cache"] or None
     sizes = d["size"], d["crop"], d["clients"], d["unseen"], config["seed"]
     synthetic = d["synthetic"] | {"unreliable": d["unreliable"]}
-    return data.load_people(d["root"], *sizes, cache, synthetic)
+    people = data.load_people(d["root"], *sizes, cache, synthetic)
+    prompts = [clip.prompt for role in people for own in role.values() for clip in own]
+    if long := sum(len(talking.split_words(prompt)) > talking.MAX_WORDS for prompt in prompts):
+        print(f"note: prompts of {long} clips are cut off after {talking.MAX_WORDS} words")
+    return people
 
 
 def find_faces(config, people, finder):
@@ -833,7 +837,8 @@ def find_faces(config, people, finder):
 
     Raises ValueError for people in too few of whose clips a face is found.
     """
-    found = read_clips(config, config["data"]["root"], finder).people
+    private = {*people.clients, *people.unseen}  # public clips are not decoded again
+    found = read_clips(config, config["data"]["root"], finder, private).people
     roles = []
     for role, least in ((people.clients, 3), (people.unseen, 1)):
         lost = ", ".join(sorted(name for name in role if len(found.get(name, ())) < least))
@@ -845,11 +850,11 @@ def find_faces(config, people, finder):
     return data.People(people.public, *roles)
 
 
-def read_clips(config, root, finder):
+def read_clips(config, root, finder, names=None):
     """Return the data.TalkingHeads of a folder or video, faces cut out; prints what is not used."""
     d = config["data"]
     cache = config["runtime"]["cache"] or None
-    dataset = data.TalkingHeads(root, d["size"], d["crop"], cache, True, finder)
+    dataset = data.TalkingHeads(root, d["size"], d["crop"], cache, True, finder, names)
     data.print_troubles(dataset)
     return dataset
 
@@ -1401,9 +1406,12 @@ def generate(args, config, device):
         model = merged_copy(model, content["adapter"])
         liveliness = torch.full([1], content["liveliness"], device=device)
     known = model.text_encoder.words
-    unknown = sorted(set(talking.split_words(args.prompt)) - set(known))
+    words = talking.split_words(args.prompt)
+    unknown = sorted(set(words) - set(known))
     if unknown:
         print(f"--prompt: ignored {', '.join(unknown)}; known: {', '.join(known) or 'none'}")
+    if rest := [word for word in words if word in known][talking.MAX_WORDS :]:
+        print(f"--prompt: more than {talking.MAX_WORDS} words, cut off: {' '.join(rest)}")
 
     size = config["data"]["size"]
     finder = load_finder(config, backbone)

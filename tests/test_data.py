@@ -1220,12 +1220,20 @@ def test_clients_with_too_few_clips_of_their_face_are_named(monkeypatch):
     }
     people = data.People({}, {name: everybody[name] for name in ("anna", "bob")}, {"carl": []})
     found = SimpleNamespace(people=everybody | {"carl": everybody["carl"][:1]})
-    monkeypatch.setattr(train, "read_clips", lambda config, root, finder: found)
+    monkeypatch.setattr(train, "read_clips", lambda *arguments: found)
     config = {"data": {"root": "in"}}
     assert len(train.find_faces(config, people, None).unseen["carl"]) == 1
     found.people = everybody | {"bob": everybody["bob"][:2]}
     with pytest.raises(ValueError, match="face is found in fewer than 3 clips of bob$"):
         train.find_faces(config, people, None)
+
+
+def test_prompts_that_are_cut_off_are_counted(monkeypatch, capsys):
+    prompts = ("a b c d e f g h", "a b c d e f g h i", "")
+    clips = [SimpleNamespace(prompt=prompt) for prompt in prompts]
+    monkeypatch.setattr(data, "load_people", lambda *_: data.People({}, {"anna": clips}, {}))
+    train.load_people(train.load_config(train.DEFAULTS))
+    assert capsys.readouterr().out == "note: prompts of 1 clips are cut off after 8 words\n"
 
 
 def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, capsys):

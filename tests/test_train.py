@@ -391,9 +391,10 @@ def test_a_finished_run_speaks_in_step_with_the_sound(finished, tmp_path, capsys
     clip = first_clip(folder)
     adapter = str(run / "personal" / "client-000.pt")
     whole = tmp_path / "whole.mp4"
-    generate(run, clip, whole, "--adapter", adapter, "--prompt", "furious")
+    generate(run, clip, whole, "--adapter", adapter, "--prompt", "furious" + 9 * " smiling")
     printed = capsys.readouterr().out
-    assert "ignored furious" in printed and "20 frames" in printed
+    assert "ignored furious" in printed and "more than 8 words, cut off: smiling\n" in printed
+    assert "20 frames" in printed
     frames, _ = data.read_video(whole, 32)
     assert frames.shape == (20, 3, 32, 32)
     assert abs(sound_offset(whole, data.read_speech(clip))) < 0.02
@@ -526,6 +527,21 @@ def test_faces_are_cut_out_of_private_clips_only(finished):
             assert not np.array_equal(before[name][0].frames, after[name][0].frames)
     with pytest.raises(ValueError, match="no face found"):
         train.find_faces(config, people, FixedFinder())
+
+
+def test_public_clips_are_not_decoded_again_to_find_faces(finished, tmp_path, monkeypatch):
+    folder, run = finished
+    config = train.load_config(run / "config.yaml")
+    people = train.load_people(config)
+    config["runtime"]["cache"] = str(tmp_path / "cache")
+    decoded = []
+    decode = data.CacheFile.write
+    monkeypatch.setattr(
+        data.CacheFile, "write", lambda file: (decoded.append(file.source), decode(file))
+    )
+    train.find_faces(config, people, FixedFinder([0.0, 0.0, 20.0, 20.0]))
+    private = [clip for role in people[1:] for own in role.values() for clip in own]
+    assert sorted(decoded) == sorted(str(clip.path) for clip in private)
 
 
 def test_generation_refuses_what_it_cannot_use(finished, capsys, tmp_path):

@@ -258,92 +258,50 @@ def equal_error_rate(high, low):
 # ---------------------------------------------------------------- distributions of features
 
 
-class FeatureStatistics:
-    """Mean, covariance and a sample of any number of feature rows in bounded memory.
-
-    The sums are of float64; the sample of at most `capacity` rows is uniform (Vitter 1985,
-    Algorithm R).
-    """
-
-    def __init__(self, capacity=5000, seed=0):
-        self.n = 0
-        self.capacity = capacity
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def update(self, features):
-        """Add features [n d] and return self. Raises ValueError if they are not finite."""
-        features = torch.as_tensor(features).detach().cpu().double()
-        if features.ndim != 2 or not features.isfinite().all():
-            raise ValueError("features must be a finite matrix [n, d]")
-        if self.n == 0:
-            d = features.shape[1]
-            self.shift = features.mean(0)  # sums about a point near the mean lose no digits
-            self.sum = features.new_zeros(d)
-            self.outer = features.new_zeros(d, d)
-            self.rows = features.new_empty(self.capacity, d)
-        centered = features - self.shift
-        self.sum += centered.sum(0)
-        self.outer.addmm_(centered.T, centered)
-        draws = torch.rand(len(features), generator=self.generator, dtype=torch.float64)
-        for row, draw in zip(features, draws.tolist()):
-            slot = self.n if self.n < self.capacity else int(draw * (self.n + 1))
-            if slot < self.capacity:
-                self.rows[slot] = row
-            self.n += 1
-        self.mean = self.shift + self.sum / self.n  # d
-        self.sample = self.rows[: self.n]  # min(n, capacity) d
-        return self
-
-    def covariance(self):
-        """Return the unbiased covariance [d d]."""
-        return (self.outer - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
-
-    def covariance_factor(self):
-        """Return a matrix M [d d] with M^T M = covariance."""
-        values, vectors = torch.linalg.eigh(self.covariance())
-        return values.clamp(min=0).sqrt()[:, None] * vectors.T
-
-
-def _statistics(features):
-    if not isinstance(features, FeatureStatistics):
-        features = FeatureStatistics(len(features)).update(features)
-    if features.n < 2:
+def _feature_rows(features):
+    features = torch.as_tensor(features).double()
+    if len(features) < 2:
         raise ValueError("a distance of distributions needs at least two frames on each side")
     return features
 
 
 def frechet_distance(real_features, fake_features):
-    """Return the Frechet distance (FID) of two matrices [n d] or FeatureStatistics.
+    """Return the Frechet distance (FID, Heusel et al. 2017) of two matrices [n d].
 
-    Heusel et al. 2017. Warns where there are fewer frames than dimensions: the distance is then
-    mostly bias. Raises ValueError below two.
+    Warns where there are fewer frames than dimensions: the distance is then mostly bias. Raises
+    ValueError below two.
     """
-    real = _statistics(real_features)
-    fake = _statistics(fake_features)
-    n = min(real.n, fake.n)
-    d = len(real.mean)
+    real = _feature_rows(real_features)
+    fake = _feature_rows(fake_features)
+    n = min(len(real), len(fake))
+    d = real.shape[1]
     if n < d:
         warnings.warn(f"FID of {n} frames in {d} dimensions is biased: compare equal n only")
-    # tr (S1 S2)^(1/2) is the nuclear norm of M1 M2^T
-    cross = torch.linalg.svdvals(real.covariance_factor() @ fake.covariance_factor().T).sum()
-    trace = real.covariance().trace() + fake.covariance().trace() - 2 * cross
-    return max(0.0, float((real.mean - fake.mean).square().sum() + trace))
+    # R1^T R1 = S1 and R2^T R2 = S2, so that tr (S1 S2)^(1/2) is the nuclear norm of R1 R2^T
+    r1, r2 = [
+        torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (real, fake)
+    ]
+    trace = r1.square().sum() + r2.square().sum() - 2 * torch.linalg.svdvals(r1 @ r2.T).sum()
+    return max(0.0, float((real.mean(0) - fake.mean(0)).square().sum() + trace))
 
 
 def kernel_distance(real_features, fake_features, num_subsets=100, subset_size=1000, seed=0):
     """Return mean and std over subsets of the kernel distance (KID, Binkowski et al. 2018).
 
-    It is the unbiased squared MMD with the kernel (x.y/d + 1)^3 of two matrices [n d] or
-    FeatureStatistics. With fewer than `subset_size` rows a subset holds half of them.
+    It is the unbiased squared MMD with the kernel (x.y/d + 1)^3 of two matrices [n d], of at most
+    5,000 rows each. With fewer than `subset_size` rows a subset holds half of them.
     """
-    real = _statistics(real_features).sample
-    fake = _statistics(fake_features).sample
+    generator = torch.Generator().manual_seed(seed)
+    real = _feature_rows(real_features)
+    fake = _feature_rows(fake_features)
+    # The kernel of all pairs is computed once; this bounds its memory.
+    real = real[torch.randperm(len(real), generator=generator)[:5000]]
+    fake = fake[torch.randperm(len(fake), generator=generator)[:5000]]
     n = min(len(real), len(fake))
     m = subset_size if n >= subset_size else max(2, n // 2)
     rows = torch.cat([real, fake])
     kernel = (rows @ rows.T).div_(rows.shape[1]).add_(1).pow_(3)
     kernel.fill_diagonal_(0)  # unbiased: without the pairs of a frame and itself
-    generator = torch.Generator().manual_seed(seed)
     distances = []
     for _ in range(num_subsets):
         i = torch.randperm(len(real), generator=generator)[:m]
@@ -1492,7 +1450,7 @@ def make_cases(splits, num_frames, clips_per_person, window):
 
 
 class Evaluation:
-    """Scores of generated clips by method; frames are scored when added, and only numbers are kept.
+    """Scores of generated clips by method; frames are scored when added, and not kept.
 
     `cases` give the people among whom `right_person*` chooses; `networks` are those of
     `load_standard`. Everything is computed on `device`.
@@ -1517,8 +1475,9 @@ class Evaluation:
                     self.gallery[case.person] = mean_identity(judges, case.training_clips)
         self.people = {}  # "person/clip" -> person
         self.scores = {}  # method -> metric -> "person/clip" -> value
-        self.real = defaultdict(FeatureStatistics)  # ending
-        self.fake = defaultdict(FeatureStatistics)  # method, ending
+        # for KID and FID, by the ending of their names: features [f d] of each clip
+        self.real = defaultdict(list)  # ending
+        self.fake = defaultdict(list)  # method, ending
 
     @torch.no_grad()
     def add(self, method, case, frames):
@@ -1551,9 +1510,9 @@ class Evaluation:
         if self.judges and self.judges.has_opening and len(frames) > 1:
             found |= self._opening_scores(case, frames, truth)
         for ending, extract in self.networks["inception"].items():
-            self.fake[method, ending].update(per_frame(extract, frames))
+            self.fake[method, ending].append(per_frame(extract, frames).cpu())
             if key not in self.people:
-                self.real[ending].update(per_frame(extract, truth))
+                self.real[ending].append(per_frame(extract, truth).cpu())
         self.people[key] = case.person
         scores = self.scores.setdefault(method, {})
         for metric, value in found.items():
@@ -1616,9 +1575,10 @@ class Evaluation:
                 if metric in scores:
                     row = self._row(scores[metric])
                 rows[method][metric] = row
-            for ending, real in self.real.items():
-                fake = self.fake[method, ending]
-                row = {"ci95": None, "n": min(real.n, fake.n)}
+            for ending, clips in self.real.items():
+                real = torch.cat(clips)
+                fake = torch.cat(self.fake[method, ending])
+                row = {"ci95": None, "n": min(len(real), len(fake))}
                 if row["n"] >= LEAST_FOR_KID:
                     mean, std = kernel_distance(real, fake)
                     rows[method]["kid" + ending] = {"mean": mean, "std": std} | row

@@ -1,4 +1,4 @@
-"""Speed, memory and validity of metrics.py.
+"""Speed and validity of metrics.py.
 
 python tests/bench_metrics.py                  speed beside public packages, if installed
 python tests/bench_metrics.py --validity DIR   train both sets of judges on a dataset's public
@@ -7,7 +7,6 @@ python tests/bench_metrics.py --validity DIR   train both sets of judges on a da
 
 import argparse
 import copy
-import resource
 import sys
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ def seconds(function, repeats=1):
     return min(times)
 
 
-# ---------------------------------------------------------------- speed and memory
+# ---------------------------------------------------------------- speed
 
 
 def bench_frechet():
@@ -53,15 +52,6 @@ def bench_frechet():
                 f" {seconds(lambda: by_square_root(x, y)):.2f} | {abs(found / expected - 1):.1e} |"
             )
         print(row, flush=True)
-
-
-def bench_stream(num_rows=20_000, d=2048):
-    """Time streaming features, with the peak of memory."""
-    stream = metrics.FeatureStatistics()
-    rows = torch.randn(500, d)
-    taken = seconds(lambda: [stream.update(rows) for _ in range(num_rows // 500)])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{num_rows} rows of {d} features streamed in {taken:.0f} s, peak {peak:.2f} GiB\n")
 
 
 def find_peers(inception):
@@ -233,5 +223,4 @@ if __name__ == "__main__":
         validity(args.validity, args.steps, args.people)
     else:
         bench_frechet()
-        bench_stream()
         bench_frames()

@@ -275,21 +275,6 @@ def test_frechet_distance_equals_the_matrix_square_root_and_warns_of_few_rows(n,
     assert len(caught) == (n < 30)
 
 
-def test_streamed_statistics_equal_those_of_all_rows():
-    x = np.random.default_rng(0).normal(size=(500, 6)) + 1e4
-    stream = metrics.FeatureStatistics(capacity=50)
-    for part in np.array_split(x, 13):
-        stream.update(part)
-    np.testing.assert_allclose(stream.covariance(), np.cov(x.T), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(stream.mean, x.mean(0), rtol=1e-12)
-    order = {tuple(row): i for i, row in enumerate(x.tolist())}
-    kept = {tuple(row) for row in stream.sample.tolist()}
-    assert len(kept) == 50
-    assert 180 < np.mean([order[row] for row in kept]) < 320  # not the first rows, nor the last
-    with pytest.raises(ValueError, match="finite"):
-        stream.update(np.full((1, 6), np.nan))
-
-
 def test_kernel_distance_is_the_unbiased_mmd():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 5)), rng.normal(size=(20, 5)) + 0.5
@@ -921,7 +906,7 @@ def test_starred_metrics_know_the_right_clip(evaluation):
     assert rows["truth"]["lse_c*"]["mean"] > 0.5
     assert rows["other person"]["right_speech*"]["mean"] < 0.7
     assert rows["truth"]["kid*"]["mean"] < rows["darker"]["kid*"]["mean"]
-    assert rows["truth"]["kid*"]["n"] == evaluation.real["*"].n == 240
+    assert rows["truth"]["kid*"]["n"] == 240
 
 
 def test_people_are_known_by_their_training_clips(evaluation, splits):

@@ -178,7 +178,7 @@ def mouth_correlation(predicted, true):
     t = torch.as_tensor(true).double()
     p = p - p.mean(-1, keepdim=True)
     t = t - t.mean(-1, keepdim=True)
-    return (p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1)).clamp(min=1e-12)
+    return F.cosine_similarity(p, t, dim=-1)
 
 
 # ---------------------------------------------------------------- means and their intervals
@@ -487,16 +487,10 @@ def mfcc(audio):
     windows = np.lib.stride_tricks.sliding_window_view(audio, 400)[::160]
     power = np.abs(np.fft.rfft(windows, 512)) ** 2 / 512  # t 257
     mels = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)
-    edges = np.floor(513 * 700 * (10 ** (mels / 2595) - 1) / 16000)[:, None]
-    low = edges[:-2]
-    peak = edges[1:-1]
-    high = edges[2:]
-    bins = np.arange(257)
-    rising = (bins - low) / np.maximum(peak - low, 1)
-    falling = (high - bins) / np.maximum(high - peak, 1)
-    filters = np.where(bins < peak, rising, falling).clip(0)  # 26 257
+    edges = np.floor(513 * 700 * (10 ** (mels / 2595) - 1) / 16000)
+    triangles = [np.interp(np.arange(257), edges[i : i + 3], [0, 1, 0]) for i in range(26)]
     smallest = np.finfo(float).eps  # in place of zeros
-    bands = power @ filters.T  # t 26
+    bands = power @ np.array(triangles).T  # t 26
     energy = power.sum(1)
     cepstra = scipy.fft.dct(np.log(np.where(bands == 0, smallest, bands)), norm="ortho")[:, :13]
     cepstra *= 1 + 11 * np.sin(np.pi * np.arange(13) / 22)
@@ -575,8 +569,7 @@ def sync_offset(video, audio):
     padded = F.pad(audio[:t], (0, 0, MAX_SHIFT, MAX_SHIFT))
     distances = []
     for shift in range(2 * MAX_SHIFT + 1):
-        difference = video - padded[shift : shift + t] + 1e-6  # as torch's pairwise_distance
-        distances.append(difference.norm(dim=-1).mean())
+        distances.append(F.pairwise_distance(video, padded[shift : shift + t]).mean())
     return _best_shift(torch.stack(distances))
 
 

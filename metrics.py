@@ -246,15 +246,6 @@ def auc(high, low):
     return float((ranks.sum() - n * (n + 1) / 2) / (n * len(low)))
 
 
-def equal_error_rate(high, low):
-    """Return the error rate at the threshold that as many of `high` miss as of `low` reach."""
-    cuts = np.unique([*high, *low])
-    missed = np.searchsorted(np.sort(high), cuts) / len(high)
-    accepted = 1 - np.searchsorted(np.sort(low), cuts) / len(low)
-    best = np.abs(missed - accepted).argmin()
-    return float(missed[best] + accepted[best]) / 2
-
-
 # ---------------------------------------------------------------- distributions of features
 
 
@@ -1597,8 +1588,8 @@ class Evaluation:
 def score_judges(judges, people, device="cpu"):
     """Return scores of judges on the true clips of people {name: [data.Clip]} unknown to them.
 
-    These are the metrics with a star that compare with chance, and AUC and equal error rate of
-    identity verification. Each person's first clip is what is known of them.
+    These are the metrics with a star that compare with chance, and the AUC of identity
+    verification. Each person's first clip is what is known of them.
     """
     splits = {}
     for name, clips in people.items():
@@ -1617,7 +1608,6 @@ def score_judges(judges, people, device="cpu"):
     scores = {"people": len(splits), "clips": len(cases)}
     if wrong:
         scores["verification_auc"] = auc(right, wrong)
-        scores["verification_eer"] = equal_error_rate(right, wrong)
     for metric, row in evaluation.rows().get("truth", {}).items():
         if metric in AGAINST_CHANCE and row["mean"] is not None:
             scores[metric] = row["mean"]

@@ -236,13 +236,10 @@ def test_crossed_interval_covers_the_truth(seed_std, person_std):
     assert hits / 600 > 0.93
 
 
-def test_auc_counts_ties_half_and_the_equal_error_rate_is_that_of_two_gaussians():
+def test_auc_counts_ties_half_and_is_that_of_two_gaussians():
     assert metrics.auc([3, 4], [1, 2]) == 1 and metrics.auc([1, 2], [3, 4]) == 0
     assert metrics.auc([1, 1], [1]) == 0.5 and metrics.auc([2, 0], [1]) == 0.5
-    assert metrics.equal_error_rate([3, 4], [1, 2]) == 0
-    assert metrics.equal_error_rate([1, 3], [2, 0]) == 0.5
     low, high = np.random.default_rng(0).normal(size=(2, 20000))
-    assert metrics.equal_error_rate(high + 2, low) == pytest.approx(stats.norm.cdf(-1), abs=0.01)
     assert metrics.auc(high + 2, low) == pytest.approx(stats.norm.cdf(2**0.5), abs=0.01)
 
 
@@ -659,7 +656,7 @@ def test_judges_learn_opening_and_sync(people):
     found = metrics.score_judges(trained, strangers)
     assert found["mouth_correlation*"] > 0.6
     assert found["right_speech*"] > 0.7
-    assert found["verification_auc"] > 0.7 and found["verification_eer"] < 0.3
+    assert found["verification_auc"] > 0.7
     assert found["people"] == 2 and found["clips"] == 4
 
 

@@ -29,6 +29,7 @@ from einops import rearrange
 from scipy import stats
 from torch import nn
 from torchvision.models import inception
+from torchvision.ops import Conv2dNormActivation, box_iou, nms
 from tqdm import tqdm
 
 import data
@@ -738,16 +739,11 @@ def load_standard(folder=None):
 NUM_VIEWS = 10  # of data.VIEW_NAMES, all but the mirror
 
 
-def _halve(inputs, outputs):
-    """Return a convolution with batch norm and ReLU that halves h and w."""
-    return nn.Sequential(*_unit(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)))
-
-
 def _mouth_net(inputs, outputs):
     layers = nn.Sequential(
-        _halve(inputs, 24),  # 24 14 14
-        _halve(24, 48),  # 48 7 7
-        _halve(48, 96),  # 96 4 4
+        Conv2dNormActivation(inputs, 24, stride=2),  # 24 14 14
+        Conv2dNormActivation(24, 48, stride=2),  # 48 7 7
+        Conv2dNormActivation(48, 96, stride=2),  # 96 4 4
         nn.Flatten(),
         nn.Dropout(0.2),
         nn.Linear(96 * 4 * 4, 128),
@@ -772,10 +768,10 @@ class Judges(nn.Module):
         super().__init__()
         dim = 64  # of the embeddings
         self.face = nn.Sequential(
-            _halve(3, 16),  # 16 32 32
-            _halve(16, 32),  # 32 16 16
-            _halve(32, 64),  # 64 8 8
-            _halve(64, 128),  # 128 4 4
+            Conv2dNormActivation(3, 16, stride=2),  # 16 32 32
+            Conv2dNormActivation(16, 32, stride=2),  # 32 16 16
+            Conv2dNormActivation(32, 64, stride=2),  # 64 8 8
+            Conv2dNormActivation(64, 128, stride=2),  # 128 4 4
         )
         self.face_head = nn.Sequential(
             nn.Flatten(),
@@ -1078,10 +1074,15 @@ class FaceFinder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = [_halve(3, 24), _halve(24, 48), _halve(48, 96)]  # 96 h/8 w/8
-        for dilation in (1, 2, 1):
-            layers += _unit(nn.Conv2d(96, 96, 3, 1, dilation, dilation, bias=False))
-        self.layers = nn.Sequential(*layers, nn.Conv2d(96, 4, 1))
+        self.layers = nn.Sequential(
+            Conv2dNormActivation(3, 24, stride=2),  # 24 h/2 w/2
+            Conv2dNormActivation(24, 48, stride=2),  # 48 h/4 w/4
+            Conv2dNormActivation(48, 96, stride=2),  # 96 h/8 w/8
+            Conv2dNormActivation(96, 96),
+            Conv2dNormActivation(96, 96, dilation=2),
+            Conv2dNormActivation(96, 96),
+            nn.Conv2d(96, 4, 1),
+        )
         nn.init.zeros_(self.layers[-1].bias)
         self.to(memory_format=torch.channels_last)
         self.drawings = False
@@ -1140,14 +1141,14 @@ class FaceFinder(nn.Module):
         scores = torch.cat(scores)
         means = []
         second = []
-        for i in torchvision.ops.nms(boxes, scores, 0.3)[:6]:
-            near = torchvision.ops.box_iou(boxes[i : i + 1], boxes)[0] > 0.5
+        for i in nms(boxes, scores, 0.3)[:6]:
+            near = box_iou(boxes[i : i + 1], boxes)[0] > 0.5
             weights = scores * near
             means.append(weights @ boxes / weights.sum())
             second.append((scores[i] + 2 * self._look_again(pyramid, means[-1])) / 3)
         boxes = torch.stack(means)
         scores = torch.stack(second)
-        kept = torchvision.ops.nms(boxes, scores, 0.3)
+        kept = nms(boxes, scores, 0.3)
         boxes = boxes[kept[scores[kept] > LEAST_SCORE]]
         sides = boxes[:, 2] - boxes[:, 0]
         # What lies in a face twice as large is a part of it.
@@ -1178,7 +1179,7 @@ class FaceFinder(nn.Module):
         left, top, right, bottom = boxes[len(looks) :].unbind(-1)
         boxes[len(looks) :] = torch.stack([PATCH - right, top, PATCH - left, bottom], -1)
         boxes = boxes * pixel.repeat(2, 1)[:, None] + corner.repeat(2, 2)[:, None]
-        near = torchvision.ops.box_iou(box[None], boxes.flatten(0, 1)).view_as(scores) > 0.4
+        near = box_iou(box[None], boxes.flatten(0, 1)).view_as(scores) > 0.4
         return (scores * near).amax(1).mean()
 
 

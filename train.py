@@ -348,13 +348,7 @@ def write_text(path, text):
 
 def finite(tree):
     """Return nested dicts and lists with null for what JSON has no number for: infinity and NaN."""
-    if isinstance(tree, dict):
-        return {key: finite(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [finite(value) for value in tree]
-    if isinstance(tree, float) and not math.isfinite(tree):
-        return None
-    return tree
+    return json.loads(json.dumps(tree), parse_constant=lambda name: None)
 
 
 def log(run, text):

@@ -512,7 +512,6 @@ def source_code(*roots):
     """
     modules = {"train": sys.modules[__name__], "data": data, "fed": fed}
     modules |= {"lora": lora, "metrics": metrics, "model": talking}
-    names = {module: name for name, module in modules.items()}
     defined = {}  # (module, name) -> node
     for module, own in modules.items():
         for node in ast.parse(inspect.getsource(own)).body:
@@ -537,8 +536,8 @@ def source_code(*roots):
                 todo.append((module, node.id))
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = getattr(modules[module], node.value.id, None)
-                if inspect.ismodule(owner) and owner in names:
-                    todo.append((names[owner], node.attr))
+                if inspect.ismodule(owner) and owner.__name__ in modules:
+                    todo.append((owner.__name__, node.attr))
         code[module, name] = ast.dump(tree)
     return "".join(code[key] for key in sorted(code))
 

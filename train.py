@@ -1071,7 +1071,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
 
 # ---------------------------------------------------------------- evaluation and report
 
-BASELINES = ("truth", "copy reference", "mean frame", "autoencoder ceiling")
+BASELINES = ("truth", "copy reference", "autoencoder ceiling")
 TRAINED = ("backbone", "global adapter", "personal adapter", "personal adapter, other speech")
 
 
@@ -1102,7 +1102,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
                 used = merged_copy(adaptable, personal[person])
             started = time.perf_counter()
             if method in BASELINES:
-                frames = baseline_frames(method, case, used, splits[case.person])
+                frames = baseline_frames(method, case, used)
             else:
                 mel = case.other_mel if method.endswith("other speech") else case.mel
                 frames = generate_case(used, case, mel, config)
@@ -1145,17 +1145,13 @@ def describe_hardware(device):
 
 
 @torch.inference_mode()
-def baseline_frames(method, case, model, split):
+def baseline_frames(method, case, model):
     """Return frames [f 3 H W] in [0, 1] of a method that needs no trained UNet."""
-    f = len(case.frames)
-    reference = torch.from_numpy(case.reference).float() / 255
     if method == "truth":
         return case.frames
+    reference = torch.from_numpy(case.reference).float() / 255
     if method == "copy reference":
-        return reference.expand(f, -1, -1, -1)
-    if method == "mean frame":
-        mean = np.mean([clip.frames.mean(0) for clip in split["train"]], axis=0) / 255
-        return torch.from_numpy(mean).float().expand(f, -1, -1, -1)
+        return reference.expand_as(case.frames)
     device = model.motion_std.device
     frames = (2 * case.frames - 1).to(device)
     reference = (2 * reference - 1).to(device)
@@ -1256,7 +1252,7 @@ class Pictures:
     def save(self, run, zoom=2):
         """Write grid.png, one row a case, and the videos with sound: the methods side by side."""
         methods = ["reference", *dict.fromkeys(method for _, method in self.tiles)]
-        methods = [m for m in methods if m not in ("copy reference", "mean frame")]
+        methods = [m for m in methods if m != "copy reference"]
         size = zoom * self.cases[0].reference.shape[-1]
         sheet = Image.new("RGB", (size * len(methods), 16 + size * len(self.cases)), "white")
         pen = ImageDraw.Draw(sheet)

@@ -1228,54 +1228,43 @@ def evaluate_unseen(config, people, backbone_model, global_model, judges, networ
 
 
 class Pictures:
-    """Frames of some test cases: grid.png (8 cases when the mouth is open widest) and samples/*.mp4
-    (4 cases).
+    """Clips of 8 test cases: grid.png when the mouth is open widest, and samples/*.mp4 of every
+    second case.
     """
 
     def __init__(self, cases):
         self.cases = cases[:: max(1, len(cases) // 8)][:8]
-        self.tiles = {}  # {(case number, method): uint8 [H W 3]}
-        self.videos = {}  # {(case number, method): uint8 [f H W 3]}
+        self.clips = [{} for _ in self.cases]  # of each case: method -> uint8 [f H W 3]
 
     def add(self, method, case, frames):
-        """Keep what is shown of a case: one frame, and all of every second of the cases."""
-        for number, chosen in enumerate(self.cases):
-            if chosen is case:
-                moment = len(frames) // 2
-                if case.opening is not None:
-                    moment = int(case.opening[: len(frames)].argmax())
-                pixels = to_pixels(frames)
-                self.tiles[number, method] = pixels[moment]
-                if number % 2 == 0:
-                    self.videos[number, method] = pixels
+        """Keep the frames of a case that is shown."""
+        if case in self.cases:
+            self.clips[self.cases.index(case)][method] = to_pixels(frames)
 
     def save(self, run, zoom=2):
         """Write grid.png, one row a case, and the videos with sound: the methods side by side."""
-        methods = ["reference", *dict.fromkeys(method for _, method in self.tiles)]
-        methods = [m for m in methods if m != "copy reference"]
-        size = zoom * self.cases[0].reference.shape[-1]
-        sheet = Image.new("RGB", (size * len(methods), 16 + size * len(self.cases)), "white")
+        methods = [m for m in self.clips[0] if m != "copy reference"]
+        rows = []
+        for case, clips in zip(self.cases, self.clips):
+            moment = len(case.frames) // 2 if case.opening is None else int(case.opening.argmax())
+            tiles = [case.reference.transpose(1, 2, 0), *(clips[m][moment] for m in methods)]
+            rows.append(np.concatenate(tiles, axis=1))  # H (methods W) 3
+        grid = Image.fromarray(np.concatenate(rows))
+        grid = grid.resize((zoom * grid.width, zoom * grid.height), Image.LANCZOS)
+        sheet = Image.new("RGB", (grid.width, 16 + grid.height), "white")
+        sheet.paste(grid, (0, 16))
         pen = ImageDraw.Draw(sheet)
-        for column, method in enumerate(methods):
-            pen.text((column * size + 4, 3), method, "black")
-            for row, case in enumerate(self.cases):
-                tile = case.reference.transpose(1, 2, 0)
-                if method != "reference":
-                    tile = self.tiles[row, method]
-                picture = Image.fromarray(tile).resize((size, size), Image.LANCZOS)
-                sheet.paste(picture, (column * size, 16 + row * size))
+        for column, method in enumerate(["reference", *methods]):
+            pen.text((column * grid.width // (1 + len(methods)) + 4, 3), method, "black")
         save_picture(run / "grid.png", sheet)
         (run / "samples").mkdir(exist_ok=True)
-        shown = [m for m in methods if m != "reference" and "other" not in m]
-        for number in range(0, len(self.cases), 2):
-            case = self.cases[number]
-            strip = np.concatenate(
-                [self.videos[number, m] for m in shown], axis=2
-            )  # f H (methods W) 3
+        shown = [m for m in methods if "other" not in m]
+        for case, clips in list(zip(self.cases, self.clips))[::2]:
+            strip = np.concatenate([clips[m] for m in shown], axis=2)  # f H (methods W) 3
             strip = strip.repeat(zoom, 1).repeat(zoom, 2)
-            audio = case.audio[: len(strip) * data.SAMPLES_PER_FRAME]
             path = run / "samples" / f"{case.person}-{case.clip.name}.mp4"
-            data.write_video(path, strip, audio, {"comment": "synthetic: " + " | ".join(shown)})
+            comment = "synthetic: " + " | ".join(shown)
+            data.write_video(path, strip, case.audio, {"comment": comment})
 
 
 def to_pixels(frames):

@@ -1090,21 +1090,24 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     cases = metrics.make_cases(splits, e, 2, window)
     evaluation = metrics.Evaluation(cases, judges, networks, device)
     pictures = Pictures(cases)
+    models = {
+        "linear denoiser": backbone_model,
+        "backbone": backbone_model,
+        "global adapter": global_model,
+    }
     seconds = 0.0
     num_frames = 0
     trained = TRAINED if personal else TRAINED[:2]
     for method in BASELINES + trained:
-        used = global_model if method == "global adapter" else backbone_model
-        person = None
         for case in tqdm(cases, method, leave=False):
-            if method.startswith("personal") and case.person != person:
-                person = case.person  # whose clips follow each other: one merged model at a time
-                used = merged_copy(adaptable, personal[person])
-            started = time.perf_counter()
             if method in BASELINES:
-                frames = baseline_frames(method, case, used)
+                frames = baseline_frames(method, case, backbone_model)
             else:
+                used = models.get(method)
+                if used is None:
+                    used = merged_copy(adaptable, personal[case.person])
                 mel = case.other_mel if method.endswith("other speech") else case.mel
+                started = time.perf_counter()
                 frames = generate_case(used, case, mel, config)
                 seconds += time.perf_counter() - started
                 num_frames += len(frames)
@@ -1114,15 +1117,8 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     report = {"name": config["name"], "rows": evaluation.rows(), "paired": {}}
     for before, method in zip(trained, trained[1:]):
         report["paired"][f"{method} - {before}"] = evaluation.paired(method, before)
-    models = {
-        "linear denoiser": backbone_model,
-        "backbone": backbone_model,
-        "global adapter": global_model,
-    }
     report["unexplained"] = unexplained_table(models, adaptable, personal, clients, e)
-    report["unseen"] = evaluate_unseen(
-        config, people, backbone_model, global_model, judges, networks
-    )
+    report["unseen"] = evaluate_unseen(config, people.unseen, models, judges, networks)
     report["judges"] = sources | {
         "*": "small networks trained on half of the public people",
         "scores": judges.scores,
@@ -1207,23 +1203,22 @@ def unexplained_table(models, adaptable, personal, clients, num_frames):
     return table
 
 
-def evaluate_unseen(config, people, backbone_model, global_model, judges, networks):
+def evaluate_unseen(config, unseen, models, judges, networks):
     """Return the rows of backbone and global adapter for people that nothing was trained on."""
-    splits = {
-        n: {"train": c[:-1], "validation": [], "test": c[-1:]}
-        for n, c in people.unseen.items()
-        if len(c) > 1
-    }
+    splits = {}
+    for name, clips in unseen.items():
+        if len(clips) > 1:
+            splits[name] = {"train": clips[:-1], "test": clips[-1:]}
     if not splits:
         return {}
-    cases = metrics.make_cases(
-        splits, config["evaluate"]["num_frames"], 1, config["data"]["window"]
-    )
-    evaluation = metrics.Evaluation(cases, judges, networks, backbone_model.motion_std.device)
+    e = config["evaluate"]["num_frames"]
+    cases = metrics.make_cases(splits, e, 1, config["data"]["window"])
+    evaluation = metrics.Evaluation(cases, judges, networks, models["backbone"].motion_std.device)
     for case in cases:
         evaluation.add("truth", case, case.frames)
-        evaluation.add("backbone", case, generate_case(backbone_model, case, case.mel, config))
-        evaluation.add("global adapter", case, generate_case(global_model, case, case.mel, config))
+        for method in ("backbone", "global adapter"):
+            frames = generate_case(models[method], case, case.mel, config)
+            evaluation.add(method, case, frames)
     return evaluation.rows()
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -1645,30 +1645,25 @@ def _format_cell(row):
 # ---------------------------------------------------------------- command line
 
 
-def list_files(folder, notes):
+def list_files(folder):
     """Return {name without suffix: path} of the pictures and videos below a folder.
 
-    A single file is named "clip". Files of other kinds are counted in `notes`. Raises ValueError
-    for two files of one name, and for none.
+    A single file is named "clip". Raises ValueError for two files of one name, and for none.
     """
     if Path(folder).is_file():
         return {"clip": Path(folder)}
     files = {}
-    others = Counter()
     for path in sorted(Path(folder).rglob("*")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if path.is_dir() or any(part.startswith(".") for part in name.split("/")):
             continue
         if path.suffix.lower() not in data.PICTURE_SUFFIXES | data.VIDEO_SUFFIXES:
-            others[path.suffix or path.name] += 1
-        elif name in files:
+            continue
+        if name in files:
             raise ValueError(f"two files of one name in {folder}: {files[name].name}, {path.name}")
-        else:
-            files[name] = path
+        files[name] = path
     if not files:
         raise ValueError(f"no pictures or videos in {folder}")
-    for suffix, num in others.items():
-        notes[f"{num} x {suffix}, neither pictures nor videos"].append(str(folder))
     return files
 
 
@@ -1688,8 +1683,8 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
     subfolders, as people, or else over files. Raises ValueError if nothing can be scored.
     """
     notes = defaultdict(list)  # note -> names
-    real_files = list_files(real_folder, notes)
-    fake_files = list_files(fake_folder, notes)
+    real_files = list_files(real_folder)
+    fake_files = list_files(fake_folder)
     evaluation = Evaluation([], judges, networks, device)
     for name in tqdm(sorted(real_files | fake_files), unit="file", disable=None):
         try:

@@ -691,6 +691,8 @@ def train(config, people, run, device, workers):
     # -- between clients and server: Algorithm 1
     clients = make_clients(config, people, run)
     state = workers.broadcast(load_or_initialize(config, model, backbone, run))
+    if workers.rank == 0:
+        forget_rounds(run, state["round"])
     # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: without it no disk is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
@@ -902,7 +904,6 @@ def load_or_initialize(config, model, backbone, run):
         state = load_checkpoint(run / "last.pt", "global adapter")
         if state["description"] != description:
             raise ValueError(f"{run / 'last.pt'}: the adapter belongs to another backbone or shape")
-        forget_rounds(run, state["round"])
         return state
     adapter = lora.adapter_vector(model)
     state = {"description": description, "adapter": adapter, "round": 0, "accountant": []}

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import collections
 import contextlib
 import copy
 import ctypes
@@ -1179,8 +1180,7 @@ def unexplained_table(models, adaptable, personal, clients, num_frames):
     The reference picture is of a training clip. No motion leaves 1; the linear denoiser is the
     model without its UNet.
     """
-    methods = [*models, "personal adapter"] if personal else list(models)
-    shares = {name: [] for name in methods}
+    shares = collections.defaultdict(list)
     groups = []
     names = []
     for client in clients:
@@ -1331,10 +1331,8 @@ def write_report(run, report, losses):
     if len(rounds) > 1:
         unexplained = [r["simulation"]["unexplained"] for r in rounds]
         panels.append(draw_curve("global adapter: unexplained variance by round", unexplained))
-    sheet = Image.new("RGB", (sum(p.width for p in panels), panels[0].height))
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i * panel.width, 0))
-    save_picture(run / "curves.png", sheet)
+    curves = np.concatenate([np.asarray(panel) for panel in panels], axis=1)
+    save_picture(run / "curves.png", Image.fromarray(curves))
     print("\n".join(lines))
     print(f"\nreport, pictures and videos: {run}")
 
@@ -1387,20 +1385,19 @@ def generate(args, config, device):
     if rest := [word for word in words if word in known][talking.MAX_WORDS :]:
         print(f"--prompt: more than {talking.MAX_WORDS} words, cut off: {' '.join(rest)}")
 
-    size = config["data"]["size"]
+    d = config["data"]
     finder = load_finder(config, backbone)
-    sizes = size, config["data"]["crop"], finder
-    pictures = [data.read_image(path, *sizes) for path in args.reference]
+    pictures = [data.read_image(path, d["size"], d["crop"], finder) for path in args.reference]
     if args.look:
         save_crops(args.look, "reference", pictures)
-    pictures = torch.stack([data.to_float(picture, device) for picture in pictures])
-    reference = pictures[None]  # 1 n 3 H W
+    reference = torch.stack([data.to_float(picture, device) for picture in pictures])[None]
     audio, mel = read_speech_windows(args, config)
     sampling = config["sampling"] | {"num_steps": args.steps or config["sampling"]["num_steps"]}
     scales = {name: getattr(args, f"{name}_scale") for name in talking.CONDITIONS}
     generator = torch.Generator().manual_seed(config["seed"] if args.seed is None else args.seed)
     words = model.text_encoder.ids([args.prompt]).to(device)
     how = sampling | {"scales": scales, "liveliness": liveliness}
+    # reference 1 n 3 H W, mel 1 f n m
     stream = model.stream(reference, mel.to(device), words, generator, **how)
     started = time.perf_counter()
     blocks = speaking_blocks(stream, mel.shape[1], not args.no_watermark)

@@ -1359,9 +1359,6 @@ def save_crops(folder, name, frames):
 
 def generate(args, config, device):
     """--action generate: a portrait and a voice become a video with sound."""
-    for flag in ("reference", "speech", "resume"):
-        if not getattr(args, flag):
-            raise ValueError(f"--action generate needs --{flag}")
     output = Path(args.output or "talk.mp4")
     data.check_output(output)
     backbone, model, _, state = load_run(config, Path(args.resume), device)
@@ -1445,9 +1442,6 @@ def add_watermark(frames):
 
 def personalize_own(args, config, device):
     """--action personalize: train an adapter on a person's videos; measure it on other pieces."""
-    for flag in ("clips", "resume"):
-        if not getattr(args, flag):
-            raise ValueError(f"--action personalize needs --{flag}")
     output = Path(args.output or "me.pt")
     backbone, model, judges, state = load_run(config, Path(args.resume), device)
     dataset = read_clips(config, args.clips, load_finder(config, backbone))
@@ -1604,6 +1598,11 @@ def parse_arguments(argv):
     for name, actions in users.items():
         if args.action not in actions and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for --action {' or '.join(actions)}, not {args.action}")
+    needed = {"evaluate": ["resume"], "personalize": ["clips", "resume"]}
+    needed["generate"] = ["reference", "speech", "resume"]
+    for name in needed.get(args.action, []):
+        if not getattr(args, name):
+            parser.error(f"--action {args.action} needs --{name}")
     return args
 
 
@@ -1698,8 +1697,6 @@ def run_action(args, config, devices, workers):
 def configure(args):
     """Return the config of the command line, checked against that of the run that it resumes."""
     if args.resume is None:
-        if args.action == "evaluate":
-            raise ValueError("--action evaluate needs --resume runs/NAME")
         return load_config(args.config or DEFAULTS, args.preset, args.set)
     if args.config is not None:
         raise ValueError("--resume reads the run's own config.yaml: leave out --config")

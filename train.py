@@ -1040,8 +1040,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     model = personal_model(config, model, state["adapter"], directions)
     start = lora.adapter_vector(model)
     kwargs = training_kwargs(config, "personal", device)
-    description = describe_personal(config, state)
-    training = checksum(kwargs)
+    made_by = {"description": describe_personal(config, state), "training": checksum(kwargs)}
     (run / "personal").mkdir(parents=True, exist_ok=True)
     paths = {client.name: run / "personal" / f"{client.name}.pt" for client in clients}
     finished = {}
@@ -1049,7 +1048,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         if workers.rank == 0 and path.exists():
             content = load_checkpoint(path, "personal adapter")
             # Else it is of an earlier global adapter, or was trained otherwise.
-            if content["description"] == description and content["training"] == training:
+            if made_by.items() <= content.items():
                 finished[name] = content
     finished = workers.broadcast(finished)
     todo = [k for k, client in enumerate(clients) if client.name not in finished]
@@ -1059,8 +1058,8 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         client = clients[todo[i]]
         seed = fed.derive_seed(config["fed"]["seed"], 10**6, todo[i])
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
-        content = {"adapter": trained, "description": description, "training": training}
-        content["liveliness"] = data.typical_liveliness(client.split["train"])
+        liveliness = data.typical_liveliness(client.split["train"])
+        content = made_by | {"adapter": trained, "liveliness": liveliness}
         save_checkpoint(paths[client.name], "personal adapter", content)
         own[client.name] = content
     finished |= workers.merge(own)

@@ -29,7 +29,7 @@ from einops import rearrange
 from scipy import stats
 from torch import nn
 from torchvision.models import inception
-from torchvision.ops import Conv2dNormActivation, box_iou, nms
+from torchvision.ops import Conv2dNormActivation, box_iou, nms, sigmoid_focal_loss
 from tqdm import tqdm
 
 import data
@@ -1224,10 +1224,8 @@ def finder_loss(outputs, box, is_face):
     is_face = is_face[:, None, None]
     inside = is_face & (distance < (0.16 * side).clamp_min(0.55 * STRIDE))
     unclear = is_face & (distance < 0.5 * side) & ~inside
-    logit = outputs[:, 0]
-    wrong = torch.where(inside, 1 - logit.sigmoid(), logit.sigmoid())
-    entropy = F.binary_cross_entropy_with_logits(logit, inside.float(), reduction="none")
-    focal = (wrong.square() * entropy)[~unclear].sum() / inside.sum().clamp_min(1)
+    focal = sigmoid_focal_loss(outputs[:, 0], inside.float(), alpha=-1)  # n h w
+    focal = focal[~unclear].sum() / inside.sum().clamp_min(1)
     target = torch.stack([x / 32, y / 32, (side / 32).log().expand_as(x)], 1)
     error = (outputs[:, 1:] - target).abs().sum(1)
     return focal + error[inside].sum() / inside.sum().clamp_min(1)

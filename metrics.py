@@ -29,7 +29,7 @@ from einops import rearrange
 from scipy import stats
 from torch import nn
 from torchvision.models import inception
-from torchvision.ops import Conv2dNormActivation, box_iou, nms, sigmoid_focal_loss
+from torchvision.ops import Conv2dNormActivation, box_iou, nms, roi_align, sigmoid_focal_loss
 from tqdm import tqdm
 
 import data
@@ -1056,6 +1056,7 @@ def load_judges(path, kind="table"):
 
 PATCH = 64  # pixels a side of the pictures that the finder learns from
 STRIDE = 8  # pixels between the places at which it looks for a face
+MARGIN = 32  # pixels around a picture, repeated from its edge
 FACE_SIDES = (20, 48)  # pixels: least and greatest side of the faces that it learns to find
 LEVELS = (192, 136, 96, 68, 48, 34)  # pixels: shorter sides at which it looks at a picture
 LEAST_SCORE = 0.6  # of a face, somewhere in a picture
@@ -1119,23 +1120,23 @@ class FaceFinder(nn.Module):
         """
         picture = unit_frames(picture)[None]
         shorter = min(picture.shape[2:])
-        pyramid = {}  # pixels of the picture to one of the level -> level [1 3 h w]
+        # Pixels of the picture to one of the level -> level [1 3 h w], in a margin of 32 pixels:
+        # faces at the edge have something around them. Sides are multiples of the stride.
+        pyramid = {}
         for level in [level for level in LEVELS if level <= 2 * shorter] or LEVELS[-1:]:
-            shape = [round(side * level / shorter) for side in picture.shape[2:]]
-            small = F.interpolate(picture, shape, mode="bilinear", antialias=True)
-            pyramid[shorter / level] = small
+            h, w = [round(side * level / shorter) for side in picture.shape[2:]]
+            small = F.interpolate(picture, (h, w), mode="bilinear", antialias=True)
+            margins = (MARGIN, MARGIN + -w % STRIDE, MARGIN, MARGIN + -h % STRIDE)
+            pyramid[shorter / level] = F.pad(small, margins, mode="replicate")
         if usual is not None:
             usual = torch.as_tensor(usual, dtype=torch.float32)
             if self._look_again(pyramid, usual) > LEAST_SCORE_USUAL:
                 return usual[None]
         boxes = []
         scores = []
-        for scale, small in pyramid.items():
-            h, w = small.shape[2:]
-            # Faces at the edge have something around them, and sides are multiples of the stride.
-            padded = F.pad(small, (32, 32 + -w % STRIDE, 32, 32 + -h % STRIDE), mode="replicate")
-            found, score = self.boxes(padded)
-            boxes.append((found[0] - 32) * scale)
+        for scale, level in pyramid.items():
+            found, score = self.boxes(level)
+            boxes.append((found[0] - MARGIN) * scale)
             scores.append(score[0])
         boxes = torch.cat(boxes)
         scores = torch.cat(scores)
@@ -1163,18 +1164,11 @@ class FaceFinder(nn.Module):
         center = (box[:2] + box[2:]) / 2
         side = box[2] - box[0]
         scale = min(pyramid, key=lambda scale: abs(math.log(side / scale / 32)))
-        level = pyramid[scale]
         looks = torch.tensor(SECOND_LOOK)  # v 3
         pixel = side / looks[:, 2:]  # of a patch, in the picture
         corner = center - looks[:, :2] * pixel  # v 2, the left upper ones of the patches
-        # from the patches' pixels to the level's, and those to -1 ... 1
-        pixels = torch.arange(PATCH) + 0.5
-        places = torch.stack(torch.meshgrid(pixels, pixels, indexing="xy"), -1)  # 64 64 2
-        places = (corner[:, None, None] + places * pixel[:, None, None]) / scale
-        size = torch.tensor([level.shape[3], level.shape[2]])
-        grid = 2 * places / size - 1
-        level = level.expand(len(looks), -1, -1, -1)
-        patches = F.grid_sample(level, grid, padding_mode="border", align_corners=False)
+        cut = torch.cat([corner, corner + PATCH * pixel], 1) / scale + MARGIN  # v 4, in the level
+        patches = roi_align(pyramid[scale], [cut], PATCH, sampling_ratio=1, aligned=True)
         boxes, scores = self.boxes(torch.cat([patches, patches.flip(-1)]))  # 2v p 4, 2v p
         left, top, right, bottom = boxes[len(looks) :].unbind(-1)
         boxes[len(looks) :] = torch.stack([PATCH - right, top, PATCH - left, bottom], -1)

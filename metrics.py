@@ -823,9 +823,8 @@ class Judges(nn.Module):
         """Return the vectors [n d] whose squared distance `perceptual` is, of frames [n 3 h w]."""
         parts = []
         for x in self.layers(frames):
-            norm = (x.square().sum(1, keepdim=True) + 1e-8).sqrt()  # n 1 h w
-            num_places = x.shape[-2] * x.shape[-1]
-            parts.append((x / norm / (4 * num_places) ** 0.5).flatten(1))
+            unit = F.normalize(x, eps=1e-4)  # n c h w
+            parts.append((unit / (4 * x[0, 0].numel()) ** 0.5).flatten(1))
         return torch.cat(parts, 1)
 
     def perceptual(self, x, y):

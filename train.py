@@ -529,10 +529,8 @@ def source_code(*roots):
             continue
         tree = defined[module, name]
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant):  # a docstring
-                    body.pop(0)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                node.body.pop(0)
             if isinstance(node, ast.Name):
                 todo.append((module, node.id))
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

@@ -1386,11 +1386,12 @@ def generate(args, config, device):
         save_crops(args.look, "reference", pictures)
     reference = torch.stack([data.to_float(picture, device) for picture in pictures])[None]
     audio, mel = read_speech_windows(args, config)
-    sampling = config["sampling"] | {"num_steps": args.steps or config["sampling"]["num_steps"]}
     scales = {name: getattr(args, f"{name}_scale") for name in talking.CONDITIONS}
     generator = torch.Generator().manual_seed(config["seed"] if args.seed is None else args.seed)
     words = model.text_encoder.ids([args.prompt]).to(device)
-    how = sampling | {"scales": scales, "liveliness": liveliness}
+    how = config["sampling"] | {"scales": scales, "liveliness": liveliness}
+    if args.steps:
+        how["num_steps"] = args.steps
     # reference 1 n 3 H W, mel 1 f n m
     stream = model.stream(reference, mel.to(device), words, generator, **how)
     started = time.perf_counter()

@@ -1529,7 +1529,7 @@ def dry_run(config, device):
 
 
 def time_step(config, model, judges, batch_size):
-    """Return the seconds of a training step on random clips, the mean of three after a warm-up.
+    """Return the seconds of a training step on a clip of noise, the mean of three after a warm-up.
 
     As many clips are timed as go through the network at once, on a CPU at most 4, and the time is
     multiplied up to `batch_size`. Without judges it is a step of the backbone.
@@ -1538,18 +1538,17 @@ def time_step(config, model, judges, batch_size):
     at_once = config["runtime"]["micro_batch"] or batch_size
     b = min(batch_size, at_once, 4 if device.type == "cpu" else batch_size)
     f = config["backbone"]["num_frames"]
-    size = config["data"]["size"]
-    mel_shape = data.MELS_PER_FRAME * config["data"]["window"], data.NUM_MELS
-    batch = {"frames": torch.rand(b, f, 3, size, size), "reference": torch.rand(b, 3, size, size)}
-    batch |= {"mel": torch.randn(b, f, *mel_shape), "prompt": [""] * b}
-    batch["liveliness"] = torch.ones(b)
+    shape = f, 3, config["data"]["size"], config["data"]["size"]
+    frames = np.random.default_rng(config["seed"]).integers(256, size=shape, dtype=np.uint8)
+    mel = np.zeros((data.MELS_PER_FRAME * f, data.NUM_MELS), np.float32)
+    people = {"noise": [data.Clip("noise", "1", Path(), frames, np.zeros(0), mel)]}
     loss_weights = config["loss"] if judges else dict.fromkeys(config["loss"], 0.0)
     generator = torch.Generator().manual_seed(config["seed"])
     for step in range(4):
         if step == 1:
             started = time.perf_counter()
-        encoded = fed.encode_batch(model, batch)
-        fed.backward(model, judges, encoded, loss_weights, generator, bf16=device.type == "cuda")
+        batch = fed.sample_batch(model, people, b, f, generator)
+        fed.backward(model, judges, batch, loss_weights, generator, bf16=device.type == "cuda")
     return (time.perf_counter() - started) / 3 * batch_size / b
 
 

@@ -1119,9 +1119,8 @@ class FaceFinder(nn.Module):
         """
         picture = unit_frames(picture)[None]
         shorter = min(picture.shape[2:])
-        # Pixels of the picture to one of the level -> level [1 3 h w], in a margin of 32 pixels:
-        # faces at the edge have something around them. Sides are multiples of the stride.
-        pyramid = {}
+        # The margin is for faces at the edge; the sides are multiples of the stride.
+        pyramid = {}  # pixels of the picture to one of the level -> level [1 3 h w]
         for level in [level for level in LEVELS if level <= 2 * shorter] or LEVELS[-1:]:
             h, w = [round(side * level / shorter) for side in picture.shape[2:]]
             small = F.interpolate(picture, (h, w), mode="bilinear", antialias=True)

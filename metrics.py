@@ -629,7 +629,6 @@ METRICS_TABLE = """
 | right_speech* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 35 frames, other speech |
 | mouth_correlation* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 2 frames, openings |
 | mouth_std_ratio* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 2 frames, openings |
-| silence_ratio* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 5 silent frames, openings |
 """
 
 
@@ -1365,8 +1364,6 @@ def shuffle_blocks(frames, generator):
 
 # ---------------------------------------------------------------- scoring generated clips
 
-SILENT = -1.0  # mean of data.log_mel in a frame's window, which is -1.49 without any sound
-LEAST_SILENT = 5  # frames
 LEAST_FOR_KID = 50  # frames
 LEAST_FOR_FID = {"": 2048, "*": 960}  # frames: 1 for each feature, 4 for each of the judges'
 # where a network that cannot judge scores as chance does
@@ -1524,15 +1521,10 @@ class Evaluation:
         opening = per_frame(self.judges.opening, frames).cpu()  # f
         true = per_frame(self.judges.opening, truth).cpu()
         known = true if case.opening is None else case.opening
-        found = {"mouth_correlation*": mouth_correlation(opening, known)}
-        found["mouth_std_ratio*"] = opening.std() / true.std().clamp(min=1e-3)
-        if case.speeches:
-            windows = torch.as_tensor(data.audio_windows(case.speeches[0]))[: len(frames)]
-            silent = windows.mean((1, 2)) < SILENT  # f
-            if silent.sum() >= LEAST_SILENT:
-                true_mean = true[silent].mean().clamp(min=0.05)
-                found["silence_ratio*"] = opening[silent].mean() / true_mean
-        return found
+        return {
+            "mouth_correlation*": mouth_correlation(opening, known),
+            "mouth_std_ratio*": opening.std() / true.std().clamp(min=1e-3),
+        }
 
     def rows(self):
         """Return {method: {metric: row}} for all METRICS.

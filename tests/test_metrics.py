@@ -952,21 +952,6 @@ def test_paired_differences_are_taken_clip_by_clip_and_over_people(people):
     assert "lpips" not in evaluation.paired("a", "b")
 
 
-def test_silence_is_scored_where_the_mouth_should_be_closed(people):
-    clip = people["p0"][0]
-    mel = np.full_like(clip.mel, 3)
-    mel[:72] = data.SILENCE  # frames 0 ... 17, so that the windows of frames 0 ... 15 are silent
-    frames = torch.full((40, 3, 64, 64), 0.5)
-    frames[:16] = 0.8  # an opening of .2 where it is silent, of .5 else
-    case = metrics.Case(clip, frames, clip.audio, [mel])
-    evaluation = metrics.Evaluation([], PlainJudges())
-    evaluation.add("open", case, torch.full_like(frames, 0.4))
-    assert evaluation.rows()["open"]["silence_ratio*"]["mean"] == pytest.approx(3, abs=1e-4)
-    loud = metrics.Evaluation([], PlainJudges())
-    loud.add("open", metrics.Case(clip, frames, clip.audio, [mel[72:]]), frames)
-    assert loud.rows()["open"]["silence_ratio*"]["mean"] is None
-
-
 def test_clips_too_short_for_sync_have_no_sync_scores(splits):
     cases = metrics.make_cases(splits, num_frames=34, clips_per_person=1, window=5)
     evaluation = metrics.Evaluation(cases, PlainJudges(), {"syncnet": BrightnessSyncNet()})
@@ -1173,7 +1158,7 @@ def test_videos_with_judges_and_weights(tmp_path, people, judges, capsys):
     assert status == 0
     for metric, row in rows.items():
         available = metrics.METRICS[metric]["network"] in ("–", "judges", "lpips")
-        known = metric not in ("right_person*", "right_speech*", "silence_ratio*", "fid*")
+        known = metric not in ("right_person*", "right_speech*", "fid*")
         assert (row["mean"] is not None) == (available and known), metric
     assert rows["psnr"]["n"] == 3 and rows["psnr"]["groups"] == 2
     assert list(rows["sync*"]["values"]) == ["anna/1", "anna/2"]  # bo/1 has 34 frames

@@ -277,13 +277,13 @@ def frechet_distance(real_features, fake_features):
     return max(0.0, float((real.mean(0) - fake.mean(0)).square().sum() + trace))
 
 
-def kernel_distance(real_features, fake_features, num_subsets=100, subset_size=1000, seed=0):
-    """Return mean and std over subsets of the kernel distance (KID, Binkowski et al. 2018).
+def kernel_distance(real_features, fake_features, subset_size=1000):
+    """Return mean and std over 100 subsets of the kernel distance (KID, Binkowski et al. 2018).
 
     It is the unbiased squared MMD with the kernel (x.y/d + 1)^3 of two matrices [n d], of at most
     5,000 rows each. With fewer than `subset_size` rows a subset holds half of them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     real = _feature_rows(real_features)
     fake = _feature_rows(fake_features)
     # The kernel of all pairs is computed once; this bounds its memory.
@@ -295,7 +295,7 @@ def kernel_distance(real_features, fake_features, num_subsets=100, subset_size=1
     kernel = (rows @ rows.T).div_(rows.shape[1]).add_(1).pow_(3)
     kernel.fill_diagonal_(0)  # unbiased: without the pairs of a frame and itself
     distances = []
-    for _ in range(num_subsets):
+    for _ in range(100):
         i = torch.randperm(len(real), generator=generator)[:m]
         j = torch.randperm(len(fake), generator=generator)[:m] + len(real)
         within = kernel[i[:, None], i].sum() + kernel[j[:, None], j].sum()

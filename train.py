@@ -568,8 +568,7 @@ def load_or_pretrain(config, public, run, device, workers):
     backbone = None
     if workers.rank == 0:
         if not own.exists():
-            backbone = load_checkpoint(cache / "backbone.pt", "backbone")
-            save_checkpoint(own, "backbone", backbone)
+            save_checkpoint(own, "backbone", load_checkpoint(cache / "backbone.pt", "backbone"))
         backbone = load_checkpoint(own, "backbone")
     return workers.broadcast(backbone)
 

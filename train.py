@@ -1581,15 +1581,14 @@ def parse_arguments(argv):
     add("--look", metavar="FOLDER", help="generate, personalize: write the pictures used there")
     add("--output", help="generate: the video (talk.mp4); personalize: the adapter (me.pt)")
     args = parser.parse_args(argv)
-    scales = [f"{name}_scale" for name in talking.CONDITIONS]
     ranges = {"seconds": (0.04, 86400), "steps": (1, 1000), "seed": (0, 2**63 - 1)}
-    for name, (least, most) in (ranges | dict.fromkeys(scales, (-100, 100))).items():
+    ranges |= {f"{name}_scale": (-100, 100) for name in talking.CONDITIONS}
+    for name, (least, most) in ranges.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             parser.error(f"--{name} must lie in {least} ... {most}, not {value}")
-    generating = (*ranges, *scales, "reference", "speech", "prompt", "no_watermark", "adapter")
-    users = dict.fromkeys(generating, ["generate"])
-    users |= {"clips": ["personalize"]}
+    generating = (*ranges, "reference", "speech", "prompt", "no_watermark", "adapter")
+    users = dict.fromkeys(generating, ["generate"]) | {"clips": ["personalize"]}
     users |= dict.fromkeys(("output", "look"), ["generate", "personalize"])
     for name, actions in users.items():
         if args.action not in actions and getattr(args, name) != parser.get_default(name):

@@ -109,7 +109,7 @@ def measure(config, models, split, all_speech):
         mel = case.speeches[0]  # 4f 40
         other = all_speech[(all_speech.index(case.clip) + NUM_TESTS) % len(all_speech)]
         other_mel = data.audio_windows(np.resize(other.mel, mel.shape), window)
-        ceiling = train.baseline_frames("autoencoder ceiling", case, backbone, split)
+        ceiling = train.baseline_frames("autoencoder ceiling", case, backbone)
         generated = {"autoencoder ceiling": ceiling}
         for name, model in models.items():
             generated[name] = train.generate_case(model, case, case.mel, config)

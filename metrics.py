@@ -204,40 +204,9 @@ def mean_ci(values, groups=None):
     mean = float(units.mean())
     interval = None
     if len(units) > 1:
-        interval = _t_interval(mean, units.var(ddof=1) / len(units), len(units) - 1)
+        half = stats.t.ppf(0.975, len(units) - 1) * units.std(ddof=1) / math.sqrt(len(units))
+        interval = [float(mean - half), float(mean + half)]
     return {"mean": mean, "ci95": interval} | result
-
-
-def _t_interval(mean, variance, degrees_of_freedom):
-    half = stats.t.ppf(0.975, degrees_of_freedom) * math.sqrt(variance)
-    return [float(mean - half), float(mean + half)]
-
-
-def crossed_ci(values):
-    """Return the mean and 95 % t interval over seeds and people [s p], both random and crossed.
-
-    The variance of the mean is (MS_s + MS_p - MS_e) / (s p), from the mean squares of the two-way
-    table, but at least what seeds alone or people alone give. Its degrees of freedom are
-    Satterthwaite's (1946), but at least those of the fewer. With one seed or one person the
-    interval is over the others.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    s, p = values.shape
-    if min(s, p) == 1:
-        return mean_ci(values) | {"n": p, "seeds": s}
-    mean = float(values.mean())
-    seeds = values.mean(1)
-    people = values.mean(0)
-    residual = values - seeds[:, None] - people + mean
-    squares = np.array([p * seeds.var(ddof=1), s * people.var(ddof=1), 0.0])
-    freedom = np.array([s - 1, p - 1, (s - 1) * (p - 1)])
-    squares[2] = np.square(residual).sum() / freedom[2]
-    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
-    denominator = (squares**2 / freedom).sum()
-    degrees = min(freedom)
-    if denominator > 0:
-        degrees = max(degrees, total**2 / denominator)
-    return {"mean": mean, "ci95": _t_interval(mean, total / (s * p), degrees), "n": p, "seeds": s}
 
 
 def auc(high, low):

@@ -7,13 +7,14 @@ runs/study. It is skipped if its report is there, so that the study can be inter
 share one cached backbone, and once it is there --jobs cells run at once.
 `fed.seed` differs between the seeds of a cell: batches, cohorts and noise change, people and
 backbone stay. Writes tests/results/study.md: means with 95 % intervals over people and seeds
-(`metrics.crossed_ci`), and differences to the table's reference row, pair by pair (same person,
+(`crossed_ci`), and differences to the table's reference row, pair by pair (same person,
 same seed).
 """
 
 import argparse
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -239,11 +241,40 @@ def collect(reports, method, metric):
     return np.array([[row[person] for person in sorted(rows[0])] for row in rows])
 
 
+def crossed_ci(values):
+    """Return the mean and 95 % t interval over seeds and people [s p], both random and crossed.
+
+    The variance of the mean is (MS_s + MS_p - MS_e) / (s p), from the mean squares of the two-way
+    table, but at least what seeds alone or people alone give. Its degrees of freedom are
+    Satterthwaite's (1946), but at least those of the fewer. With one seed or one person the
+    interval is over the others.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    s, p = values.shape
+    if min(s, p) == 1:
+        return metrics.mean_ci(values) | {"n": p, "seeds": s}
+    mean = float(values.mean())
+    seeds = values.mean(1)
+    people = values.mean(0)
+    residual = values - seeds[:, None] - people + mean
+    squares = np.array([p * seeds.var(ddof=1), s * people.var(ddof=1), 0.0])
+    freedom = np.array([s - 1, p - 1, (s - 1) * (p - 1)])
+    squares[2] = np.square(residual).sum() / freedom[2]
+    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    denominator = (squares**2 / freedom).sum()
+    degrees = min(freedom)
+    if denominator > 0:
+        degrees = max(degrees, total**2 / denominator)
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(total / (s * p))
+    interval = [float(mean - half), float(mean + half)]
+    return {"mean": mean, "ci95": interval, "n": p, "seeds": s}
+
+
 def write_interval(values):
     """Return the mean and its interval over seeds and people as text."""
     if values is None:
         return "-"
-    result = metrics.crossed_ci(values)
+    result = crossed_ci(values)
     if result["ci95"] is None:
         return f"{result['mean']:.4f}"
     low, high = result["ci95"]

@@ -21,6 +21,7 @@ from scipy.linalg import sqrtm
 import bench_faces
 import data
 import metrics
+import study
 
 
 def noise(*shape, seed=0):
@@ -216,13 +217,13 @@ def test_crossed_interval_is_students_where_only_people_or_only_seeds_differ():
     seeds = np.array([0.0, 1.0, 5.0])
     tables = (np.tile(people, (3, 1)), people), (np.tile(seeds[:, None], (1, 4)), seeds)
     for values, units in (*tables, (people[None], people), (seeds[:, None], seeds)):
-        found = metrics.crossed_ci(values)
+        found = study.crossed_ci(values)
         expected = metrics.mean_ci(units)
         assert found["mean"] == pytest.approx(expected["mean"])
         assert found["ci95"] == pytest.approx(expected["ci95"])
         assert (found["seeds"], found["n"]) == values.shape
-    assert metrics.crossed_ci(np.full((3, 4), 2.0))["ci95"] == [2, 2]
-    assert metrics.crossed_ci([[1.0]])["ci95"] is None
+    assert study.crossed_ci(np.full((3, 4), 2.0))["ci95"] == [2, 2]
+    assert study.crossed_ci([[1.0]])["ci95"] is None
 
 
 @pytest.mark.parametrize("seed_std, person_std", [(0.0, 0.0), (0.0, 2.0), (1.0, 1.0), (2.0, 0.0)])
@@ -231,7 +232,7 @@ def test_crossed_interval_covers_the_truth(seed_std, person_std):
     hits = 0
     for _ in range(600):
         values = rng.normal(0, seed_std, (3, 1)) + rng.normal(0, person_std, (1, 12))
-        low, high = metrics.crossed_ci(values + rng.normal(0, 1, (3, 12)))["ci95"]
+        low, high = study.crossed_ci(values + rng.normal(0, 1, (3, 12)))["ci95"]
         hits += low <= 0 <= high
     assert hits / 600 > 0.93
 

@@ -1194,8 +1194,9 @@ def finder_loss(outputs, box, is_face):
 def paste_faces(faces, others, generator):
     """Return pictures [n 3 64 64], boxes (x, y, side) [n 3] and where there is a face to find [n].
 
-    Faces [n 3 64 64] of any size are pasted into backgrounds. 5 in 11 are to be found; the others
-    are too small, too large, replaced by a background, or absent.
+    Faces [n 3 64 64] of any size are pasted into backgrounds. 5 in 12 are to be found; the others
+    are too small, too large, absent, or replaced: by a background, the face upside down, or blurred
+    beyond recognition.
     """
     n = len(faces)
     uniform = partial(draw_uniform, n, generator)
@@ -1204,10 +1205,15 @@ def paste_faces(faces, others, generator):
     view[:, : data.VIEW_NAMES.index("roll")] = 0
     faces = data.augment(faces[:, None], view, generator)[:, 0]
     faces = faces * uniform(0.4, 1)[:, None, None, None]  # people sit in the dark, too
-    kind = torch.multinomial(torch.tensor([5.0, 1, 1, 2, 2]), n, True, generator=generator)
+    kind = torch.multinomial(torch.tensor([5.0, 1, 1, 3, 2]), n, True, generator=generator)
     is_face, too_small, too_large, replaced, absent = kind == torch.arange(5)[:, None]
     scenery = make_backgrounds(others, generator)
-    shown = torch.where(replaced[:, None, None, None], scenery.flip(0), faces)
+    # Else whatever is round and shaded would pass for a face.
+    upside_down = faces.flip(2)
+    featureless = F.interpolate(F.avg_pool2d(faces, 16), PATCH, mode="bilinear")
+    which = torch.randint(3, (n,), generator=generator)
+    replacement = torch.stack([scenery.flip(0), upside_down, featureless])[which, torch.arange(n)]
+    shown = torch.where(replaced[:, None, None, None], replacement, faces)
     # Where, and how large.
     low, high = FACE_SIDES
     side = low * (high / low) ** uniform(0, 1)

@@ -1333,10 +1333,12 @@ def add_fault(rng, frames, audio, fault):
 # ---------------------------------------------------------------- batches
 
 
-def sample_batch(people, batch_size, num_frames, generator, window=5, same_clip=False):
+def sample_batch(
+    people, batch_size, num_frames, generator, window=5, same_clip=False, mirror=False
+):
     """Draw windows of clips {person: [Clip of at least num_frames]}, each with a reference picture:
     a frame of any of the person's clips, or of the same one, outside of the window where there is
-    room.
+    room. With `mirror` every other window and its reference are mirrored.
 
     A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
     people with one clip would be learned by heart; in proportion, a person with 300 would dominate.
@@ -1371,6 +1373,9 @@ def sample_batch(people, batch_size, num_frames, generator, window=5, same_clip=
             "liveliness": np.float32(clip.liveliness),
             "prompt": clip.prompt if clip.prompt != other.prompt else "",
         }
+        if mirror and pick((False, True)):
+            row["frames"] = row["frames"][..., ::-1]
+            row["reference"] = row["reference"][..., ::-1]
         rows.append(row)
     batch = {key: [row[key] for row in rows] for key in rows[0]}
     for key in ("frames", "reference"):

@@ -200,11 +200,11 @@ def encode_batch(model, batch):
     return encoded
 
 
-def sample_batch(model, people, batch_size, num_frames, generator, same_clip=False):
+def sample_batch(model, people, batch_size, num_frames, generator, same_clip=False, mirror=False):
     """Return a random batch of windows of clips {person: [Clip]}, encoded (`data.sample_batch`)."""
-    size = batch_size, num_frames
     window = model.speech_encoder.window
-    return encode_batch(model, data.sample_batch(people, *size, generator, window, same_clip))
+    how = generator, window, same_clip, mirror
+    return encode_batch(model, data.sample_batch(people, batch_size, num_frames, *how))
 
 
 def fixed_batch(model, clips, training_clips, num_frames):

@@ -152,16 +152,18 @@ class SpeechEncoder(nn.Module):
     the window.
     """
 
-    def __init__(self, dim, window=5, num_mels=40, mels_per_frame=4):
+    def __init__(self, dim, window=5, dropout=0.0, num_mels=40, mels_per_frame=4):
         super().__init__()
         if window < 1 or window % 2 == 0:
             raise ValueError(f"the speech window must be an odd number of frames, not {window}")
         self.window = window
         self.conv = nn.Sequential(
+            nn.Dropout(dropout),
             nn.Conv1d(num_mels, dim, 3, padding=1),
             nn.SiLU(),
             nn.Conv1d(dim, dim, mels_per_frame, stride=mels_per_frame),
             nn.SiLU(),
+            nn.Dropout(dropout),
         )
         self.position = nn.Parameter(torch.randn(window, dim) * 0.02)
         self.summary = nn.Linear(window * dim, dim)
@@ -717,11 +719,20 @@ class TalkingHead(nn.Module):
 
     size: pixels a side; latent_channels, autoencoder_channels: `AutoencoderKL`; channels: widths of
     the UNet; dim: width of the condition tokens; window: video frames of speech that a frame sees;
-    prior_modes: modes of the Gaussian prior.
+    prior_modes: modes of the Gaussian prior; speech_dropout: share of the sound, and of its
+    features, that training leaves out.
     """
 
     def __init__(
-        self, size, latent_channels, autoencoder_channels, channels, dim, window, prior_modes
+        self,
+        size,
+        latent_channels,
+        autoencoder_channels,
+        channels,
+        dim,
+        window,
+        prior_modes,
+        speech_dropout=0.0,
     ):
         super().__init__()
         self.autoencoder = AutoencoderKL(latent_channels, autoencoder_channels)
@@ -732,7 +743,7 @@ class TalkingHead(nn.Module):
             raise ValueError(f"model.dim must be at least 1, not {dim}")
         self.latent_size = size // self.autoencoder.factor
         self.motion_channels = 2 + latent_channels
-        self.speech_encoder = SpeechEncoder(dim, window)
+        self.speech_encoder = SpeechEncoder(dim, window, speech_dropout)
         self.identity_encoder = IdentityEncoder(dim)
         self.text_encoder = TextEncoder(dim)
         self.unet = TalkingUNet(self.motion_channels, latent_channels, channels, dim)

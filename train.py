@@ -67,6 +67,7 @@ RANGES = {
     "model.autoencoder_channels": (8, 4096),
     "model.channels": (8, 4096),
     "model.dim": (1, 4096),
+    "model.speech_dropout": (0, 0.9),
     # train_unet fits the prior to 256 windows of at least 20 frames.
     "model.prior_modes": (1, 5000),
     "backbone.judge_steps": (1, 1e9),
@@ -433,10 +434,10 @@ def train_unet(config, autoencoder, public, device, partial):
     continues.
     """
     settings = config["backbone"]
-    same_clip = config["data"]["same_clip_reference"]
     clips = [clip for own in public.values() for clip in own]
     torch.manual_seed(config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
+    how = generator, config["data"]["same_clip_reference"], config["data"]["mirror"]
     model = build_model(config).to(device)
     model.autoencoder.load_state_dict(autoencoder)
     model.autoencoder.requires_grad_(False)
@@ -457,7 +458,7 @@ def train_unet(config, autoencoder, public, device, partial):
         num_frames = min(24, min(clip.num_frames for clip in clips))
         people = data.by_person(clips, num_frames)
         size = 32, num_frames
-        batches = [fed.sample_batch(model, people, *size, generator, same_clip) for _ in range(8)]
+        batches = [fed.sample_batch(model, people, *size, *how) for _ in range(8)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches]) for name in names))
         average = talking.EMA(model, 0.995)
@@ -467,8 +468,10 @@ def train_unet(config, autoencoder, public, device, partial):
     bar = tqdm(range(first, settings["steps"]), "backbone", initial=first, total=settings["steps"])
     people = data.by_person(clips, settings["num_frames"])  # grouped once: there may be 200,000
     for step in bar:
+        # Of dropout, the same after an interruption.
+        torch.manual_seed(fed.derive_seed(config["seed"], step))
         size = settings["batch_size"], settings["num_frames"]
-        batch = fed.sample_batch(model, people, *size, generator, same_clip)
+        batch = fed.sample_batch(model, people, *size, *how)
         terms = fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         optimizer_step(optimizer, learning_rate(step, settings["steps"], settings["lr"]))
         average.update(model)
@@ -479,11 +482,11 @@ def train_unet(config, autoencoder, public, device, partial):
             state = {"model": model.state_dict(), "average": average.module.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
             save_checkpoint(partial, "partial backbone", state | {"losses": losses})
-    model = average.module.requires_grad_(True)
+    model = average.module.eval().requires_grad_(True)
     moments = {}
     for name, own in tqdm(list(people.items())[:48], "directions", mininterval=1):
         size = min(8, 4 * len(own)), settings["num_frames"]
-        batch = fed.sample_batch(model, {name: own}, *size, generator, same_clip)
+        batch = fed.sample_batch(model, {name: own}, *size, *how)
         fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         lora.add_gradient_moments(model.unet, moments)
     directions = lora.leading_directions(model.unet, moments, MAX_RANK)
@@ -546,7 +549,7 @@ def backbone_key(config, public):
     it.
     """
     settings = {name: config[name] for name in ("seed", "model", "backbone")}
-    recipe_keys = ("size", "crop", "window", "same_clip_reference")
+    recipe_keys = ("size", "crop", "window", "same_clip_reference", "mirror")
     settings["data"] = [config["data"][name] for name in recipe_keys]
     clips = [(c.person, c.name, c.path.stat().st_size) for own in public.values() for c in own]
     settings["decoding"] = data.CACHE_VERSION

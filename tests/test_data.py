@@ -1346,6 +1346,21 @@ def test_references_of_the_same_clip_and_people_by_the_root_of_their_clips():
     assert 370 < (red < red.max()).sum() < 430  # 2 of 3: of four clips and of one
 
 
+def test_every_other_window_is_mirrored_with_its_reference():
+    frames = np.broadcast_to(np.arange(8, dtype=np.uint8), (30, 3, 8, 8))  # grows to the right
+    mel = np.zeros((120, 40), np.float32)
+    clip = data.Clip("a", "1", Path("1"), frames, np.zeros(0), mel)
+    generator = torch.Generator().manual_seed(0)
+    batch = data.sample_batch({"a": [clip]}, 64, 8, generator, same_clip=True, mirror=True)
+    rising = batch["frames"].diff(dim=-1).flatten(1) > 0
+    assert 20 < rising.all(1).sum() < 44
+    assert torch.equal(rising.any(1), rising.all(1))
+    in_reference = batch["reference"].diff(dim=-1).flatten(1) > 0
+    assert torch.equal(in_reference.any(1), rising.all(1))
+    plain = data.sample_batch({"a": [clip]}, 64, 8, generator)
+    assert (plain["frames"].diff(dim=-1) > 0).all()
+
+
 def test_liveliness_is_the_deviation_over_time_of_grey_places():
     frames = np.full((8, 3, 32, 32), 100, np.uint8)
     frames[::2, :, :16] = 151  # the upper half, by a fifth of the range

@@ -636,6 +636,14 @@ def test_liveliness_scales_the_motion_and_temperature_its_chance():
 
 
 @torch.no_grad()
+def test_speech_is_left_out_by_chance_in_training_only():
+    encoder = talking.SpeechEncoder(16, dropout=0.5)
+    mel = torch.ones(1, 2, 20, 40)
+    assert not torch.equal(encoder(mel), encoder(mel))
+    assert torch.equal(encoder.eval()(mel), encoder(mel))
+
+
+@torch.no_grad()
 def test_chance_moves_what_speech_does_not_explain(monkeypatch):
     model = small_model()
     height, width = model.place_weights.shape[1:]

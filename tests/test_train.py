@@ -611,7 +611,8 @@ def test_more_rounds_make_new_personal_adapters(finished, tmp_path, monkeypatch)
 
 def test_a_backbone_that_was_cut_off_is_continued_to_the_same(finished, tmp_path, monkeypatch):
     folder, _ = finished
-    overrides = [*TINY, *places(folder), "backbone.steps=4"]
+    chance = "model.speech_dropout=0.2", "data.mirror=true"
+    overrides = [*TINY, *places(folder), "backbone.steps=4", *chance]
     config = train.load_config(train.DEFAULTS, overrides=overrides)
     public = train.load_people(config).public
     cpu = torch.device("cpu")

@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from string import digits
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -893,18 +894,12 @@ NOT_A_PERSON = re.compile(
     r"|(front|left|right|top|down)(_\d+)?|level_\d|(19|20)\d\d[-_.]?\d\d([-_.]?\d\d)?"
     r"|(session|take|part|day|week|batch|cam|group|fold)[-_ ]?\d+|raw|cut|cropped|real|fake"
 )
-# Beginnings of file names that say nothing about who is in them.
-NOT_A_NAME = (
-    r"img|vid|videos?|mov|movie|pxl|dsc\w?|mvi|gopr|gh|gx|clips?|take|rec|record(?:ing)?|screen"
-    r"|whatsapp|signal|win|photo|film|trim|part|segment|scene|session|c|p|mah|dji|gmt|zoom|meeting"
-    r"|teams|telegram|snapchat|tiktok|facetime|untitled|copy|new|at|on"
-)
-# The first other word of a name that ends in a number: session1_anna_01.
-NUMBERED_NAME = re.compile(
-    rf"(?i)(?:(?:{NOT_A_NAME})?\d*[\W_])*"
-    rf"(?!(?:{NOT_A_NAME})\d*(?:[\W_]|$))([^\W\d_]{{2,}}\d*)(?:[\W_].*)?$(?<=\d)"
-)
-NOT_A_NAME = re.compile(f"(?i){NOT_A_NAME}")
+# Beginnings of file names that say nothing about who is in them. "" is what a mere number leaves.
+NOT_A_NAME = frozenset(
+    "img vid video videos mov movie pxl dsc dscf dscn mvi gopr gh gx clip clips take rec record "
+    "recording screen whatsapp signal win photo film trim part segment scene session c p mah dji "
+    "gmt zoom meeting teams telegram snapchat tiktok facetime untitled copy new at on".split()
+) | {""}
 # The first word of a file name, with the number after it where the word is one for anybody.
 FIRST_WORD = re.compile(
     r"(?i)((speaker|spk|subject|subj|sub|user|person|actor|id|p|s)[\W_])?[^\W_]*"
@@ -942,13 +937,22 @@ def several_people(names):
     """The words at the beginning of names that suggest two people or more, or []."""
     # Dates at the beginning are no names: 20240105_1.mp4.
     dateless = [re.sub(r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d", "", name) for name in names]
-    words = [FIRST_WORD.match(name)[0] for name in dateless]
-    numbered = [match[1] for match in map(NUMBERED_NAME.match, dateless) if match]
+    first_words = [FIRST_WORD.match(name)[0] for name in dateless]
+    # The first word that may be a name, where a number comes last: anna in session1_anna_01.
+    numbered = []
+    for name in dateless:
+        words = [
+            word
+            for word in re.split(r"[\W_]+", name)
+            if word.rstrip(digits).lower() not in NOT_A_NAME
+        ]
+        if words and name[-1].isdigit() and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
+            numbered.append(words[0])
     # A word counts from two names on; in numbered ones (anna_1, anna_2, bob_1), one is enough.
-    for beginnings, least in ((words, 2), (numbered, 1)):
+    for beginnings, least in ((first_words, 2), (numbered, 1)):
         # Once with numbers (sub01-a, sub01-b, sub02-a), once without (anna1, anna2, bob1).
-        for tried in (beginnings, [word.rstrip("0123456789") for word in beginnings]):
-            counts = Counter(word for word in tried if word and not NOT_A_NAME.fullmatch(word))
+        for tried in (beginnings, [word.rstrip(digits) for word in beginnings]):
+            counts = Counter(word for word in tried if word.lower() not in NOT_A_NAME)
             people = sorted(word for word, count in counts.items() if count >= least)
             if len(people) > 1 and max(counts.values()) > 1:
                 return people

@@ -526,16 +526,17 @@ def follow_face(frames, crop, finder):
     """
     tracks = []  # {frame: box} of one face
     for i, frame in enumerate(frames):
-        free = list(tracks)
         for box in finder.find(frame, middle(*frame.shape[1:], crop)).numpy():
             # The last box, however long ago: a face that is missed for a while keeps its track.
-            near = [track for track in free if box_overlap(list(track.values())[-1], box) > 0.3]
-            track = max(near, key=len, default={})
+            near = [
+                track
+                for track in tracks
+                if i not in track and box_overlap(list(track.values())[-1], box) > 0.3
+            ]
             if near:
-                free = [other for other in free if other is not track]
+                max(near, key=len)[i] = box
             else:
-                tracks.append(track)
-            track[i] = box
+                tracks.append({i: box})
     if not tracks:
         drawings = " (the face finder has seen drawings only)" if finder.drawings else ""
         raise ValueError(f"no face found in it{drawings}")
@@ -869,24 +870,28 @@ class CacheFile:
 
 # Layouts that the end of a path, without suffix, gives away. The group is the person. The path
 # begins with the dataset's own folder: those above it say nothing about who is in it.
-LAYOUTS = (
-    r"/(id\d{5})/[\w-]{11}/[^/]+$",  # VoxCeleb2: id00012/21Uxsk56VDQ/00001
-    r"/([MW]\d{3})/video/[^/]+/[^/]+/[^/]+/[^/]+$",  # MEAD: M003/video/front/angry/level_1/001
-    r"/(s\d{1,2})/video/[^/]+/[^/]+$",  # GRID: s1/video/mpg_6000/bbaf2n
-    r"/(\d{4})_[A-Z]{3}_[A-Z]{3}_[A-Z]{1,2}$",  # CREMA-D: 1001_DFA_ANG_XX
-    r"/(?:\d\d-){6}(\d\d)$",  # RAVDESS: 01-01-03-01-02-01-12
-    r"/W[DR]A_([^/_]+?)\d*_\d+$",  # HDTF: WDA_Name0_000 and WRA_Name1_003
-    r"/(RD_Radio\d+)_\d+$",  # HDTF
+LAYOUTS = re.compile(
+    r"""
+    /(id\d{5})/[\w-]{11}/[^/]+$                 # VoxCeleb2: id00012/21Uxsk56VDQ/00001
+    | /([MW]\d{3})/video/(?:[^/]+/){3}[^/]+$    # MEAD: M003/video/front/angry/level_1/001
+    | /(s\d{1,2})/video/[^/]+/[^/]+$            # GRID: s1/video/mpg_6000/bbaf2n
+    | /(\d{4})_[A-Z]{3}_[A-Z]{3}_[A-Z]{1,2}$    # CREMA-D: 1001_DFA_ANG_XX
+    | /(?:\d\d-){6}(\d\d)$                     # RAVDESS: 01-01-03-01-02-01-12
+    | /W[DR]A_([^/_]+?)\d*_\d+$                 # HDTF: WDA_Name0_000 and WRA_Name1_003
+    | /(RD_Radio\d+)_\d+$                       # HDTF
+    """,
+    re.VERBOSE,
 )
 # The same, below the deepest folder that holds all clips.
-LAYOUTS_BELOW = (
-    r"/(?:pretrain|trainval|train|valid|val|dev|test|main)/([^/]+)/[^/]+$",  # LRS2, LRS3
+LAYOUTS_BELOW = re.compile(
+    r"""
+    /(?:pretrain|trainval|train|valid|val|dev|test|main)/([^/]+)/[^/]+$  # LRS2, LRS3
     # CelebV-HQ: <video>_0, all in one folder. A video's name has both cases, and is not words with
     # numbers (JohnSmith01); that leaves out 1 % of random names.
-    r"^/((?=.*[a-z])(?=.*[A-Z])(?!(?:[A-Z]?[a-z]{2,}\d*[-_]?)+_\d+$)[\w-]{11})_\d+$",
+    | ^/((?=.*[a-z])(?=.*[A-Z])(?!(?:[A-Z]?[a-z]{2,}\d*[-_]?)+_\d+$)[\w-]{11})_\d+$
+    """,
+    re.VERBOSE,
 )
-LAYOUTS = re.compile("|".join(LAYOUTS))
-LAYOUTS_BELOW = re.compile("|".join(LAYOUTS_BELOW))
 # Names of folders that say nothing about who is in them.
 NOT_A_PERSON = re.compile(
     r"(?i)(pre)?train(val)?|val(id(ation)?)?|dev|test|main|mp4|mpg|aac|wav|videos?|audios?|clips?"

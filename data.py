@@ -787,18 +787,22 @@ def checksum(path, length):
     return zlib.crc32(np.memmap(path, np.uint8, "r")[:length])
 
 
+@dataclass(eq=False)
 class CacheFile:
     """A decoded clip in the cache: frames, audio, mel, and a last line of JSON about them."""
 
-    def __init__(self, path, source, size, crop, finder=None):
-        self.path = path
-        self.source = source
-        self.size = size
-        self.crop = crop
-        self.finder = finder
-        self.bytes_per_frame = [3 * size**2, 2 * SAMPLES_PER_FRAME, 4 * MELS_PER_FRAME * NUM_MELS]
-        self.info = None  # {"frames": number, "checksum", "note", "sound": {path: state}}
-        self.verified = False
+    path: Path
+    source: str
+    size: int
+    crop: float
+    finder: object = None
+    info: dict | None = None  # {"frames": number, "checksum", "note", "sound": {path: state}}
+    verified: bool = False
+
+    @property
+    def bytes_per_frame(self):
+        """Of frames, audio and mel."""
+        return [3 * self.size**2, 2 * SAMPLES_PER_FRAME, 4 * MELS_PER_FRAME * NUM_MELS]
 
     def load_info(self):
         """Read `info`. False if it cannot be read, or if the sound file it names has changed."""
@@ -807,7 +811,7 @@ class CacheFile:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
                 self.info = json.loads(file.read().rpartition(b"\n")[2])
             return all(list(file_state(path)) == at for path, at in self.info["sound"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError):  # TypeError: JSON, but no dict
             return False
 
     def length(self):

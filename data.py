@@ -1070,13 +1070,12 @@ class TalkingHeads:
             try:
                 # Their sound does not lie beside the file, but beside each link.
                 sound = find_sound(path) if os.path.islink(path) else None
-                key = digest((*identity_of(path), sound))
+                key = digest((os.path.realpath(path), *file_state(path), sound))
             except ValueError as error:
                 self.skipped.append((Path(path), str(error)))
                 continue
-            if key not in distinct:
-                distinct[key] = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
-            files[path] = distinct[key]
+            file = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
+            files[path] = distinct.setdefault(key, file)
         for file in folder.glob("*.clip"):  # of clips that were deleted or changed
             if file.stem in distinct:
                 continue
@@ -1138,14 +1137,6 @@ class TalkingHeads:
         assigned, left_out = assign_people(paths, os.fspath(self.root))
         self.skipped += left_out
         return assigned
-
-
-def identity_of(path):
-    """(path, size, time) of a file, links resolved once: changes whenever the content does."""
-    state = file_state(path)
-    with contextlib.suppress(OSError):  # not a link
-        path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
-    return path, *state
 
 
 def num_cpus():

@@ -761,16 +761,14 @@ def open_cache(cache, root, size, crop, finder=None):
     """
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "privfedtalk")
     beside_module = Path(__file__).resolve().parent / "datasets" / ".cache"
-    key = (os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD)
-    if finder:
-        key += (finder.fingerprint(),)
-    key = digest(key)
+    fingerprint = finder and finder.fingerprint()
+    key = os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD, fingerprint
     for place in [Path(cache)] if cache else [beside_module, user_cache]:
-        folder = place / f"{root.name}-{key}-{size}-{crop:g}.clips"
+        folder = place / f"{root.name}-{digest(key)}-{size}-{crop:g}.clips"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            os.utime(folder)  # marks it as used, for the deletion below
+            # This also sets the folder's time: it is used, and not deleted below.
+            tempfile.NamedTemporaryFile(dir=folder).close()
         except OSError as error:
             reason = f"{place}: {error.strerror}"
             continue

@@ -1207,8 +1207,8 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, syn
     root = Path(root)
     if synthetic and root.name.startswith("synthetic"):
         options = {"num_clients": num_clients, "num_unseen": num_unseen, "size": size, "seed": seed}
-        options |= {key: value for key, value in synthetic.items() if key != "public_people"}
-        options["num_public"] = synthetic["public_people"]
+        options |= synthetic
+        options["num_public"] = options.pop("public_people")
         record = root / "options.json"
         if not root.exists():
             make_synthetic(root, progress=True, **options)
@@ -1220,7 +1220,7 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, syn
             other = [
                 key
                 for key, value in options.items()
-                if made[key] != value and not (key.startswith("num_") and made[key] > value)
+                if (made[key] < value if key.startswith("num_") else made[key] != value)
             ]
             if other:
                 raise ValueError(

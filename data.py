@@ -1165,12 +1165,10 @@ def read_notes(path, num_frames):
     prompt = notes.get("Prompt", "")
     if "Opening" not in notes:
         return prompt, None, ""
-    try:
+    with contextlib.suppress(ValueError):  # no numbers
         opening = np.array(notes["Opening"].split()[:num_frames], np.float32)
-        if len(opening) == num_frames and ((opening >= 0) & (opening <= 1)).all():
+        if len(opening) == num_frames and opening.min() >= 0 and opening.max() <= 1:
             return prompt, opening, ""
-    except ValueError:
-        pass
     return prompt, None, f"its .txt does not give {num_frames} mouth openings in 0..1"
 
 

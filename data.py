@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from string import digits
+from subprocess import PIPE
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -212,7 +213,7 @@ def run_ffmpeg(*arguments, blocks=()):
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
     with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block ffmpeg
-        with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=log) as process:
+        with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=log) as process:
             try:
                 with contextlib.suppress(BrokenPipeError):  # ffmpeg ended: its log says why
                     for block in blocks:
@@ -419,10 +420,9 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
     # Packets known to be damaged are dropped; the filter fps repeats the frame before them.
     inputs = ["-threads", 1, "-fflags", "+discardcorrupt", "-i", f"file:{path}"]
     faces = ""
+    filters = picture_filters(streams.video, size and round(size / crop))
     if size:
-        filters = [*picture_filters(streams.video, round(size / crop)), f"crop={size}:{size}"]
-    else:
-        filters = picture_filters(streams.video)
+        filters.append(f"crop={size}:{size}")
     # The name of a temporary file has no signs that mean something in a list of filters.
     with tempfile.NamedTemporaryFile("w", suffix=".commands") as commands:
         if finder:

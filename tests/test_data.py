@@ -1047,6 +1047,17 @@ def test_a_file_is_decoded_once_until_it_changes_and_nothing_is_written_beside_i
     assert sorted(p.name for p in root.rglob("*")) == ["2.mp4", "anna"]
 
 
+def test_a_dataset_opened_through_a_link_is_not_decoded_again(tmp_path, one_clip, monkeypatch):
+    decoded = count_decoding(monkeypatch)
+    copy(one_clip, tmp_path / "people" / "anna" / "1.mp4")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "people").symlink_to(tmp_path / "people")
+    cache = tmp_path / "cache"
+    for root in (tmp_path / "people", tmp_path / "elsewhere" / "people"):
+        assert len(load(root, cache=cache).clips) == 1
+    assert decoded == ["1.mp4"]
+
+
 def damage_end(content):
     return content[:-1000]
 

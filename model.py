@@ -909,16 +909,19 @@ class TalkingHead(nn.Module):
         return torch.cat([known, x0[:, num_known:]], dim=1)
 
     def noise_by_place(self):
-        """Return the standard deviation [h w] of the initial noise: from 1 where speech explains
-        nothing of the motion to 0 where it explains most.
+        """Return the standard deviation [m h w] of the initial noise: of the flow from 1 where
+        speech explains nothing of the motion to 0 where it explains most; of the residual 0.
 
         A true sample of a mouth that speech tells to a correlation of r would follow the real mouth
         by r squared only, the rest being chance. Without chance it moves as speech lets expect,
-        while head and eyes, of which speech says little, move as in the training clips.
+        while the head, of which speech says little, moves as in the training clips. Chance in the
+        residual would be blotches on the skin after few solver steps.
         """
         explained = self.place_weights.mean(0)  # h w
         explained = explained - explained.min()
-        return 1 - explained / explained.max().clamp(min=1e-6)
+        std = torch.zeros_like(self.place_weights)
+        std[:2] = 1 - explained / explained.max().clamp(min=1e-6)
+        return std
 
     @torch.inference_mode()
     def stream(

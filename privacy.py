@@ -951,7 +951,7 @@ SERVER_VECTORS = ("adapter", "control")  # keys of a checkpoint that hold one ve
 
 
 def measured_noise(inside, outside, confidence):
-    """Return (lower bound, estimate, upper bound) of noise / distance, from scores of canaries.
+    """Return (lower bound, upper bound) of noise / distance, from scores of canaries.
 
     Andrew et al. 2024, Sec. 4, arXiv:2302.03098: the scores of canaries inside and outside of the
     data are Gaussian, so their spread over the distance of their means is a noise multiplier. Its
@@ -961,22 +961,21 @@ def measured_noise(inside, outside, confidence):
     m = len(outside)
     freedom = n + m - 2
     tail = (1 - confidence) / 4
+    squares = n * np.var(inside) + m * np.var(outside)
     distance = np.mean(inside) - np.mean(outside)
-    spread = math.sqrt((n * np.var(inside) + m * np.var(outside)) / freedom)
-    margin = stats.t.isf(tail, freedom) * spread * math.sqrt(1 / n + 1 / m)
-    low = spread * math.sqrt(freedom / stats.chi2.isf(tail, freedom))
-    high = spread * math.sqrt(freedom / stats.chi2.ppf(tail, freedom))
-    distances = np.maximum([distance + margin, distance, distance - margin], 1e-100)
-    return tuple((np.array([low, spread, high]) / distances).tolist())
+    margin = stats.t.isf(tail, freedom) * math.sqrt(squares / freedom * (1 / n + 1 / m))
+    low = math.sqrt(squares / stats.chi2.isf(tail, freedom)) / max(distance + margin, 1e-100)
+    high = math.sqrt(squares / stats.chi2.ppf(tail, freedom)) / max(distance - margin, 1e-100)
+    return float(low), float(high)
 
 
-def canary_audit(mechanism, delta, defect=None, confidence=0.999, seed=None):
-    """Return the verdict of one round of canaries, huge updates that measure epsilon.
+def canary_audit(mechanism, delta, defect=None, seed=None):
+    """Return (flagged, why) of one round of canaries, huge updates that measure the noise.
 
     Each canary is a random direction on coordinates of its own; half of them are in the data. Flags
-    a mechanism whose noise is, with this confidence, less than it must be. A defect (of DEFECTS)
+    a mechanism whose noise is, with 99.9 % confidence, less than it must be. A defect (of DEFECTS)
     breaks the clients' copy of the mechanism, which must be flagged. seed draws the directions.
-    Returns a dict; raises ValueError for an update shorter than 4 values.
+    Raises ValueError for an update shorter than 4 values.
     """
     if defect not in DEFECTS:
         raise ValueError(f"defect is one of {list(DEFECTS)}, not {defect!r}.")
@@ -1001,45 +1000,38 @@ def canary_audit(mechanism, delta, defect=None, confidence=0.999, seed=None):
     # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
     released = mean * max(weight_sum, mechanism.min_weight) / mechanism.clip_norm
     scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
-    low, noise, high = measured_noise(scores[:n], scores[n:], confidence)
+    low, high = measured_noise(scores[:n], scores[n:], 0.999)
     due = server.noise_std(1) / server.clip_norm  # the sum's noise, whatever the roster
-    few = "; too few canaries to notice half of it" if high > 4 * due else ""
-    return {
-        "check": "canaries",
-        "defect": defect,
-        "flagged": high < due,
-        "why": f"noise is {low:.3g} to {high:.3g} of a canary's norm, {due:.3g} is due{few}",
-        "num_canaries": n,
-        "due_epsilon": gaussian_epsilon(due, delta),
-        "measured_epsilon": gaussian_epsilon(noise, delta),
-        "epsilon_lower_bound": gaussian_epsilon(high, delta),
-    }
+    why = f"noise is {low:.3g} to {high:.3g} of a canary's norm, {due:.3g} is due; "
+    why += f"epsilon is at least {gaussian_epsilon(high, delta):.3g}"
+    if high > 4 * due:
+        why += "; too few canaries to notice half of the noise"
+    return high < due, why
 
 
-def lattice_audit(noise, defect=None):
-    """Return a verdict that flags noise (in steps) which misses some whole numbers."""
+def lattice_audit(noise):
+    """Return (flagged, why) of noise in steps: flagged if it misses some whole numbers."""
     noise = np.asarray(noise, np.int64)
     spacing = int(np.gcd.reduce(noise - noise[0]))  # 1 on all whole numbers
     odd = float(np.mean(noise % 2))
     flagged = spacing != 1 or abs(odd - 0.5) > 2.5 / math.sqrt(len(noise))  # 5 standard deviations
-    why = f"the values have spacing {spacing}, {odd:.1%} of them are odd"
-    return {"check": "lattice", "defect": defect, "flagged": flagged, "why": why}
+    return flagged, f"the values have spacing {spacing}, {odd:.1%} of them are odd"
 
 
-def presence_audit(mechanism, cohort_size, defect=None, trials=40, seed=None):
-    """Return a verdict that flags noise which tells whether a client that sends zeros takes part.
+def presence_audit(mechanism, cohort_size, fixed_noise=False, seed=None):
+    """Return (flagged, why): whether the noise tells that a client which sends zeros takes part.
 
-    In each trial a coin (of `seed`) decides whether it joins the roster, and an attacker guesses
-    from the mean square of what is released, half of the times right. The defect is noise of one
-    size a client, however many there are.
+    In each of 40 trials a coin (of `seed`) decides whether it joins the roster, and an attacker
+    guesses from the mean square of what is released; without information half of the guesses are
+    right. fixed_noise: the defect that a client's noise does not depend on the cohort's size.
     """
     zeros = np.zeros(mechanism.length)
     rounds = math.ceil(20_000 / mechanism.length)  # that many values would tell 11 clients from 12
     middle = mechanism.noise_std(1) ** 2 * (1 - 0.5 / cohort_size)  # between p and p - 1 clients
     found = 0
-    for trial, joins in enumerate(np.random.default_rng(seed).random(trials) < 0.5):
+    for trial, joins in enumerate(np.random.default_rng(seed).random(40) < 0.5):
         size = cohort_size if joins else cohort_size - 1  # who survives is who joined
-        calibrated_to = cohort_size if defect else size
+        calibrated_to = cohort_size if fixed_noise else size
         mean_square = 0.0
         for r in range(rounds):
             total = np.zeros(mechanism.length + 1, "<u4")
@@ -1049,9 +1041,7 @@ def presence_audit(mechanism, cohort_size, defect=None, trials=40, seed=None):
             released = mean * max(weight_sum, mechanism.min_weight)
             mean_square += np.mean(released**2) / rounds
         found += int((mean_square > middle) == joins)
-    flagged = found > trials / 2 + 1.75 * math.sqrt(trials)  # 3.5 standard deviations
-    why = f"{found} of {trials} guesses were right"
-    return {"check": "presence", "defect": defect, "flagged": flagged, "why": why, "found": found}
+    return found > 31, f"{found} of 40 guesses were right"  # 31: 3.5 standard deviations
 
 
 def count_floats(value):
@@ -1064,8 +1054,8 @@ def count_floats(value):
     return array.size if array.dtype.kind == "f" else 0
 
 
-def checkpoint_audit(state, length, defect=None):
-    """Return a verdict that flags a server's checkpoint with vectors of single clients.
+def checkpoint_audit(state, length):
+    """Return (flagged, why) of a server's checkpoint: flagged if it holds single clients' vectors.
 
     SERVER_VECTORS hold `length` real numbers each, everything else fewer (or at most 50).
     """
@@ -1074,8 +1064,7 @@ def checkpoint_audit(state, length, defect=None):
         limit = length if key in SERVER_VECTORS else max(length - 1, 50)
         if count_floats(value) > limit:
             bad.append(f"{key!r} holds {count_floats(value)} numbers")
-    why = "; ".join(bad) or "only the server's own vectors"
-    return {"check": "checkpoint", "defect": defect, "flagged": bool(bad), "why": why}
+    return bool(bad), "; ".join(bad) or "only the server's own vectors"
 
 
 # ---------------------------------------------------------------- report
@@ -1172,9 +1161,9 @@ def verify_run(folder):
         raise ValueError(
             f"last.pt holds {length} numbers, the mechanism is for {mechanism.length}."
         )
-    found = checkpoint_audit(checkpoint | state, length)
-    if found["flagged"]:
-        raise ValueError(f"last.pt holds vectors of single clients: {found['why']}.")
+    flagged, why = checkpoint_audit(checkpoint | state, length)
+    if flagged:
+        raise ValueError(f"last.pt holds vectors of single clients: {why}.")
     expected = privacy_report(mechanism, accountant, claimed["delta"])
     for key, value in expected.items():
         if isinstance(value, str):
@@ -1224,19 +1213,20 @@ def print_audit(args, z):
     zeros = np.zeros(args.length)
     upload = mechanism.encode(zeros, 0.0, cohort_size).view("<i4")
     state = {"round": 1, "adapter": zeros, "control": zeros}
-    rows = [canary_audit(mechanism, args.delta, defect) for defect in DEFECTS]
-    rows += [
-        lattice_audit(upload),
-        lattice_audit(upload // 2 * 2, "noise on a lattice"),
-        presence_audit(mechanism, cohort_size),
-        presence_audit(mechanism, cohort_size, "noise of one size"),
-        checkpoint_audit(state, args.length),
-        checkpoint_audit(state | {"controls": {"client 1": zeros}}, args.length, "c_i of a client"),
+    leaking_state = state | {"controls": {"client 1": zeros}}
+    checks = [("canaries", name, canary_audit(mechanism, args.delta, name)) for name in DEFECTS]
+    checks += [
+        ("lattice", None, lattice_audit(upload)),
+        ("lattice", "noise on a lattice", lattice_audit(upload // 2 * 2)),
+        ("presence", None, presence_audit(mechanism, cohort_size)),
+        ("presence", "noise of one size", presence_audit(mechanism, cohort_size, True)),
+        ("checkpoint", None, checkpoint_audit(state, args.length)),
+        ("checkpoint", "c_i of a client", checkpoint_audit(leaking_state, args.length)),
     ]
-    for row in rows:
-        verdict = "flagged" if row["flagged"] else "passed"
-        print(f"{row['check']:11} {row['defect'] or 'as it is':19} {verdict:8} {row['why']}")
-    return all(row["flagged"] == (row["defect"] is not None) for row in rows)
+    for check, defect, (flagged, why) in checks:
+        verdict = "flagged" if flagged else "passed"
+        print(f"{check:11} {defect or 'as it is':19} {verdict:8} {why}")
+    return all(flagged == (defect is not None) for _, defect, (flagged, _) in checks)
 
 
 def refuse(message):

@@ -614,10 +614,9 @@ class RoundParams:
 
     def neighbors_of(self, client):
         """Return this client's neighbours, the nearest on the circle: they share masks, secrets."""
-        left = self.degree // 2
-        offsets = [*range(-left, 0), *range(1, self.degree - left + 1)]
-        places = [(self.place[client] + offset) % self.num_clients for offset in offsets]
-        return sorted(self.circle[place] for place in places)
+        first = self.place[client] - self.degree // 2
+        nearest = {self.circle[(first + k) % self.num_clients] for k in range(self.degree + 1)}
+        return sorted(nearest - {client})
 
     def num_bytes(self):
         """Return the number of bytes that one client sends in a round without dropouts."""
@@ -1142,17 +1141,18 @@ def verify_run(folder):
         raise ValueError(f"rounds.jsonl does not list the {state['round']} rounds of last.pt.")
 
     logged = Accountant()
-    unspent = collections.Counter()
+    ran = collections.Counter()
     for row in log:
         logged.spend(row["sample_rate"], row["noise_multiplier"])
-        unspent[row["sample_rate"], row["noise_multiplier"]] += 1
+        ran[row["sample_rate"], row["noise_multiplier"]] += 1
         so_far = logged.epsilon_known_cohorts(claimed["delta"])
         if row["epsilon"] is not None and row["epsilon"] < so_far * (1 - 1e-6):
             raise ValueError(f"rounds.jsonl: round {row['round']} claims too small an epsilon.")
-    # A crash may make a round count twice, so more rounds may be spent than ran, never fewer.
+    spent = collections.Counter()
     for sample_rate, noise_multiplier, count in accountant.history:
-        unspent[sample_rate, noise_multiplier] -= count
-    if max(unspent.values(), default=0) > 0:
+        spent[sample_rate, noise_multiplier] += count
+    # A crash may make a round count twice, so more rounds may be spent than ran, never fewer.
+    if not ran <= spent:
         raise ValueError("More rounds ran (rounds.jsonl) than were accounted for (last.pt).")
 
     # SCAFFOLD sends the adapter's update and the control variate's.

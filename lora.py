@@ -100,9 +100,8 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
             A, B = A[:rank].clone(), B[:, :rank].clone()
         else:
             A, B = random_directions(layer, rank, generator)
-        parent, _, child = name.rpartition(".")
         adapter = LoRALayer(layer, A, B, alpha, dropout, train)
-        setattr(module.get_submodule(parent), child, adapter.train(module.training))
+        module.set_submodule(name, adapter.train(module.training))
     return len(adapted)
 
 
@@ -202,6 +201,5 @@ def merge_lora(module):
     """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoRALayer):
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, layer.merged())
+            module.set_submodule(name, layer.merged())
     return module

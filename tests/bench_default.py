@@ -67,7 +67,8 @@ def main(run=None, commit=None):
         row = describe(Path(run), commit)
     print(row)
     text = TABLE.read_text() if TABLE.exists() else HEADER
-    TABLE.write_text(text + row + "\n")
+    end = text.rindex("|\n") + 2  # of the table; notes follow
+    TABLE.write_text(text[:end] + row + "\n" + text[end:])
 
 
 if __name__ == "__main__":

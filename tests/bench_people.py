@@ -121,7 +121,10 @@ def measure(config, models, split, all_speech):
         truth = witness.trace(train.to_pixels(case.frames))
         silent = witness.find_silence(case.audio, len(case.frames))
         for name, frames in generated.items():
-            score = witness.compare(truth, witness.trace(train.to_pixels(frames)), silent)
+            try:
+                score = witness.compare(truth, witness.trace(train.to_pixels(frames)), silent)
+            except ValueError:  # dlib sees hardly any face
+                score = dict.fromkeys(COLUMNS, np.nan)
             scores.setdefault(name, []).append(score)
     return scores
 

@@ -1334,7 +1334,7 @@ def sample_batch(
 ):
     """Draw windows of clips {person: [Clip of at least num_frames]}, each with a reference picture:
     a frame of any of the person's clips, or of the same one, outside of the window where there is
-    room. With `mirror` every other window and its reference are mirrored.
+    room. With `mirror` half of the windows, drawn at random, are mirrored with their reference.
 
     A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
     people with one clip would be learned by heart; in proportion, a person with 300 would dominate.

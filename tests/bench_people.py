@@ -1,7 +1,7 @@
 """Real people as an independent witness sees them: `python tests/bench_people.py ROOT`.
 
 Trains the autoencoder and the UNet of the preset `faces` on the people in the folder ROOT (about
-15 minutes on two cores), but for every fourth of those with eight clips or more, whom nothing
+40 minutes on two cores), but for every fourth of those with eight clips or more, whom nothing
 trains on, and for six clips of the person with most clips. Then lets them speak and measures by
 `witness.py`. Prints a table of means with 95 % intervals; numbers only are kept. What is trained
 stays in --work and is used again.

@@ -1357,7 +1357,7 @@ def test_references_of_the_same_clip_and_people_by_the_root_of_their_clips():
     assert 370 < (red < red.max()).sum() < 430  # 2 of 3: of four clips and of one
 
 
-def test_every_other_window_is_mirrored_with_its_reference():
+def test_half_of_the_windows_are_mirrored_with_their_reference():
     frames = np.broadcast_to(np.arange(8, dtype=np.uint8), (30, 3, 8, 8))  # grows to the right
     mel = np.zeros((120, 40), np.float32)
     clip = data.Clip("a", "1", Path("1"), frames, np.zeros(0), mel)

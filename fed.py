@@ -203,8 +203,9 @@ def encode_batch(model, batch):
 def sample_batch(model, people, batch_size, num_frames, generator, same_clip=False, mirror=False):
     """Return a random batch of windows of clips {person: [Clip]}, encoded (`data.sample_batch`)."""
     window = model.speech_encoder.window
-    how = generator, window, same_clip, mirror
-    return encode_batch(model, data.sample_batch(people, batch_size, num_frames, *how))
+    size = batch_size, num_frames
+    batch = data.sample_batch(people, *size, generator, window, same_clip, mirror)
+    return encode_batch(model, batch)
 
 
 def fixed_batch(model, clips, training_clips, num_frames):

@@ -437,7 +437,7 @@ def train_unet(config, autoencoder, public, device, partial):
     clips = [clip for own in public.values() for clip in own]
     torch.manual_seed(config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
-    how = generator, config["data"]["same_clip_reference"], config["data"]["mirror"]
+    views = {"same_clip": config["data"]["same_clip_reference"], "mirror": config["data"]["mirror"]}
     model = build_model(config).to(device)
     model.autoencoder.load_state_dict(autoencoder)
     model.autoencoder.requires_grad_(False)
@@ -458,7 +458,7 @@ def train_unet(config, autoencoder, public, device, partial):
         num_frames = min(24, min(clip.num_frames for clip in clips))
         people = data.by_person(clips, num_frames)
         size = 32, num_frames
-        batches = [fed.sample_batch(model, people, *size, *how) for _ in range(8)]
+        batches = [fed.sample_batch(model, people, *size, generator, **views) for _ in range(8)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches]) for name in names))
         average = talking.EMA(model, 0.995)
@@ -468,10 +468,10 @@ def train_unet(config, autoencoder, public, device, partial):
     bar = tqdm(range(first, settings["steps"]), "backbone", initial=first, total=settings["steps"])
     people = data.by_person(clips, settings["num_frames"])  # grouped once: there may be 200,000
     for step in bar:
-        # Of dropout, the same after an interruption.
+        # Dropout's masks follow from the step, so that they are the same after an interruption.
         torch.manual_seed(fed.derive_seed(config["seed"], step))
         size = settings["batch_size"], settings["num_frames"]
-        batch = fed.sample_batch(model, people, *size, *how)
+        batch = fed.sample_batch(model, people, *size, generator, **views)
         terms = fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         optimizer_step(optimizer, learning_rate(step, settings["steps"], settings["lr"]))
         average.update(model)
@@ -486,7 +486,7 @@ def train_unet(config, autoencoder, public, device, partial):
     moments = {}
     for name, own in tqdm(list(people.items())[:48], "directions", mininterval=1):
         size = min(8, 4 * len(own)), settings["num_frames"]
-        batch = fed.sample_batch(model, {name: own}, *size, *how)
+        batch = fed.sample_batch(model, {name: own}, *size, generator, **views)
         fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
         lora.add_gradient_moments(model.unet, moments)
     directions = lora.leading_directions(model.unet, moments, MAX_RANK)

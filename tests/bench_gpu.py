@@ -7,7 +7,7 @@ part by default.
     runs        the default run with two workers on the GPU
     workers     a short run with one worker and with two: is the adapter the same?
     dry-run     what a dry run of `faces` and `lrs3` expects there, by size
-    people      the preset `faces` on the real people in ROOT, by size
+    people      with --people: the preset `faces` on the real people in ROOT, by size
 
 Each part that ends is written to tests/results/gpu.md; `runs`, `workers` and `people` need ffmpeg.
 """
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def distance(x, y):
     return float((x - y).norm() / y.norm())
 
 
-def compare(people):
+def compare():
     """Return lines of a table: how far the GPU's numbers are from the CPU's."""
     config = load_preset("talkers")
     batch = make_batch(config, 4, config["backbone"]["num_frames"])
@@ -177,7 +178,7 @@ def measure_step(preset, size):
     )
 
 
-def measure_steps(people):
+def measure_steps():
     """Return lines of a table of training steps."""
     lines = ["| training | clips × frames | ms a step | clips a second | UNet | encoding | GiB |"]
     lines[0] += " ms of a client's step |"
@@ -188,7 +189,7 @@ def measure_steps(people):
     return lines
 
 
-def measure_speaking(people):
+def measure_speaking():
     """Return lines of a table of generation, one clip at a time as `--action generate` does."""
     lines = ["| speaking | ms until the first frames | frames a second | × real time |"]
     lines.append("|---|---|---|---|")
@@ -243,7 +244,7 @@ RUN_HEADER = ["| run | s | data | backbone | rounds | personal | evaluation | Gi
 RUN_HEADER.append("|---" * 9 + "|")
 
 
-def run_whole(people):
+def run_whole():
     """Return a table of the default run."""
     with tempfile.TemporaryDirectory() as folder:
         root = f"data.root={folder}/synthetic"
@@ -251,7 +252,7 @@ def run_whole(people):
         return [*RUN_HEADER, describe_run("default, --gpus 0,0", run, whole)]
 
 
-def compare_workers(people):
+def compare_workers():
     """Return a line that says how far the adapters of a short run with one and with two workers
     are apart.
     """
@@ -273,8 +274,6 @@ def compare_workers(people):
 
 def run_people(people):
     """Return a table of the preset `faces` on real people, without private noise."""
-    if people is None:
-        return ["Real people: no --people ROOT was given."]
     lines = list(RUN_HEADER)
     for size in (64, 128):
         with tempfile.TemporaryDirectory() as folder:
@@ -285,7 +284,7 @@ def run_people(people):
     return lines
 
 
-def run_dry(people):
+def run_dry():
     """Return a table of what dry runs expect on this GPU."""
     lines = ["| dry run | ms of a step | ms of a client's step | hours | GB |", "|---" * 5 + "|"]
     for preset, size in SIZES[1:]:
@@ -309,21 +308,23 @@ PARTS = {
     "runs": run_whole,
     "workers": compare_workers,
     "dry-run": run_dry,
-    "people": run_people,
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART")
+    parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--people", type=Path, help="folder of real people, as data.root")
     args = parser.parse_args()
+    parts = {name: PARTS[name] for name in args.parts or PARTS}
+    if args.people:
+        parts["people"] = partial(run_people, args.people)
     header = ["# On a GPU", "", "`python tests/bench_gpu.py` on one "]
     header[-1] += f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}."
     text = "\n".join(header) + "\n"
-    for part in args.parts:
+    for part, function in parts.items():
         started = time.perf_counter()
-        lines = PARTS[part](args.people)
+        lines = function()
         text += "\n" + "\n".join(lines) + "\n"
         RESULTS.write_text(text)
         print("\n".join(lines), f"\n{part}: {time.perf_counter() - started:.0f} s", flush=True)

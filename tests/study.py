@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import metrics
+import variants
 
 RUNS = ROOT / "runs" / "study"
 METRICS = ("unexplained", "mouth_correlation*", "id_similarity*", "jitter_ratio", "psnr")
@@ -146,7 +147,7 @@ def make_tables():
 
     parts = [Cell("all parts", ("plain",))]
     parts.append(Cell("without guidance", ("plain",), ("sampling.guidance=1.0",)))
-    for part in ("prior", "warp", "loss weights", "liveliness", "noisy steps"):
+    for part in variants.PARTS:
         parts.append(Cell(f"without {part}", ("plain",), variant=("--without", part)))
     unseen_parts = [replace(cell, method="unseen: backbone") for cell in parts]
 
@@ -193,8 +194,7 @@ def run_cell(cell, seed, args):
             arguments += ["--gpus", args.gpus]
         command = [sys.executable, str(ROOT / "train.py"), *arguments]
         if cell.variant:
-            variants = str(Path(__file__).with_name("variants.py"))
-            command = [sys.executable, variants, *cell.variant, "--", *arguments]
+            command = [sys.executable, variants.__file__, *cell.variant, "--", *arguments]
         print(f"{cell.label}, seed {seed}", flush=True)
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         found = sorted(RUNS.glob(f"*-{name}/report.json"))
@@ -209,8 +209,7 @@ def run_ahead(cells, args):
         for cell in cells:  # several rows of the tables may be of one run
             runs[describe_run(cell, seed, args.set)[1]] = cell, seed
     with ThreadPoolExecutor(args.jobs) as pool:
-        for cell, seed in runs.values():
-            pool.submit(run_cell, cell, seed, args)
+        list(pool.map(lambda run: run_cell(*run, args), runs.values()))  # raises what a cell raises
 
 
 def by_person(report, method, metric):

@@ -124,6 +124,9 @@ def use_scalar_prior():
     talking.GaussianPrior.fit = fit
 
 
+PARTS = ("prior", "warp", "loss weights", "liveliness", "noisy steps")  # of --without
+
+
 def leave_out(part):
     """Pretrain the backbone without a part of it; its place in the cache tells so."""
     key = train.backbone_key
@@ -151,8 +154,7 @@ def main():
     parser.add_argument("--fault", choices=faults)
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--reliability", choices=("gain",))
-    parts = ("prior", "warp", "loss weights", "liveliness", "noisy steps")
-    parser.add_argument("--without", choices=parts)
+    parser.add_argument("--without", choices=PARTS)
     parser.add_argument("arguments", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
     if "RANK" not in os.environ:

@@ -208,6 +208,37 @@ def sample_batch(model, people, batch_size, num_frames, generator, same_clip=Fal
     return encode_batch(model, batch)
 
 
+class Batches(torch.utils.data.Dataset):
+    """The backbone's batches by step, `sample_batch`es without their frames; `views` are same_clip
+    and mirror.
+    """
+
+    def __init__(self, model, people, batch_size, num_frames, seed, views):
+        self.model = model
+        self.people = people
+        self.size = batch_size, num_frames
+        self.seed = seed
+        self.views = views
+
+    def __getitem__(self, step):
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
+        batch = sample_batch(self.model, self.people, *self.size, generator, **self.views)
+        # Eq. 9-11 alone look at them. The rest is small enough for the memory that processes share.
+        del batch["frames"]
+        return batch
+
+    def loader(self, first, stop):
+        """Return an iterable of the batches of steps first ... stop - 1. On a CPU another process
+        makes them ahead, as small operations keep no more than one core busy; a process beside this
+        one could not use its GPU.
+        """
+        parallel = {}
+        if self.model.motion_std.device.type == "cpu":
+            parallel = {"num_workers": 1, "multiprocessing_context": "fork"}
+        steps = range(first, stop)
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, **parallel)
+
+
 def fixed_batch(model, clips, training_clips, num_frames):
     """Return the first frames of every clip as a batch.
 

@@ -1420,11 +1420,11 @@ class Evaluation:
             for case in cases:
                 if case.person not in self.gallery:
                     self.gallery[case.person] = mean_identity(judges, case.training_clips)
+        self.methods = []
         self.people = {}  # "person/clip" -> person
-        self.scores = {}  # method -> metric -> "person/clip" -> value
-        # for KID and FID, by the ending of their names: features [f d] of each clip
-        self.real = defaultdict(list)  # ending
-        self.fake = defaultdict(list)  # method, ending
+        self.scores = {}  # (method, metric, "person/clip") -> value
+        # for KID and FID: (method, ending of their names, "person/clip") -> features [f d]
+        self.features = {}
 
     @torch.no_grad()
     def add(self, method, case, frames):
@@ -1457,14 +1457,23 @@ class Evaluation:
         if self.judges and self.judges.has_opening and len(frames) > 1:
             found |= self._opening_scores(case, frames, truth)
         for ending, extract in self.networks["inception"].items():
-            self.fake[method, ending].append(per_frame(extract, frames).cpu())
+            self.features[method, ending, key] = per_frame(extract, frames).cpu()
             if key not in self.people:
-                self.real[ending].append(per_frame(extract, truth).cpu())
+                self.features["", ending, key] = per_frame(extract, truth).cpu()
         self.people[key] = case.person
-        scores = self.scores.setdefault(method, {})
+        if method not in self.methods:
+            self.methods.append(method)
         for metric, value in found.items():
             value = torch.as_tensor(value, dtype=torch.float64).mean()
-            scores.setdefault(metric, {})[key] = float(value)
+            self.scores[method, metric, key] = float(value)
+
+    def merge(self, workers):
+        """Take over what other processes (`fed.Workers`) have scored of the same methods on other
+        cases.
+        """
+        self.people = workers.merge(self.people)
+        self.scores = workers.merge(self.scores)
+        self.features = workers.merge(self.features)
 
     def _sync_scores(self, case, frames):
         """Return the metrics of lip sync of a case that is long enough."""
@@ -1509,17 +1518,17 @@ class Evaluation:
         subsets; or {"mean": None, "reason"}.
         """
         rows = {}
-        for method, scores in self.scores.items():
+        for method in self.methods:
             rows[method] = {}
             for metric, needs in METRICS.items():
                 file = "" if needs["file"] == "–" else f" and {needs['file']}"
                 row = {"mean": None, "reason": f"needs {needs['least']}{file}"}
-                if metric in scores:
-                    row = self._row(scores[metric])
+                if values := select(self.scores, method, metric):
+                    row = self._row(values)
                 rows[method][metric] = row
-            for ending, clips in self.real.items():
-                real = torch.cat(clips)
-                fake = torch.cat(self.fake[method, ending])
+            for ending in self.networks["inception"]:
+                real = torch.cat(list(select(self.features, "", ending).values()))
+                fake = torch.cat(list(select(self.features, method, ending).values()))
                 row = {"ci95": None, "n": min(len(real), len(fake))}
                 if row["n"] >= LEAST_FOR_KID:
                     mean, std = kernel_distance(real, fake)
@@ -1531,9 +1540,10 @@ class Evaluation:
     def paired(self, method, baseline):
         """Return {metric: row} of method minus baseline, on the clips that both generated."""
         rows = {}
-        for metric, values in self.scores[method].items():
-            others = self.scores[baseline].get(metric, {})
-            differences = {key: values[key] - others[key] for key in values if key in others}
+        for metric in METRICS:
+            others = select(self.scores, baseline, metric)
+            own = select(self.scores, method, metric)
+            differences = {key: own[key] - others[key] for key in own if key in others}
             if differences:
                 rows[metric] = self._row(differences)
         return rows
@@ -1541,6 +1551,11 @@ class Evaluation:
     def _row(self, values):
         groups = [self.people[key] for key in values]
         return mean_ci(list(values.values()), groups) | {"values": values}
+
+
+def select(table, method, name):
+    """Return {"person/clip": value} of a table {(method, name, "person/clip"): value}."""
+    return {key: value for (*row, key), value in table.items() if row == [method, name]}
 
 
 def score_judges(judges, people, device="cpu"):

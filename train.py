@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import collections
 import contextlib
 import copy
 import ctypes
@@ -451,7 +450,6 @@ def train_unet(config, autoencoder, public, device, partial):
         average = talking.EMA(model, 0.995)
         average.module.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
         losses = state["losses"]
         average.step = len(losses)
     else:
@@ -465,24 +463,28 @@ def train_unet(config, autoencoder, public, device, partial):
     no_judges = dict.fromkeys(config["loss"], 0.0)  # Eq. 12 is for the clients; here L_diff alone
     step_kwargs = {"micro_batch": config["runtime"]["micro_batch"], "bf16": device.type == "cuda"}
     first = len(losses)
-    bar = tqdm(range(first, settings["steps"]), "backbone", initial=first, total=settings["steps"])
+    num_steps = settings["steps"]
     people = data.by_person(clips, settings["num_frames"])  # grouped once: there may be 200,000
-    for step in bar:
-        # Dropout's masks follow from the step, so that they are the same after an interruption.
-        torch.manual_seed(fed.derive_seed(config["seed"], step))
-        size = settings["batch_size"], settings["num_frames"]
-        batch = fed.sample_batch(model, people, *size, generator, **views)
+    size = settings["batch_size"], settings["num_frames"]
+    batches = fed.Batches(model, people, *size, config["seed"], views)
+    bar = tqdm(batches.loader(first, num_steps), "backbone", initial=first, total=num_steps)
+    for step, batch in enumerate(bar, first):
+        # Noise and dropout follow from the step: they are the same after an interruption.
+        step_seed = fed.derive_seed(config["seed"], step)
+        torch.manual_seed(step_seed)
+        generator.manual_seed(step_seed)
         terms = fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
-        optimizer_step(optimizer, learning_rate(step, settings["steps"], settings["lr"]))
+        optimizer_step(optimizer, learning_rate(step, num_steps, settings["lr"]))
         average.update(model)
         losses.append(terms["diffusion"])
         if step % 10 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if (step + 1) % SAVE_EVERY == 0:
             state = {"model": model.state_dict(), "average": average.module.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-            save_checkpoint(partial, "partial backbone", state | {"losses": losses})
+            state |= {"optimizer": optimizer.state_dict(), "losses": losses}
+            save_checkpoint(partial, "partial backbone", state)
     model = average.module.eval().requires_grad_(True)
+    generator.manual_seed(config["seed"])
     moments = {}
     for name, own in tqdm(list(people.items())[:48], "directions", mininterval=1):
         size = min(8, 4 * len(own)), settings["num_frames"]
@@ -577,65 +579,59 @@ def load_or_pretrain(config, public, run, device, workers):
 
 
 def pretrain(config, public, cache, device, workers):
-    """Train judges, face finder, autoencoder and UNet into cache/backbone.pt. Finished stages are
-    kept there until all are done.
+    """Train autoencoder, UNet, judges and face finder into cache/backbone.pt.
 
-    All but the UNet, which is rank 0's, are shared among the workers.
+    Rank 0 trains the autoencoder and the UNet, which takes longest; the small networks are shared
+    among the others, if there are any. What rank 0 has finished stays in the cache until all is.
     """
     clips = [clip for own in public.values() for clip in own]
     for_losses, for_tables = metrics.split_for_judges(public, config["seed"])
-    judge_settings = config["backbone"]["judge_steps"], config["seed"]
-    stages = ("autoencoder", "loss judges", "table judges", "face finder")
-    missing = workers.broadcast([n for n in stages if not (cache / f"{n}.pt").exists()])
+    b = config["backbone"]
+    judge_settings = b["judge_steps"], config["seed"]
+    costs = {"UNet": 10.0, "loss judges": 1.0, "table judges": 1.0, "face finder": 1.0}
     finished = {}
-    for i in workers.assign([1.0] * len(missing)):
+    if workers.rank == 0:
+        cache.mkdir(parents=True, exist_ok=True)
+        paths = {name: cache / f"{name}.pt" for name in costs}
+        finished = {n: load_checkpoint(path, n) for n, path in paths.items() if path.exists()}
+    missing = workers.broadcast([name for name in costs if name not in finished])
+    for i in workers.assign([costs[name] for name in missing]):
+        name = missing[i]
         started = time.perf_counter()
-        if missing[i] == "autoencoder":
-            state = train_autoencoder(config, public, device)
-        elif missing[i] == "face finder":
-            steps = config["backbone"]["finder_steps"]
-            state = metrics.train_finder(public, steps, config["seed"], progress=True).state_dict()
+        if name == "UNet":
+            path = cache / "autoencoder.pt"
+            if not path.exists():
+                save_checkpoint(path, "autoencoder", train_autoencoder(config, public, device))
+            autoencoder = load_checkpoint(path, "autoencoder")
+            partial = cache / "partial.pt"
+            trained = train_unet(config, autoencoder, public, device, partial)
+        elif name == "face finder":
+            finder = metrics.train_finder(public, b["finder_steps"], config["seed"], progress=True)
+            trained = finder.state_dict()
         else:
-            people = for_losses if missing[i] == "loss judges" else for_tables
+            people = for_losses if name == "loss judges" else for_tables
             judges = metrics.train_judges(people, *judge_settings, progress=True, device=device)
-            state = judges.state_dict()
-        finished[missing[i]] = {"state": state, "seconds": time.perf_counter() - started}
+            trained = judges.state_dict()
+        finished[name] = {"trained": trained, "seconds": time.perf_counter() - started}
+        if workers.rank == 0:
+            save_checkpoint(paths[name], name, finished[name])
     finished = workers.merge(finished)
     if workers.rank > 0:
         return
-    cache.mkdir(parents=True, exist_ok=True)
-    for name, content in finished.items():
-        save_checkpoint(cache / f"{name}.pt", name, content)
-    done = {name: load_checkpoint(cache / f"{name}.pt", name) for name in stages}
-    started = time.perf_counter()
-    with all_threads(config):
-        autoencoder = done["autoencoder"]["state"]
-        partial = cache / "partial.pt"
-        state, losses, directions = train_unet(config, autoencoder, public, device, partial)
-    seconds = {name: round(content["seconds"], 1) for name, content in done.items()}
-    seconds["UNet"] = round(time.perf_counter() - started, 1)
-    backbone = {"model": state, "directions": directions, "losses": losses, "seconds": seconds}
-    backbone["judges"] = {kind: done[f"{kind} judges"]["state"] for kind in ("loss", "table")}
-    backbone["finder"] = done["face finder"]["state"]
+    trained = {name: content["trained"] for name, content in finished.items()}
+    state, losses, directions = trained["UNet"]
+    backbone = {"model": state, "directions": directions, "losses": losses}
+    backbone["judges"] = {kind: trained[f"{kind} judges"] for kind in ("loss", "table")}
+    backbone["finder"] = trained["face finder"]
+    backbone["seconds"] = {name: round(c["seconds"], 1) for name, c in finished.items()}
     backbone["public_jitter"] = metrics.mean_jitter(clips)
     # What personalize holds clips against that may be of a stranger, or of no face.
     model, judges = restore_backbone(config, backbone, device)
     backbone["identity_threshold"] = metrics.identity_threshold(judges["loss"], for_tables)
     backbone["public_unexplained"] = public_unexplained(model, public)
     save_checkpoint(cache / "backbone.pt", "backbone", backbone)
-    for name in (*stages, "partial"):
+    for name in (*costs, "autoencoder", "partial"):
         (cache / f"{name}.pt").unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def all_threads(config):
-    """Use all CPU threads while the other workers wait for rank 0, unless runtime.threads fixes
-    their number.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(config["runtime"]["threads"] or os.cpu_count())
-    yield
-    torch.set_num_threads(before)
 
 
 def restore_backbone(config, backbone, device):
@@ -706,12 +702,11 @@ def train(config, people, run, device, workers):
         config, model, judges["loss"], clients, state, backbone["directions"], run, device, workers
     )
     stopwatch.lap("personal adapters")
+    report = evaluate(
+        config, model, judges["table"], people, clients, state, personal, backbone, run, workers
+    )
+    stopwatch.lap("evaluation")
     if workers.rank == 0:
-        with all_threads(config):
-            report = evaluate(
-                config, model, judges["table"], people, clients, state, personal, backbone, run
-            )
-        stopwatch.lap("evaluation")
         report["seconds"] = backbone["seconds"] | stopwatch.seconds
         write_report(run, report, backbone["losses"])
     workers.wait()  # nobody leaves before the report is there
@@ -1076,9 +1071,9 @@ BASELINES = ("truth", "copy reference", "autoencoder ceiling")
 TRAINED = ("backbone", "global adapter", "personal adapter", "personal adapter, other speech")
 
 
-def evaluate(config, model, judges, people, clients, state, personal, backbone, run):
+def evaluate(config, model, judges, people, clients, state, personal, backbone, run, workers):
     """Generate and score every method on the clients' test clips, and on unseen people; write
-    pictures and videos.
+    pictures and videos. Each worker does so for a share of the clips; return the report at rank 0.
     """
     e = config["evaluate"]["num_frames"]
     device = model.motion_std.device
@@ -1099,8 +1094,9 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     seconds = 0.0
     num_frames = 0
     trained = TRAINED if personal else TRAINED[:2]
+    own_cases = [cases[i] for i in workers.assign([1.0] * len(cases))]
     for method in BASELINES + trained:
-        for case in tqdm(cases, method, leave=False):
+        for case in tqdm(own_cases, method, leave=False, disable=workers.rank > 0):
             if method in BASELINES:
                 frames = baseline_frames(method, case, backbone_model)
             else:
@@ -1114,19 +1110,26 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
                 num_frames += len(frames)
             evaluation.add(method, case, frames)
             pictures.add(method, case, frames)
+    evaluation.merge(workers)
+    pictures.merge(workers)
+    speeds = workers.merge({workers.rank: num_frames / seconds if seconds else 0.0})
+    unexplained = unexplained_table(models, adaptable, personal, clients, e, workers)
+    unseen = evaluate_unseen(config, people.unseen, models, judges, networks, workers)
+    if workers.rank > 0:
+        return None
     pictures.save(run)
     report = {"name": config["name"], "rows": evaluation.rows(), "paired": {}}
     for before, method in zip(trained, trained[1:]):
         report["paired"][f"{method} - {before}"] = evaluation.paired(method, before)
-    report["unexplained"] = unexplained_table(models, adaptable, personal, clients, e)
-    report["unseen"] = evaluate_unseen(config, people.unseen, models, judges, networks)
+    report["unexplained"] = unexplained
+    report["unseen"] = unseen
     report["judges"] = sources | {
         "*": "small networks trained on half of the public people",
         "scores": judges.scores,
     }
     report["privacy"] = describe_privacy(config, state)
     report["communication"] = describe_communication(config, backbone_model, len(state["adapter"]))
-    report["speed"] = {"generated_frames_per_second": round(num_frames / seconds, 1)}
+    report["speed"] = {"generated_frames_per_second": round(sum(speeds.values()), 1)}
     report["hardware"] = describe_hardware(device)
     return report
 
@@ -1172,38 +1175,41 @@ def generate_case(model, case, mel, config):
     return data.to_unit(frames)[0].cpu()
 
 
-def unexplained_table(models, adaptable, personal, clients, num_frames):
+def unexplained_table(models, adaptable, personal, clients, num_frames, workers):
     """Return the unexplained variance of test clips, {method: {mean, ci95, by noise level, ratio to
     the backbone}}.
 
     The reference picture is of a training clip. No motion leaves 1; the linear denoiser is the
     model without its UNet.
     """
-    shares = collections.defaultdict(list)
-    groups = []
-    names = []
-    for client in clients:
-        batch = fed.fixed_batch(adaptable, client.split["test"], client.split["train"], num_frames)
-        groups += [client.name] * len(batch["motion"])
-        names += [f"{client.name}/{clip.name}" for clip in client.split["test"]]
+    shares = {}  # (client's place, method) -> [levels clips]
+    for k in workers.assign([1.0] * len(clients)):
+        split = clients[k].split
+        batch = fed.fixed_batch(adaptable, split["test"], split["train"], num_frames)
         own = dict(models)
         if personal:
-            own["personal adapter"] = merged_copy(adaptable, personal[client.name])
+            own["personal adapter"] = merged_copy(adaptable, personal[clients[k].name])
         for name, used in own.items():
             use_unet = name != "linear denoiser"
-            shares[name].append(fed.unexplained_variance(used, batch, 0, use_unet=use_unet).cpu())
+            share = fed.unexplained_variance(used, batch, 0, use_unet=use_unet)
+            shares[k, name] = share.cpu().numpy()
+    shares = workers.merge(shares)
+    tests = [(client.name, clip.name) for client in clients for clip in client.split["test"]]
+    groups = [person for person, _ in tests]
     table = {"no motion": {"mean": 1.0}}
-    shares = {name: torch.cat(parts, dim=1).numpy() for name, parts in shares.items()}
-    for name, values in shares.items():  # levels clips
+    backbone = np.concatenate([shares[k, "backbone"] for k in range(len(clients))], axis=1)
+    for name in (*models, "personal adapter") if personal else models:
+        values = np.concatenate([shares[k, name] for k in range(len(clients))], axis=1)
         table[name] = metrics.mean_ci(values.mean(0), groups)
         table[name]["by_level"] = values.mean(1).tolist()
+        names = [f"{person}/{clip}" for person, clip in tests]
         table[name]["values"] = dict(zip(names, values.mean(0).tolist()))
-        ratio = values.mean(0) / shares["backbone"].mean(0)
+        ratio = values.mean(0) / backbone.mean(0)
         table[name]["ratio_to_backbone"] = metrics.mean_ci(ratio, groups)
     return table
 
 
-def evaluate_unseen(config, unseen, models, judges, networks):
+def evaluate_unseen(config, unseen, models, judges, networks, workers):
     """Return the rows of backbone and global adapter for people that nothing was trained on."""
     splits = {}
     for name, clips in unseen.items():
@@ -1214,11 +1220,12 @@ def evaluate_unseen(config, unseen, models, judges, networks):
     e = config["evaluate"]["num_frames"]
     cases = metrics.make_cases(splits, e, 1, config["data"]["window"])
     evaluation = metrics.Evaluation(cases, judges, networks, models["backbone"].motion_std.device)
-    for case in cases:
-        evaluation.add("truth", case, case.frames)
+    for i in workers.assign([1.0] * len(cases)):
+        evaluation.add("truth", cases[i], cases[i].frames)
         for method in ("backbone", "global adapter"):
-            frames = generate_case(models[method], case, case.mel, config)
-            evaluation.add(method, case, frames)
+            frames = generate_case(models[method], cases[i], cases[i].mel, config)
+            evaluation.add(method, cases[i], frames)
+    evaluation.merge(workers)
     return evaluation.rows()
 
 
@@ -1229,18 +1236,23 @@ class Pictures:
 
     def __init__(self, cases):
         self.cases = cases[:: max(1, len(cases) // 8)][:8]
-        self.clips = [{} for _ in self.cases]  # of each case: method -> uint8 [f H W 3]
+        self.clips = {}  # place of a case -> method -> uint8 [f H W 3]
 
     def add(self, method, case, frames):
         """Keep the frames of a case that is shown."""
         if case in self.cases:
-            self.clips[self.cases.index(case)][method] = to_pixels(frames)
+            self.clips.setdefault(self.cases.index(case), {})[method] = to_pixels(frames)
+
+    def merge(self, workers):
+        """Take over what the other workers have kept of their cases."""
+        self.clips = workers.merge(self.clips)
 
     def save(self, run, zoom=2):
         """Write grid.png, one row a case, and the videos with sound: the methods side by side."""
         methods = [m for m in self.clips[0] if m != "copy reference"]
         rows = []
-        for case, clips in zip(self.cases, self.clips):
+        for i, case in enumerate(self.cases):
+            clips = self.clips[i]
             moment = len(case.frames) // 2 if case.opening is None else int(case.opening.argmax())
             tiles = [case.reference.transpose(1, 2, 0), *(clips[m][moment] for m in methods)]
             rows.append(np.concatenate(tiles, axis=1))  # H (methods W) 3
@@ -1254,8 +1266,8 @@ class Pictures:
         save_picture(run / "grid.png", sheet)
         (run / "samples").mkdir(exist_ok=True)
         shown = [m for m in methods if "other" not in m]
-        for case, clips in list(zip(self.cases, self.clips))[::2]:
-            strip = np.concatenate([clips[m] for m in shown], axis=2)  # f H (methods W) 3
+        for i, case in list(enumerate(self.cases))[::2]:
+            strip = np.concatenate([self.clips[i][m] for m in shown], axis=2)  # f H (methods W) 3
             strip = strip.repeat(zoom, 1).repeat(zoom, 2)
             path = run / "samples" / f"{case.person}-{case.clip.name}.mp4"
             comment = "synthetic: " + " | ".join(shown)

@@ -44,8 +44,8 @@ def describe(run, commit):
     whole = sum(seconds[name] for name in laps)
     for name in laps:
         print(f"{name:20} {seconds[name]:6.0f} s {seconds[name] / whole:5.0%}")
-        if name == "backbone":  # its stages, of which those of two workers overlap
-            for stage in ("autoencoder", "loss judges", "table judges", "UNet"):
+        if name == "backbone":  # its stages: the UNet, with the autoencoder, beside the others
+            for stage in ("UNet", "loss judges", "table judges", "face finder"):
                 print(f"    {stage:16} {seconds[stage]:6.0f} s")
     row = report["unseen"]["backbone"]
     r = row["mouth_correlation*"]["mean"]

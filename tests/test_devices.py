@@ -555,9 +555,10 @@ def test_clips_are_scored_equally_on_both_devices(tmp_path):
             case.frames = nn.functional.interpolate(case.frames, (64, 64))
         evaluation = metrics.Evaluation(cases, random_judges(), networks, device)
         evaluation.add("mirrored", cases[0], cases[0].frames.flip(-1))
-        features = [evaluation.fake["mirrored", ending][0] for ending in ("", "*")]
-        assert all(rows.device == CPU for rows in features)
-        return evaluation.scores["mirrored"], train.checksum(features)
+        assert len(evaluation.features) == 4  # two networks, real and mirrored
+        assert all(rows.device == CPU for rows in evaluation.features.values())
+        scores = {metric: value for (_, metric, _), value in evaluation.scores.items()}
+        return scores, train.checksum(evaluation.features)
 
     ours, theirs = on_both(scores)
     assert ours == theirs

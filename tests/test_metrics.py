@@ -944,7 +944,7 @@ def test_paired_differences_are_taken_clip_by_clip_and_over_people(people):
         evaluation.add("a", case, (case.frames + 0.1).clamp(0, 1))
         if case.person != "p5":
             evaluation.add("b", case, case.frames - 0.07)
-    a, b = evaluation.scores["a"]["psnr"], evaluation.scores["b"]["psnr"]
+    a, b = (metrics.select(evaluation.scores, method, "psnr") for method in "ab")
     assert len(a) == 12 and len(b) == 10
     found = evaluation.paired("a", "b")["psnr"]
     expected = metrics.mean_ci([a[key] - b[key] for key in b], [key[:2] for key in b])

@@ -332,7 +332,11 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
         seen.update(clip.person for clips in people.values() for clip in clips)
         return real(people, *args)
 
+    def loader(batches, first, stop):  # in this process, where they are watched
+        return map(batches.__getitem__, range(first, stop))
+
     monkeypatch.setattr(data, "sample_batch", watched)
+    monkeypatch.setattr(fed.Batches, "loader", loader)
     monkeypatch.setitem(config["runtime"], "directory", str(folder / "other"))
     (folder / "other").mkdir()
     cpu = torch.device("cpu")
@@ -709,7 +713,6 @@ def test_two_machines_that_share_no_disk_make_the_run_of_one_process(
 ):
     folder, _ = finished
     monkeypatch.chdir(folder)
-    skip_evaluation(monkeypatch)
     shutil.copytree(folder / "people", tmp_path / "people")
     places = ["data.root=people", "runtime.directory=runs", "runtime.cache=cache"]
     settings = ["--set", *TINY, *places, "privacy.seed=0", "privacy.num_curious=0"]
@@ -742,6 +745,11 @@ def test_two_machines_that_share_no_disk_make_the_run_of_one_process(
         kind = "global adapter" if name == "last.pt" else "personal adapter"
         states = [train.load_checkpoint(run / name, kind)["adapter"] for run in (alone, nodes)]
         assert torch.equal(*states), name
+    reports = [json.loads((run / "report.json").read_text()) for run in (alone, nodes)]
+    for section in ("rows", "paired", "unseen", "unexplained"):
+        assert reports[0][section] == reports[1][section], section
+    for picture in ("grid.png", "curves.png"):
+        assert (alone / picture).read_bytes() == (nodes / picture).read_bytes()
 
 
 def test_a_port_in_use_is_one_line(finished, monkeypatch, capsys):
@@ -755,17 +763,20 @@ def test_a_port_in_use_is_one_line(finished, monkeypatch, capsys):
         assert "the workers cannot meet" in fails(capsys, "--set", *TINY, *places(finished[0]))
 
 
-def test_workers_end_with_their_parent_also_while_they_start(finished):
+@pytest.mark.parametrize("stage", ["start", "backbone"])
+def test_workers_end_with_their_parent(finished, stage):
     folder, _ = finished
-    settings = [*TINY, *places(folder)]
-    with run_command("--gpus", "cpu:2", "--set", *settings, "fed.rounds=400", "name=end") as parent:
+    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=100000"]
+    with run_command("--gpus", "cpu:2", "--set", *settings, "name=end") as parent:
         workers = []
-        while len(workers) < 2:
+        # The third makes batches for the backbone.
+        while len(workers) < (2 if stage == "start" else 3):
             workers = children_of(parent.pid)
+            workers += [pid for worker in workers for pid in children_of(worker)]
             time.sleep(0.01)
         parent.send_signal(signal.SIGTERM)
         parent.communicate()
-    deadline = time.time() + 5
+    deadline = time.time() + 10
     while any(alive(pid) for pid in workers) and time.time() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in workers)

@@ -235,8 +235,9 @@ class Batches(torch.utils.data.Dataset):
         parallel = {}
         if self.model.motion_std.device.type == "cpu":
             parallel = {"num_workers": 1, "multiprocessing_context": "fork"}
-        steps = range(first, stop)
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, **parallel)
+        # Without a generator of its own it would draw a number from the global one.
+        order = {"sampler": range(first, stop), "generator": torch.Generator()}
+        return torch.utils.data.DataLoader(self, batch_size=None, **order, **parallel)
 
 
 def fixed_batch(model, clips, training_clips, num_frames):

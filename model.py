@@ -22,7 +22,7 @@ motion channels (or the bands of a mel spectrogram), d features. Pixels are in [
 
 import copy
 import math
-import re
+import unicodedata
 from collections import Counter
 
 import torch
@@ -247,8 +247,12 @@ class TextEncoder(nn.Module):
 
 
 def split_words(prompt):
-    """Return the words of a prompt in lower case."""
-    return re.findall(r"[a-z']+", prompt.lower())
+    """Return the words of a prompt in lower case: letters of any script with their marks, and
+    apostrophes.
+    """
+    prompt = unicodedata.normalize("NFC", prompt.lower())
+    kept = [c if c == "'" or unicodedata.category(c)[0] in "LM" else " " for c in prompt]
+    return "".join(kept).split()
 
 
 # ---------------------------------------------------------------- UNet
@@ -416,8 +420,10 @@ class TalkingUNet(nn.Module):
         self.middle = TalkingBlock(channels[-1], channels[-1], **sizes, spatial=True)
         self.norm_out = nn.GroupNorm(GROUPS, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], motion_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.speech_out = nn.Linear(temb, motion_channels * 8 * 8)
+        for layer in (self.conv_out, self.speech_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def embed_time(self, time, conditions):
         """Return [(b f) d] of time [b f] in [0, 1] and the summaries of speech and text: it scales
@@ -433,11 +439,18 @@ class TalkingUNet(nn.Module):
             temb = temb + scale[:, None, None] * summary
         return F.silu(temb.flatten(0, 1))
 
+    def direct_path(self, temb, grid):
+        """Return what an embedding of time and speech [n d] says of every face alike, [n m h w] on
+        a grid (h, w): a map of 8 x 8, stretched.
+        """
+        x = rearrange(self.speech_out(temb), "n (m h w) -> n m h w", h=8, w=8)
+        return F.interpolate(x, grid, mode="bilinear", align_corners=False)
+
     def forward(self, x, time, conditions, reference_latents):
         """x [b f m h w], time [b f] in [0, 1], conditions as in `CrossAttention`, reference_latents
         [b c h w] -> [b f m h w].
         """
-        num_frames = x.shape[1]
+        num_frames, _, *grid = x.shape[1:]
         temb = self.embed_time(time, conditions)  # (b f) d
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
         x = rearrange(torch.cat([x, reference], dim=2), "b f c h w -> (b f) c h w")
@@ -454,7 +467,7 @@ class TalkingUNet(nn.Module):
         for upsample, block in zip(self.upsample, self.up):
             x = skips.pop() + F.interpolate(upsample(x), scale_factor=2.0)  # (b f) c 2h 2w
             x = block(x, temb, conditions, num_frames)
-        x = self.conv_out(F.silu(self.norm_out(x)))  # (b f) m h w
+        x = self.conv_out(F.silu(self.norm_out(x))) + self.direct_path(temb, grid)  # (b f) m h w
         return rearrange(x, "(b f) m h w -> b f m h w", f=num_frames)
 
 
@@ -858,15 +871,24 @@ class TalkingHead(nn.Module):
         square = (x - still).square() + 0.1 * still.square()
         return (self.place_weights * square).flatten(2).mean(2)
 
-    def training_losses(self, batch, t, eps, scales=None):
-        """Return the diffusion loss [b] (Eq. 6), x0_hat and eps_hat [b f m h w] of a batch.
-
-        t [b f] are the noise levels, eps [b f m h w] is the noise.
+    def diffusion_loss(self, x0_hat, x0, noise):
+        """Return the diffusion loss [b] of x0_hat for x0 [b f m h w], where noise is sqrt(1 -
+        alpha_bar).
 
         The squared error of x0 is divided by the clip's own power (at least a quarter of the
         prior's variance), so that calm clips count as much as lively ones, and by 1 - alpha_bar (at
         least .05), which makes it the error of v (Salimans & Ho 2022): Eq. 6 divided by alpha_bar,
         which keeps the step of pure noise in the loss.
+        """
+        smallest_power = 0.25 * self.prior.mean_variance()
+        power = self.weighted_power(x0).mean(1).clamp(min=smallest_power)  # b
+        error = (x0_hat - x0) / noise.square().clamp(min=0.05).sqrt()  # b f m h w
+        return self.weighted_power(error).mean(1) / power
+
+    def training_losses(self, batch, t, eps, scales=None):
+        """Return the diffusion loss [b] (Eq. 6), x0_hat and eps_hat [b f m h w] of a batch.
+
+        t [b f] are the noise levels, eps [b f m h w] is the noise.
         """
         x0 = batch["motion"] / self.motion_std
         xt = self.diffusion.add_noise(x0, t, eps)
@@ -874,12 +896,25 @@ class TalkingHead(nn.Module):
             batch["mel"], batch["reference"], batch["words"], scales
         )
         x0_hat = self(xt, t, conditions, batch["reference_latents"])
-        smallest_power = 0.25 * self.prior.mean_variance()
-        power = self.weighted_power(x0).mean(1).clamp(min=smallest_power)  # b
         _, noise = self.diffusion.coefficients(t, x0)
-        error = (x0_hat - x0) / noise.square().clamp(min=0.05).sqrt()  # b f m h w
-        loss = self.weighted_power(error).mean(1) / power
+        loss = self.diffusion_loss(x0_hat, x0, noise)
         return loss, x0_hat, self.diffusion.implied_eps(x0_hat, xt, t)
+
+    def speech_loss(self, batch):
+        """Return the diffusion loss [b] of the UNet's direct path alone, in pure noise, where the
+        linear denoiser says nothing.
+
+        A step costs a hundredth of one of the UNet, which has to learn from few clips how faces
+        move, but would take as long to learn what they hear.
+        """
+        x0 = batch["motion"] / self.motion_std
+        pure_noise = torch.full(x0.shape[:2], self.diffusion.num_steps - 1, device=x0.device)
+        signal, noise = self.diffusion.coefficients(pure_noise, x0)
+        _, std = self.prior.denoise(torch.zeros_like(x0[:1]), signal[:1], noise[:1])
+        conditions = self.encode_conditions(batch["mel"], batch["reference"], batch["words"])
+        temb = self.unet.embed_time(torch.ones(x0.shape[:2], device=x0.device), conditions)
+        x0_hat = std * self.unet.direct_path(temb, x0.shape[3:]).unflatten(0, x0.shape[:2])
+        return self.diffusion_loss(x0_hat, x0, noise)
 
     def sample(self, conditions, reference_latents, noise, known, num_steps, guidance):
         """Return x0 [b f m h w] sampled from `noise` [b f m h w].

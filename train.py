@@ -425,6 +425,21 @@ def train_autoencoder(config, public, device):
     return autoencoder.state_dict()
 
 
+def learn_to_hear(model, batches, num_steps, lr):
+    """Train the speech encoder and the UNet's direct path on `TalkingHead.speech_loss`."""
+    parts = (
+        model.speech_encoder,
+        model.unet.time_mlp,
+        model.unet.modulation,
+        model.unet.speech_out,
+    )
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
+    for step in tqdm(range(num_steps), "speech", mininterval=1):
+        model.speech_loss(batches[step % len(batches)]).mean().backward()
+        optimizer_step(optimizer, learning_rate(step, num_steps, lr))
+
+
 def train_unet(config, autoencoder, public, device, partial):
     """Return the pretrained TalkingHead (an average over steps), its loss by step, and the
     adapters' directions.
@@ -435,7 +450,7 @@ def train_unet(config, autoencoder, public, device, partial):
     settings = config["backbone"]
     clips = [clip for own in public.values() for clip in own]
     torch.manual_seed(config["seed"])
-    generator = torch.Generator().manual_seed(config["seed"])
+    generator = torch.Generator()
     views = {"same_clip": config["data"]["same_clip_reference"], "mirror": config["data"]["mirror"]}
     model = build_model(config).to(device)
     model.autoencoder.load_state_dict(autoencoder)
@@ -456,9 +471,12 @@ def train_unet(config, autoencoder, public, device, partial):
         num_frames = min(24, min(clip.num_frames for clip in clips))
         people = data.by_person(clips, num_frames)
         size = 32, num_frames
-        batches = [fed.sample_batch(model, people, *size, generator, **views) for _ in range(8)]
+        num_batches = min(40, max(8, settings["steps"] // 100))
+        batches = fed.Batches(model, people, *size, config["seed"], views)
+        batches = list(tqdm(batches.loader(0, num_batches), "statistics", mininterval=1))
         names = ("motion", "reference_latents", "mel", "liveliness")
-        model.fit_statistics(*(torch.cat([batch[name] for batch in batches]) for name in names))
+        model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
+        learn_to_hear(model, batches, settings["steps"] // 10, settings["lr"])
         average = talking.EMA(model, 0.995)
     no_judges = dict.fromkeys(config["loss"], 0.0)  # Eq. 12 is for the clients; here L_diff alone
     step_kwargs = {"micro_batch": config["runtime"]["micro_batch"], "bf16": device.type == "cuda"}
@@ -1624,7 +1642,7 @@ def choose_devices(gpus):
     """
     if gpus is None:
         cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        return cuda or ["cpu"] * min(2, os.cpu_count())
+        return cuda or ["cpu"] * min(2, data.num_cpus())
     kind, colon, number = gpus.partition(":")
     number = number if colon else "1"
     if kind == "cpu" and number.isdecimal() and 1 <= int(number) <= 64:
@@ -1681,7 +1699,7 @@ def run_action(args, config, devices, workers):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(devices[rank % len(devices)])
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(config["runtime"]["threads"] or max(1, os.cpu_count() // neighbors))
+    torch.set_num_threads(config["runtime"]["threads"] or max(1, data.num_cpus() // neighbors))
     if args.action == "generate":
         generate(args, config, device)
     elif args.action == "personalize":

@@ -199,8 +199,9 @@ def test_unexplained_variance_is_one_without_motion_and_the_linear_denoisers_wit
     x0 = batch["motion"] / model.motion_std
     with_unet = fed.unexplained_variance(model, batch, 0, num_levels=3)
     without = fed.unexplained_variance(model, batch, 0, num_levels=3, use_unet=False)
-    torch.nn.init.zeros_(model.unet.conv_out.weight)
-    torch.nn.init.zeros_(model.unet.conv_out.bias)
+    for layer in (model.unet.conv_out, model.unet.speech_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
     zeroed = fed.unexplained_variance(model, batch, 0, num_levels=3)
     assert without.shape == (3, 3)
     assert torch.allclose(zeroed, without, atol=1e-6) and not torch.allclose(with_unet, without)

@@ -390,6 +390,20 @@ def test_a_clip_without_words_has_no_text():
     assert torch.equal(without, predict_x0(model, xt, mel, reference, words, text=0.0))
 
 
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ("Smiling, don't blink!", ["smiling", "don't", "blink"]),
+        ("Lächelnd", ["lächelnd"]),
+        ("la\u0308chelnd", ["lächelnd"]),  # the same, decomposed
+        ("हँसना 2x", ["हँसना", "x"]),
+        ("微笑，平静", ["微笑", "平静"]),
+    ],
+)
+def test_prompts_are_split_into_words_of_any_script(prompt, words):
+    assert talking.split_words(prompt) == words
+
+
 def test_words_are_the_most_frequent_of_the_captions_and_others_are_left_out():
     text = talking.TextEncoder(16, num_words=4, max_words=2)
     text.learn_words(["Smiling, calm", "calm", "calm brows", "raised brows"])
@@ -598,6 +612,18 @@ def test_the_loss_is_the_error_of_v_and_eq_6_divided_by_alpha_bar():
     v_error = (signal * eps - noise * x0) - (signal * eps_hat - noise * x0_hat)
     v_error = weighted_power(v_error.numpy(), weights)[0]
     assert float(loss[0]) == pytest.approx(v_error / power, rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_speech_loss_is_that_of_pure_noise_without_the_rest_of_the_unet():
+    model, batch, x0, _, eps = loss_inputs()
+    nn.init.zeros_(model.unet.conv_out.weight)
+    nn.init.zeros_(model.unet.conv_out.bias)
+    pure_noise = torch.full(x0.shape[:2], 999)
+    loss, _, _ = model.training_losses(batch, pure_noise, eps)
+    assert torch.allclose(model.speech_loss(batch), loss, rtol=1e-5)
+    other = batch | {"mel": batch["mel"] + 1}
+    assert not torch.allclose(model.speech_loss(other), loss, rtol=1e-3)
 
 
 @torch.no_grad()

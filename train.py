@@ -219,7 +219,7 @@ def check_config(config):
         raise ValueError("privacy.target_epsilon chooses the noise: set it or noise_multiplier 0")
     for section in ("personal", "lora"):
         with torch.device("meta"):
-            model = build_model(config)
+            model = build_model(config).requires_grad_(False)
         adapted = add_adapter(config, model, None, section)
         if config[section]["train"] == "R" and config[section]["rank"] > MAX_RANK:
             raise ValueError(f"{section}.rank must be at most {MAX_RANK} where R is trained")

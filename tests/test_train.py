@@ -814,6 +814,20 @@ def test_too_few_people_are_refused_before_anything_is_written(tmp_path, capsys)
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_mechanism_is_checked_for_as_many_numbers_as_are_sent(monkeypatch, capsys):
+    lengths = []
+    make_mechanism = train.make_mechanism
+
+    def recorded(config, length):
+        lengths.append(length)
+        return make_mechanism(config, length)
+
+    monkeypatch.setattr(train, "make_mechanism", recorded)
+    train.main(["--gpus", "cpu", "--action", "dry-run", "--set", *TINY])
+    assert len(lengths) > 1 and len(set(lengths)) == 1
+    assert f"sent by a client: {lengths[0]:,}" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_what_a_run_sends_and_spends(capsys):
     train.main(["--gpus", "cpu", "--action", "dry-run", "--set", *TINY])
     printed = capsys.readouterr().out

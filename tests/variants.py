@@ -9,8 +9,8 @@ still ("frozen"); or they send their update with the sign changed, or tenfold. -
 by what share local training lowers the unexplained motion of the client's own validation clip,
 instead of identity and stability. --without: the backbone is pretrained without the Gaussian prior
 (a scalar sigma_data instead), the warp of the reference, the loss's weights by place, the division
-by liveliness, or the emphasis on noisy steps. ARGUMENTS are those of train.py; there are two
-workers.
+by liveliness, the emphasis on noisy steps, or the direct path of speech. ARGUMENTS are those of
+train.py; there are two workers.
 """
 
 import argparse
@@ -124,7 +124,8 @@ def use_scalar_prior():
     talking.GaussianPrior.fit = fit
 
 
-PARTS = ("prior", "warp", "loss weights", "liveliness", "noisy steps")  # of --without
+# of --without
+PARTS = ("prior", "warp", "loss weights", "liveliness", "noisy steps", "direct path")
 
 
 def leave_out(part):
@@ -143,6 +144,10 @@ def leave_out(part):
         data.Clip.liveliness = property(lambda clip: 1.0)
     elif part == "noisy steps":
         talking.Diffusion.timestep = lambda self, u: (u * self.num_steps).long()
+    elif part == "direct path":
+        direct_path = talking.TalkingUNet.direct_path
+        talking.TalkingUNet.direct_path = lambda *args: 0.0 * direct_path(*args)
+        train.learn_to_hear = lambda *args: None
 
 
 def main():

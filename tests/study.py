@@ -70,7 +70,7 @@ def make_tables():
     methods = [backbone, Cell("FedAvg", ("plain", "fedavg")), Cell("FedProx", ("plain", "fedprox"))]
     methods += [Cell("SCAFFOLD", ("plain", "scaffold")), plain, private]
     methods.append(Cell("centralized", ("centralized",)))
-    everything = ("lora.train=AB", "lora.layers=''", "fed.lr=0.005")
+    everything = ("lora.train=AB", "lora.layers=''", "lora.rank=4", "fed.lr=0.005")
     methods.append(Cell("centralized, A and B of all layers", ("centralized",), everything))
     shorter = ("fed.server_lr=1.0",)
     methods.append(Cell("FedAvg, server rate 1.0", ("plain", "fedavg"), shorter))
@@ -98,9 +98,9 @@ def make_tables():
     many = ("data.root=datasets/synthetic-300", "data.clients=300")
     epsilons_300 = [replace(cell, overrides=(*cell.overrides, *many)) for cell in epsilons]
 
-    adapters = [plain, private]  # R, rank 4, layers that hear speech
+    adapters = [plain, private]  # R, rank 2, layers that hear speech
     for layers, factors, rank, lr in (
-        ("speech", "R", 2, 0.1),
+        ("speech", "R", 4, 0.1),
         ("speech", "R", 8, 0.1),
         ("", "R", 1, 0.1),
         ("", "R", 2, 0.05),
@@ -108,7 +108,7 @@ def make_tables():
     ):
         where = "layers that hear speech" if layers else "all layers"
         overrides = (f"lora.layers='{layers}'", f"lora.train={factors}", f"lora.rank={rank}")
-        overrides += (f"lora.alpha={2.0 * rank}", f"fed.lr={lr}")
+        overrides += (f"lora.alpha={2.0 * rank}", f"fed.lr={lr}", "privacy.clip_norm=2.6")
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, no noise", ("plain",), overrides))
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, epsilon 2", (), overrides))
 

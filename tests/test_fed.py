@@ -236,6 +236,21 @@ def test_a_batch_holds_the_motion_of_its_reference(clips):
     assert decoded.shape == batch["frames"].shape
 
 
+def test_batches_follow_from_seed_and_step_wherever_they_are_made(clips):
+    model = small_model()
+    views = {"same_clip": False, "mirror": True}
+    batches = fed.Batches(model, data.by_person(clips), 2, 8, 5, views)
+    made = list(batches.loader(3, 6))  # by another process
+    assert [train.checksum(batch) for batch in made] == [
+        train.checksum(batches[i]) for i in (3, 4, 5)
+    ]
+    assert len({train.checksum(batch) for batch in made}) == 3
+    other = fed.Batches(model, data.by_person(clips), 2, 8, 6, views)
+    assert not torch.equal(other[3]["motion"], made[0]["motion"])
+    needed = {"motion", "reference", "reference_latents", "liveliness", "mel", "words"}
+    assert made[0].keys() == needed
+
+
 def test_a_reported_loss_takes_its_reference_from_another_clip(clips):
     model = small_model()
     client = fed.Client("a", {"train": clips[:1], "validation": clips[1:2], "test": clips[2:]}, 8)

@@ -473,7 +473,7 @@ def train_unet(config, autoencoder, public, device, partial):
         size = 32, num_frames
         num_batches = min(40, max(8, settings["steps"] // 100))
         batches = fed.Batches(model, people, *size, config["seed"], views)
-        batches = list(tqdm(batches.loader(0, num_batches), "statistics", mininterval=1))
+        batches = [batches[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
         learn_to_hear(model, batches, settings["steps"] // 10, settings["lr"])

@@ -794,7 +794,7 @@ def test_a_port_in_use_is_one_line(finished, monkeypatch, capsys):
 @pytest.mark.parametrize("stage", ["start", "backbone"])
 def test_workers_end_with_their_parent(finished, stage):
     folder, _ = finished
-    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=100000"]
+    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=400"]
     with run_command("--gpus", "cpu:2", "--set", *settings, "name=end") as parent:
         workers = []
         # The third makes batches for the backbone.

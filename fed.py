@@ -209,8 +209,9 @@ def sample_batch(model, people, batch_size, num_frames, generator, same_clip=Fal
 
 
 class Batches(torch.utils.data.Dataset):
-    """The backbone's batches by step, `sample_batch`es without their frames; `views` are same_clip
-    and mirror.
+    """The backbone's training batches by step: what `sample_batch` returns, but for the frames.
+
+    `views` holds its arguments same_clip and mirror.
     """
 
     def __init__(self, model, people, batch_size, num_frames, seed, views):
@@ -228,9 +229,10 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
     def loader(self, first, stop):
-        """Return an iterable of the batches of steps first ... stop - 1. On a CPU another process
-        makes them ahead, as small operations keep no more than one core busy; a process beside this
-        one could not use its GPU.
+        """Return an iterable of the batches of steps first ... stop - 1.
+
+        On a CPU another process makes them ahead: operations as small as these keep one core busy
+        only. Not on a GPU, which a forked process cannot use.
         """
         parallel = {}
         if self.model.motion_std.device.type == "cpu":

@@ -912,10 +912,13 @@ class TalkingHead(nn.Module):
         x0 = batch["motion"] / self.motion_std
         pure_noise = torch.full(x0.shape[:2], self.diffusion.num_steps - 1, device=x0.device)
         signal, noise = self.diffusion.coefficients(pure_noise, x0)
-        _, std = self.prior.denoise(torch.zeros_like(x0[:1]), signal[:1], noise[:1])
+        # What is left of the prior's deviation is the same in every clip: one is enough.
+        _, std = self.prior.denoise(torch.zeros_like(x0[:1]), signal[:1], noise[:1])  # 1 f m h w
         conditions = self.encode_conditions(batch["mel"], batch["reference"], batch["words"])
-        temb = self.unet.embed_time(torch.ones(x0.shape[:2], device=x0.device), conditions)
-        x0_hat = std * self.unet.direct_path(temb, x0.shape[3:]).unflatten(0, x0.shape[:2])
+        latest = torch.ones(x0.shape[:2], device=x0.device)  # b f
+        temb = self.unet.embed_time(latest, conditions)  # (b f) d
+        correction = self.unet.direct_path(temb, x0.shape[3:])  # (b f) m h w
+        x0_hat = std * correction.unflatten(0, x0.shape[:2])  # b f m h w
         return self.diffusion_loss(x0_hat, x0, noise)
 
     def sample(self, conditions, reference_latents, noise, known, num_steps, guidance):

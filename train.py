@@ -471,9 +471,10 @@ def train_unet(config, autoencoder, public, device, partial):
         num_frames = min(24, min(clip.num_frames for clip in clips))
         people = data.by_person(clips, num_frames)
         size = 32, num_frames
+        # Eight give the statistics; what speech says takes more, where there is time.
         num_batches = min(40, max(8, settings["steps"] // 100))
-        batches = fed.Batches(model, people, *size, config["seed"], views)
-        batches = [batches[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
+        windows = fed.Batches(model, people, *size, config["seed"], views)
+        batches = [windows[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
         learn_to_hear(model, batches, settings["steps"] // 10, settings["lr"])
@@ -606,6 +607,7 @@ def pretrain(config, public, cache, device, workers):
     for_losses, for_tables = metrics.split_for_judges(public, config["seed"])
     b = config["backbone"]
     judge_settings = b["judge_steps"], config["seed"]
+    # `Workers.assign` gives the costliest to rank 0.
     costs = {"UNet": 10.0, "loss judges": 1.0, "table judges": 1.0, "face finder": 1.0}
     finished = {}
     if workers.rank == 0:
@@ -1212,17 +1214,17 @@ def unexplained_table(models, adaptable, personal, clients, num_frames, workers)
             share = fed.unexplained_variance(used, batch, 0, use_unet=use_unet)
             shares[k, name] = share.cpu().numpy()
     shares = workers.merge(shares)
-    tests = [(client.name, clip.name) for client in clients for clip in client.split["test"]]
-    groups = [person for person, _ in tests]
-    table = {"no motion": {"mean": 1.0}}
-    backbone = np.concatenate([shares[k, "backbone"] for k in range(len(clients))], axis=1)
+    groups = [client.name for client in clients for _ in client.split["test"]]
+    names = [f"{client.name}/{clip.name}" for client in clients for clip in client.split["test"]]
+    by_method = {}  # method -> [levels clips]
     for name in (*models, "personal adapter") if personal else models:
-        values = np.concatenate([shares[k, name] for k in range(len(clients))], axis=1)
+        by_method[name] = np.concatenate([shares[k, name] for k in range(len(clients))], axis=1)
+    table = {"no motion": {"mean": 1.0}}
+    for name, values in by_method.items():
         table[name] = metrics.mean_ci(values.mean(0), groups)
         table[name]["by_level"] = values.mean(1).tolist()
-        names = [f"{person}/{clip}" for person, clip in tests]
         table[name]["values"] = dict(zip(names, values.mean(0).tolist()))
-        ratio = values.mean(0) / backbone.mean(0)
+        ratio = values.mean(0) / by_method["backbone"].mean(0)
         table[name]["ratio_to_backbone"] = metrics.mean_ci(ratio, groups)
     return table
 
@@ -1238,11 +1240,11 @@ def evaluate_unseen(config, unseen, models, judges, networks, workers):
     e = config["evaluate"]["num_frames"]
     cases = metrics.make_cases(splits, e, 1, config["data"]["window"])
     evaluation = metrics.Evaluation(cases, judges, networks, models["backbone"].motion_std.device)
-    for i in workers.assign([1.0] * len(cases)):
-        evaluation.add("truth", cases[i], cases[i].frames)
+    for case in [cases[i] for i in workers.assign([1.0] * len(cases))]:
+        evaluation.add("truth", case, case.frames)
         for method in ("backbone", "global adapter"):
-            frames = generate_case(models[method], cases[i], cases[i].mel, config)
-            evaluation.add(method, cases[i], frames)
+            frames = generate_case(models[method], case, case.mel, config)
+            evaluation.add(method, case, frames)
     evaluation.merge(workers)
     return evaluation.rows()
 
@@ -1262,15 +1264,14 @@ class Pictures:
             self.clips.setdefault(self.cases.index(case), {})[method] = to_pixels(frames)
 
     def merge(self, workers):
-        """Take over what the other workers have kept of their cases."""
+        """Take over what the other workers have kept of their cases, in the order of the cases."""
         self.clips = workers.merge(self.clips)
 
     def save(self, run, zoom=2):
         """Write grid.png, one row a case, and the videos with sound: the methods side by side."""
         methods = [m for m in self.clips[0] if m != "copy reference"]
         rows = []
-        for i, case in enumerate(self.cases):
-            clips = self.clips[i]
+        for case, clips in zip(self.cases, self.clips.values()):
             moment = len(case.frames) // 2 if case.opening is None else int(case.opening.argmax())
             tiles = [case.reference.transpose(1, 2, 0), *(clips[m][moment] for m in methods)]
             rows.append(np.concatenate(tiles, axis=1))  # H (methods W) 3
@@ -1284,8 +1285,8 @@ class Pictures:
         save_picture(run / "grid.png", sheet)
         (run / "samples").mkdir(exist_ok=True)
         shown = [m for m in methods if "other" not in m]
-        for i, case in list(enumerate(self.cases))[::2]:
-            strip = np.concatenate([self.clips[i][m] for m in shown], axis=2)  # f H (methods W) 3
+        for case, clips in list(zip(self.cases, self.clips.values()))[::2]:
+            strip = np.concatenate([clips[m] for m in shown], axis=2)  # f H (methods W) 3
             strip = strip.repeat(zoom, 1).repeat(zoom, 2)
             path = run / "samples" / f"{case.person}-{case.clip.name}.mp4"
             comment = "synthetic: " + " | ".join(shown)

@@ -799,6 +799,7 @@ def test_workers_end_with_their_parent(finished, stage):
         workers = []
         # The third makes batches for the backbone.
         while len(workers) < (2 if stage == "start" else 3):
+            assert parent.poll() is None
             workers = children_of(parent.pid)
             workers += [pid for worker in workers for pid in children_of(worker)]
             time.sleep(0.01)

@@ -124,7 +124,7 @@ def use_scalar_prior():
     talking.GaussianPrior.fit = fit
 
 
-# of --without
+# What --without may leave out.
 PARTS = ("prior", "warp", "loss weights", "liveliness", "noisy steps", "direct path")
 
 

@@ -112,13 +112,23 @@ def make_tables():
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, no noise", ("plain",), overrides))
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, epsilon 2", (), overrides))
 
-    reliability = [Cell("FedAvg, no faults", ("plain", "fedavg"))]
+    sharp = ("fed.gamma=5.0",)
     spoiled = "--fault", "other sound", "--share", "0.25"
-    reliability.append(Cell("25 % faulty: FedAvg", ("plain", "fedavg"), variant=spoiled))
-    for label, variant in (("ISFA", spoiled), ("r = gain", (*spoiled, "--reliability", "gain"))):
-        sharp = ("fed.gamma=5.0",)
+    by_sync = "--reliability", "sync"
+    reliability = [Cell("25 % faulty: FedAvg", ("plain", "fedavg"), variant=spoiled)]
+    reliability.append(Cell("FedAvg, no faults", ("plain", "fedavg")))
+    reliability.append(Cell("r = sync, no faults", ("plain",), sharp, variant=by_sync))
+    for label, variant in (
+        ("ISFA", spoiled),
+        ("r = gain", (*spoiled, "--reliability", "gain")),
+        ("r = sync", (*spoiled, *by_sync)),
+    ):
         label = f"25 % faulty: {label}, gamma 5.0"
         reliability.append(Cell(label, ("plain",), sharp, variant=variant))
+    label = "25 % faulty, epsilon 2.0: FedAvg"
+    reliability.append(Cell(label, ("fedavg",), variant=spoiled))
+    label = "25 % faulty, epsilon 2.0: r = sync, gamma 5.0"
+    reliability.append(Cell(label, (), sharp, variant=(*spoiled, *by_sync)))
 
     poisoned = [plain, private]
     for fault in ("sign changed", "tenfold"):

@@ -1,6 +1,6 @@
 """A run of train.py with a part of it exchanged, as the study's tables ask for.
 
-    python tests/variants.py [--tdc x0|v] [--fault NAME --share 0.25] [--reliability gain]
+    python tests/variants.py [--tdc x0|v] [--fault NAME --share 0.25] [--reliability gain|sync]
         [--without PART] -- ARGUMENTS
 
 --tdc: Eq. 8 of errors of x0 or of the velocity instead of the noise. --fault: what is wrong with a
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import fed
 import lora
+import metrics
 import model as talking
 import train
 
@@ -109,6 +110,20 @@ def use_gain_as_reliability():
     fed.reliability = reliability
 
 
+def use_sync_as_reliability():
+    """Let r be the correlation of mouth and sound in the validation clip itself, one half of which
+    counts as 1: clients' own clips have about that much, those with other sound none.
+    """
+
+    @torch.no_grad()
+    def reliability(model, judges, batch, seed, **kwargs):
+        video = judges.mouth_video(data.to_unit(batch["frames"]))[0]  # f-4 d
+        audio = judges.mouth_audio(batch["mel"])[0]  # f-4 d
+        return min(1.0, max(0.0, 2 * metrics.sync_scores(video, audio)["sync"]))
+
+    fed.reliability = reliability
+
+
 def use_scalar_prior():
     """Let the prior be white: one variance for all places and frames, EDM's sigma_data."""
     measure = talking.GaussianPrior.fit
@@ -158,7 +173,7 @@ def main():
     faults = ("other sound", "frozen", "sign changed", "tenfold")
     parser.add_argument("--fault", choices=faults)
     parser.add_argument("--share", type=float, default=0.25)
-    parser.add_argument("--reliability", choices=("gain",))
+    parser.add_argument("--reliability", choices=("gain", "sync"))
     parser.add_argument("--without", choices=PARTS)
     parser.add_argument("arguments", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
@@ -173,8 +188,10 @@ def main():
         use_faulty_clips(args.fault, args.share)
     elif args.fault:
         use_faulty_updates(-1.0 if args.fault == "sign changed" else 10.0, args.share)
-    if args.reliability:
+    if args.reliability == "gain":
         use_gain_as_reliability()
+    elif args.reliability == "sync":
+        use_sync_as_reliability()
     if args.without:
         leave_out(args.without)
     train.main(args.arguments)

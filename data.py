@@ -44,7 +44,7 @@ from einops import rearrange
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, ImageDraw, ImageOps
 from scipy.interpolate import PchipInterpolator
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import gaussian_filter1d, laplace
 from tqdm import tqdm
 
 FPS = 25
@@ -1387,12 +1387,23 @@ def typical_liveliness(clips):
 
 
 def reference_frame(clips, most=500):
-    """The frame uint8 [3 H W] of a person's clips that is most like their mean: a typical pose."""
+    """The frame uint8 [3 H W] of a person's clips to start from: a typical view from the front.
+
+    Of the three percent of frames most like the person's mean and their own mirror image, it is the
+    one with most detail in its upper half: sharp, the eyes open.
+    """
     # At least every second: neighbours hardly differ.
     step = max(2, sum(clip.num_frames for clip in clips) // most)
     frames = np.concatenate([clip.frames[::step] for clip in clips])  # n 3 H W
-    distances = np.square(frames - frames.mean(0, np.float32)).mean((1, 2, 3))
-    return frames[distances.argmin()]
+    grey = frames.mean(1, dtype=np.float32)  # n H W
+    grey -= grey.mean((1, 2), keepdims=True)
+    # All of one contrast, which says nothing of the pose.
+    grey /= grey.std((1, 2), keepdims=True) + 1
+    likeness = (grey * grey.mean(0)).mean((1, 2)) + 0.5 * (grey * grey[:, :, ::-1]).mean((1, 2))
+    best = np.argsort(-likeness, kind="stable")[: max(1, len(frames) * 3 // 100)]
+    upper = grey[best, : grey.shape[1] // 2]
+    detail = [np.square(laplace(picture)).mean() for picture in upper]
+    return frames[best[np.argmax(detail)]]
 
 
 # How another camera sees a clip. Each column of a view is in [-1, 1], and 0 changes nothing.

@@ -1410,9 +1410,21 @@ def test_frames_become_tensors_and_back():
     torch.testing.assert_close(data.to_unit(torch.tensor([-3.0, 3.0])), torch.tensor([0.0, 1.0]))
 
 
-def test_the_reference_frame_is_a_typical_one():
-    clips = [clip_of("a", "1"), clip_of("a", "1")]
-    assert 13 <= data.reference_frame(clips)[1, 0, 0] <= 16  # the middle of the time
+def test_the_reference_frame_is_a_sharp_view_from_the_front():
+    """It is none that faces left or right, is pale and blurred, glaring, or has its eyes closed."""
+    face = np.full((64, 64), 60.0)
+    face[12:56, 16:48] = 180  # the head
+    face[44:48, 26:38] = 90  # a mouth
+    closed = face.copy()
+    face[24:28, 22:28] = face[24:28, 36:42] = 20  # eyes
+    pale = 120 + 0.3 * (ndimage.gaussian_filter(face, 2) - 120)
+    glaring = 120 + 1.3 * (np.roll(face, 3, 1) - 120)
+    others = np.roll(face, 9, 1), np.roll(face, -9, 1), pale, glaring.clip(0, 255)
+    frames = np.stack([*others * 20, closed, face])
+    frames = frames.repeat(2, 0)  # every second one is looked at
+    clip = replace(clip_of("a", "1"), frames=frames[:, None].repeat(3, 1).astype(np.uint8))
+    found = data.reference_frame([clip])
+    assert (found == face).all()
 
 
 def test_each_column_of_a_view_changes_what_it_should():

@@ -1307,25 +1307,6 @@ def segment(clips, seconds):
     return pieces
 
 
-def assign_corruptions(names, share, seed):
-    """{name: fault} of unreliable clients; a larger `share` keeps the faults of a smaller one."""
-    order = rng_of(seed, "faults").permutation(len(names)).tolist()
-    faults = ("shifted sound", "flicker", "noise")
-    return {names[i]: faults[rank % 3] for rank, i in enumerate(order[: round(share * len(names))])}
-
-
-def add_fault(rng, frames, audio, fault):
-    """Frames and sound of a clip with a fault of `assign_corruptions`, or None."""
-    if fault == "shifted sound":
-        shift = rng.choice([-1, 1]) * rng.integers(8, 13)  # frames
-        audio = np.roll(audio, shift * SAMPLES_PER_FRAME)
-    elif fault == "flicker":
-        frames = (frames * rng.uniform(0.5, 1, (len(frames), 1, 1, 1))).astype(np.uint8)
-    elif fault == "noise":
-        frames = (frames + rng.normal(0, 30, frames.shape)).clip(0, 255).astype(np.uint8)
-    return frames, audio
-
-
 # ---------------------------------------------------------------- batches
 
 
@@ -1764,7 +1745,7 @@ def draw(p, m, size):
 # ---------------------------------------------------------------- synthetic talkers: files
 
 
-def make_clip(stem, seed, seconds, size, accent, faults):
+def make_clip(stem, seed, seconds, size, accent):
     """Write <stem>.mp4 and <stem>.txt of the synthetic person who is the last folder in `stem`."""
     name = stem.parent.name
     person = make_person(seed, name, accent)
@@ -1774,10 +1755,10 @@ def make_clip(stem, seed, seconds, size, accent, faults):
     text, curve = speech_curve(rng, num_frames / FPS, person.mouths)
     motion = make_motion(rng, person, curve, num_frames, prompt)
     audio = synthesize(rng, person, curve)
-    frames, audio = add_fault(rng, draw(person, motion, size), audio, faults.get(name))
+    frames = draw(person, motion, size)
     # AAC would take longer than all the rest.
     write_video(stem.with_suffix(".mp4"), frames, audio, crf=11, sound_codec="libmp3lame")
-    notes = {"Text": text, "Conf": "1", "Prompt": prompt, "Fault": faults.get(name)}
+    notes = {"Text": text, "Conf": "1", "Prompt": prompt}
     notes["Opening"] = " ".join(f"{opening:.3f}" for opening in motion.opening.flat)
     lines = [f"{key}:  {value}\n" for key, value in notes.items() if value]
     stem.with_suffix(".txt").write_text("".join(lines))
@@ -1792,32 +1773,28 @@ def make_synthetic(
     clips_per_client=10,
     seconds=2.0,
     size=64,
-    unreliable=0.0,
     seed=0,
     progress=False,
     accent=0.0,
 ):
     """Write a dataset of synthetic talkers, whole or not at all.
 
-    `unreliable` is the share of clients whose clips are faulty; `accent` in [0, 1] is how far
-    mouths differ for the same sound (`make_person`). Raises ValueError for values out of range, and
-    if `root` is not empty.
+    `accent` in [0, 1] is how far mouths differ for the same sound (`make_person`). Raises
+    ValueError for values out of range, and if `root` is not empty.
     """
     root = Path(os.path.abspath(root))  # nothing can be moved to "."
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root} exists already: remove it first")
     if min(num_public, num_clients, num_unseen, clips_per_public - 1, clips_per_client - 1) < 0:
         raise ValueError("numbers of people must be at least 0, and of clips at least 1")
-    if not 0 <= unreliable <= 1 or not 0 <= accent <= 1:
-        raise ValueError("unreliable and accent must lie in 0..1")
+    if not 0 <= accent <= 1:
+        raise ValueError(f"accent must lie in 0 ... 1, not {accent}")
     if seconds < MIN_FRAMES / FPS or size < 16 or size % 2:
         raise ValueError("synthetic talkers need 0.4 seconds or more and an even size from 16 on")
     people = {f"public-{i:03d}": clips_per_public for i in range(num_public)}
     people |= {f"client-{i:03d}": clips_per_client for i in range(num_clients)}
     people |= {f"unseen-{i:03d}": clips_per_public for i in range(num_unseen)}
-    clients = [name for name in people if name.startswith("client")]
     options = {"seed": seed, "seconds": seconds, "size": size, "accent": accent}
-    options["faults"] = assign_corruptions(clients, unreliable, seed)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         new = Path(folder, "new")
@@ -1873,7 +1850,7 @@ def main(argv=None):
         parser.add_argument(f"--num-{name}", type=int, help="people that --make makes")
     for name in ("clips-per-public", "clips-per-client", "size", "seed"):
         parser.add_argument(f"--{name}", type=int, help="for --make")
-    for name in ("seconds", "unreliable", "accent"):
+    for name in ("seconds", "accent"):
         parser.add_argument(f"--{name}", type=float, help="for --make")
     args = parser.parse_args(argv)
     options = {key: value for key, value in vars(args).items() if value is not None}

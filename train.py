@@ -57,7 +57,6 @@ RANGES = {
     "data.crop": (0.1, 1),
     "data.window": (1, 99),
     "data.clients": (2, 100_000),
-    "data.unreliable": (0, 1),
     "data.synthetic.public_people": (8, 100_000),
     "data.synthetic.clips_per_client": (3, 1000),
     "data.synthetic.seconds": (0.8, 60),
@@ -835,8 +834,7 @@ def load_people(config):
     d = config["data"]
     cache = config["runtime"]["cache"] or None
     sizes = d["size"], d["crop"], d["clients"], d["unseen"], config["seed"]
-    synthetic = d["synthetic"] | {"unreliable": d["unreliable"]}
-    people = data.load_people(d["root"], *sizes, cache, synthetic)
+    people = data.load_people(d["root"], *sizes, cache, d["synthetic"])
     prompts = [clip.prompt for role in people for own in role.values() for clip in own]
     if long := sum(len(talking.split_words(prompt)) > talking.MAX_WORDS for prompt in prompts):
         print(f"note: prompts of {long} clips are cut off after {talking.MAX_WORDS} words")

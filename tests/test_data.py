@@ -1253,7 +1253,7 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
         "clips_per_public": 1,
         "clips_per_client": 3,
         "seconds": 0.4,
-        "unreliable": 0.0,
+        "accent": 0.0,
     }
     options = {
         "size": 16,
@@ -1277,8 +1277,8 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
         data.load_people(tmp_path / "synthetic-small", num_clients=3, **options)
     people = data.load_people(tmp_path / "synthetic-small", num_clients=1, **options)
     assert [len(role) for role in people] == [8, 1, 1]  # fewer can be used
-    changed = options | {"seed": 1, "synthetic": talkers | {"unreliable": 0.5}}
-    with pytest.raises(ValueError, match="made with another seed, unreliable: "):
+    changed = options | {"seed": 1, "synthetic": talkers | {"accent": 0.5}}
+    with pytest.raises(ValueError, match="made with another seed, accent: "):
         data.load_people(tmp_path / "synthetic-small", num_clients=2, **changed)
     (tmp_path / "synthetic-small" / "options.json").unlink()  # as if it was made by `data.py`
     with pytest.raises(ValueError, match="cannot be split into 3 clients"):
@@ -1534,44 +1534,19 @@ def test_talkers_are_made_in_an_empty_folder_by_as_many_threads_as_may_run(tmp_p
     assert len(load(tmp_path / "new").clips) == 1 and threads == [3, 3]
 
 
-def test_unreliable_clients_are_marked_and_bad_numbers_refused(tmp_path):
-    data.make_synthetic(
-        tmp_path / "d",
-        num_public=0,
-        num_clients=4,
-        num_unseen=0,
-        clips_per_client=1,
-        seconds=0.5,
-        size=32,
-        unreliable=0.5,
-    )
-    assert sum("Fault:" in path.read_text() for path in (tmp_path / "d").rglob("*.txt")) == 2
+def test_synthetic_talkers_refuse_bad_numbers(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "notes.txt").write_text("a file of the user's")
     for options in (
         {},
         {"num_public": -1},
         {"accent": 1.5},
-        {"unreliable": 2},
         {"size": 33},
         {"seconds": 0.1},
     ):
         with pytest.raises(ValueError):
             data.make_synthetic(tmp_path / ("e" if options else "d"), **options)
     assert not (tmp_path / "e").exists()
-
-
-def test_clips_are_corrupted_as_those_of_unreliable_clients_are(synthetic):
-    faults = data.assign_corruptions(["a", "b", "c", "d", "e", "f"], 0.5, 0)
-    assert sorted(faults.values()) == ["flicker", "noise", "shifted sound"]
-    assert faults.items() <= data.assign_corruptions(["a", "b", "c", "d", "e", "f"], 1, 0).items()
-    clip = synthetic.people["client-000"][0]
-    rng = np.random.default_rng(0)
-    frames, late = data.add_fault(rng, clip.frames, clip.audio, "shifted sound")
-    assert np.array_equal(frames, clip.frames) and not np.array_equal(late, clip.audio)
-    assert np.array_equal(np.sort(late), np.sort(clip.audio))
-    dark, audio = data.add_fault(rng, clip.frames, clip.audio, "flicker")
-    assert (dark <= clip.frames).all() and np.array_equal(audio, clip.audio)
-    noisy, audio = data.add_fault(rng, clip.frames, clip.audio, "noise")
-    assert 20 < np.std(noisy.astype(int) - clip.frames) < 30
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

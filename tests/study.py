@@ -70,6 +70,8 @@ def make_tables():
     methods = [backbone, Cell("FedAvg", ("plain", "fedavg")), Cell("FedProx", ("plain", "fedprox"))]
     methods += [Cell("SCAFFOLD", ("plain", "scaffold")), plain, private]
     methods.append(Cell("centralized", ("centralized",)))
+    slower = ("fed.lr=0.01",)
+    methods.append(Cell("centralized, a fifth of the rate", ("centralized",), slower))
     everything = ("lora.train=AB", "lora.layers=''", "lora.rank=4", "fed.lr=0.005")
     methods.append(Cell("centralized, A and B of all layers", ("centralized",), everything))
     shorter = ("fed.server_lr=1.0",)
@@ -112,23 +114,19 @@ def make_tables():
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, no noise", ("plain",), overrides))
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, epsilon 2", (), overrides))
 
-    sharp = ("fed.gamma=5.0",)
-    spoiled = "--fault", "other sound", "--share", "0.25"
-    by_sync = "--reliability", "sync"
-    reliability = [Cell("25 % faulty: FedAvg", ("plain", "fedavg"), variant=spoiled)]
-    reliability.append(Cell("FedAvg, no faults", ("plain", "fedavg")))
-    reliability.append(Cell("r = sync, no faults", ("plain",), sharp, variant=by_sync))
-    for label, variant in (
-        ("ISFA", spoiled),
-        ("r = gain", (*spoiled, "--reliability", "gain")),
-        ("r = sync", (*spoiled, *by_sync)),
-    ):
-        label = f"25 % faulty: {label}, gamma 5.0"
-        reliability.append(Cell(label, ("plain",), sharp, variant=variant))
-    label = "25 % faulty, epsilon 2.0: FedAvg"
-    reliability.append(Cell(label, ("fedavg",), variant=spoiled))
-    label = "25 % faulty, epsilon 2.0: r = sync, gamma 5.0"
-    reliability.append(Cell(label, (), sharp, variant=(*spoiled, *by_sync)))
+    reliability = {}  # share of faulty clients -> cells
+    for share in (0.25, 0.5):
+        spoiled = "--fault", "other sound", "--share", str(share)
+        cells = [Cell("FedAvg", ("plain", "fedavg"), variant=spoiled)]
+        cells.append(Cell("FedAvg, no faults", ("plain", "fedavg")))
+        for label, variant in (
+            ("ISFA", spoiled),
+            ("r = gain", (*spoiled, "--reliability", "gain")),
+            ("r = sync", (*spoiled, "--reliability", "sync")),
+            ("r = sync, no faults", ("--reliability", "sync")),
+        ):
+            cells.append(Cell(f"{label}, gamma 5", ("plain",), ("fed.gamma=5.0",), variant=variant))
+        reliability[share] = cells
 
     poisoned = [plain, private]
     for fault in ("sign changed", "tenfold"):
@@ -172,7 +170,8 @@ def make_tables():
         "participation": Table(
             "How many clients have to take part?", sweep("fed.sample_rate", (1.0, 0.5, 0.25))
         ),
-        "reliability": Table("Does ISFA protect against unreliable clients?", reliability),
+        "reliability": Table("Who is protected if a quarter is faulty?", reliability[0.25]),
+        "half faulty": Table("... and if a half is?", reliability[0.5]),
         "poisoned": Table("What do poisoned updates do, and what does clipping leave?", poisoned),
         "tdc": Table("What does TDC change in a personal adapter?", tdc),
         "personalization": Table("What should a personal adapter train?", personal),

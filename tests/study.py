@@ -31,7 +31,7 @@ import metrics
 import variants
 
 RUNS = ROOT / "runs" / "study"
-METRICS = ("unexplained", "mouth_correlation*", "id_similarity*", "jitter_ratio", "psnr")
+METRICS = ("unexplained", "mouth_correlation*", "mouth_std_ratio*", "jitter_ratio", "psnr")
 # Without personal adapters there is time to look at more people.
 NO_PERSONAL = ["personal.steps=0", "personal.clients=30"]
 

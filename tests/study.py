@@ -284,9 +284,9 @@ def write_interval(values):
         return "-"
     result = crossed_ci(values)
     if result["ci95"] is None:
-        return f"{result['mean']:.4f}"
+        return f"{result['mean']:.3f}"
     low, high = result["ci95"]
-    return f"{result['mean']:.4f} [{low:.4f}, {high:.4f}]"
+    return f"{result['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def write_table(name, table, args):

@@ -214,7 +214,7 @@ def test_unexplained_variance_is_one_without_motion_and_the_linear_denoisers_wit
 
 
 def synthetic_clips(tmp_path, num_clips=3):
-    data.make_synthetic(tmp_path / "synthetic", 0, 1, 0, 1, num_clips, 1.0, 32, 0.0, 0)
+    data.make_synthetic(tmp_path / "synthetic", 0, 1, 0, 1, num_clips, 1.0, 32)
     return data.TalkingHeads(tmp_path / "synthetic", 32, cache=tmp_path / "cache").clips
 
 

@@ -269,7 +269,7 @@ def places(folder):
 def finished(tmp_path_factory):
     """The folder and the run of the whole path at the smallest size."""
     folder = tmp_path_factory.mktemp("path")
-    data.make_synthetic(folder / "people", 8, 5, 2, 2, 4, 0.8, 32, 0.0, 0)
+    data.make_synthetic(folder / "people", 8, 5, 2, 2, 4, 0.8, 32)
     train.main(["--gpus", "cpu", "--set", *TINY, *places(folder)])
     return folder, next((folder / "runs").glob("*-talkers"))
 
@@ -794,7 +794,7 @@ def test_a_port_in_use_is_one_line(finished, monkeypatch, capsys):
 @pytest.mark.parametrize("stage", ["start", "backbone"])
 def test_workers_end_with_their_parent(finished, stage):
     folder, _ = finished
-    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=400"]
+    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=100"]
     with run_command("--gpus", "cpu:2", "--set", *settings, "name=end") as parent:
         workers = []
         # The third makes batches for the backbone.
@@ -815,7 +815,7 @@ def test_workers_end_with_their_parent(finished, stage):
 
 
 def test_too_few_people_are_refused_before_anything_is_written(tmp_path, capsys):
-    data.make_synthetic(tmp_path / "few", 3, 2, 1, 2, 3, 0.8, 32, 0.0, 0)
+    data.make_synthetic(tmp_path / "few", 3, 2, 1, 2, 3, 0.8, 32)
     directory = f"runtime.directory={tmp_path / 'runs'}"
     settings = [*TINY, f"data.root={tmp_path / 'few'}", directory, "privacy.enabled=false"]
     assert "people" in fails(capsys, "--set", *settings, "data.clients=5")

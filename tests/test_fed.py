@@ -13,6 +13,7 @@ import lora
 import metrics
 import privacy
 import train
+import variants
 from test_model import small_model
 
 NO_JUDGES = {"tdc": 0.05, "identity": 0.0, "perceptual": 0.0, "sync": 0.0}
@@ -340,6 +341,27 @@ def test_reliability_is_identity_and_stability():
     jitter = float(metrics.temporal_jitter(data.to_unit(frames)).mean())
     half = fed.reliability(model, judges, batch, 0, public_jitter=jitter / 2, **rating)
     assert half == pytest.approx(0.7 * alone + 0.3 * math.exp(-1), rel=1e-4)
+
+
+class OpenEars:
+    """Judges that embed a mouth as its brightness over time, and speech as its loudness."""
+
+    def mouth_video(self, frames):
+        return frames.mean((2, 3, 4))[:, :, None] * torch.tensor([1.0, -1.0])  # b f 2
+
+    def mouth_audio(self, mel):
+        return mel.mean((2, 3))[:, :, None] * torch.tensor([1.0, -1.0])  # b f 2
+
+
+def test_clients_whose_sound_fits_their_mouths_are_reliable(monkeypatch):
+    monkeypatch.setattr(fed, "reliability", fed.reliability)  # taken back after the test
+    variants.use_sync_as_reliability()
+    motion = torch.sin(0.5 * torch.arange(24.0))
+    frames = motion[None, :, None, None, None].expand(1, 24, 3, 8, 8)
+    mel = motion[None, :, None, None].expand(1, 24, 20, 40)
+    for shift, least, most in ((0, 0.95, 1.0), (6, 0.0, 0.0)):  # six frames are half of a period
+        batch = {"frames": frames, "mel": mel.roll(shift, 1)}
+        assert least <= fed.reliability(None, OpenEars(), batch, 0) <= most
 
 
 # ---------------------------------------------------------------- whole rounds

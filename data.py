@@ -1378,7 +1378,7 @@ def reference_frame(clips, most=500):
     frames = np.concatenate([clip.frames[::step] for clip in clips])  # n 3 H W
     grey = frames.mean(1, dtype=np.float32)  # n H W
     grey -= grey.mean((1, 2), keepdims=True)
-    # All of one contrast, which says nothing of the pose.
+    # All of one contrast, which says nothing of the pose; + 1: an even frame has none.
     grey /= grey.std((1, 2), keepdims=True) + 1
     likeness = (grey * grey.mean(0)).mean((1, 2)) + 0.5 * (grey * grey[:, :, ::-1]).mean((1, 2))
     best = np.argsort(-likeness, kind="stable")[: max(1, len(frames) * 3 // 100)]

@@ -124,6 +124,10 @@ def use_sync_as_reliability():
     fed.reliability = reliability
 
 
+# What --reliability may put in the place of identity and stability.
+RELIABILITIES = {"gain": use_gain_as_reliability, "sync": use_sync_as_reliability}
+
+
 def use_scalar_prior():
     """Let the prior be white: one variance for all places and frames, EDM's sigma_data."""
     measure = talking.GaussianPrior.fit
@@ -173,7 +177,7 @@ def main():
     faults = ("other sound", "frozen", "sign changed", "tenfold")
     parser.add_argument("--fault", choices=faults)
     parser.add_argument("--share", type=float, default=0.25)
-    parser.add_argument("--reliability", choices=("gain", "sync"))
+    parser.add_argument("--reliability", choices=RELIABILITIES)
     parser.add_argument("--without", choices=PARTS)
     parser.add_argument("arguments", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
@@ -188,10 +192,8 @@ def main():
         use_faulty_clips(args.fault, args.share)
     elif args.fault:
         use_faulty_updates(-1.0 if args.fault == "sign changed" else 10.0, args.share)
-    if args.reliability == "gain":
-        use_gain_as_reliability()
-    elif args.reliability == "sync":
-        use_sync_as_reliability()
+    if args.reliability:
+        RELIABILITIES[args.reliability]()
     if args.without:
         leave_out(args.without)
     train.main(args.arguments)

@@ -1137,6 +1137,11 @@ class TalkingHeads:
         return assigned
 
 
+def is_first_worker():
+    """Whether this is the first process of a run on this machine: the others need not print."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def num_cpus():
     """Number of CPUs that this process may use, which Slurm and containers limit."""
     if hasattr(os, "sched_getaffinity"):  # on Linux
@@ -1195,8 +1200,11 @@ class People(NamedTuple):
     unseen: dict
 
 
-def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, synthetic=None):
-    """The people of a dataset by role; prints which files are not used, and why.
+def load_people(
+    root, size, crop, num_clients, num_unseen, seed, cache=None, synthetic=None, min_frames=0
+):
+    """The people of a dataset by role, with clips of at least `min_frames`; prints which files are
+    not used, and why.
 
     If `root` does not exist and its name begins with "synthetic", the dataset is made first, of a
     dict `synthetic` of public_people and keyword arguments of `make_synthetic`. Raises ValueError
@@ -1210,33 +1218,37 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, syn
         record = root / "options.json"
         if not root.exists():
             make_synthetic(root, progress=True, **options)
-            with atomic_write(record) as temporary:
-                temporary.write_text(json.dumps(options))
         elif record.exists():
             made = json.loads(record.read_text())
-            # Fewer people than there are can be used.
-            other = [
-                key
-                for key, value in options.items()
-                if (made[key] < value if key.startswith("num_") else made[key] != value)
-            ]
+            other = []
+            for key, value in options.items():
+                enough = key.startswith("num_") and made.get(key, 0) >= value
+                if not enough and made.get(key) != value:
+                    other.append(key)
             if other:
                 raise ValueError(
                     f"{root} was made with another {', '.join(other)}: remove it, or set another "
                     "data.root"
                 )
     dataset = TalkingHeads(root, size, crop, cache, progress=True)
+    for clip in dataset.clips:
+        if clip.num_frames < min_frames:
+            reason = f"only {clip.num_frames} frames long, backbone.num_frames needs {min_frames}"
+            dataset.skipped.append((clip.path, reason))
     print_troubles(dataset, most=20)
+    people = by_person(dataset.clips, min_frames)
     # Clients need a clip each for training, validation and testing.
-    few = {name for name, clips in dataset.people.items() if len(clips) < 3}
-    roles = split_people(list(dataset.people), num_clients, num_unseen, seed, few)
+    few = {name for name, clips in people.items() if len(clips) < 3}
+    roles = split_people(list(people), num_clients, num_unseen, seed, few)
     if len(roles[0]) < MIN_PUBLIC:
         raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
-    return People(*({name: dataset.people[name] for name in names} for names in roles))
+    return People(*({name: people[name] for name in names} for names in roles))
 
 
 def print_troubles(dataset, most=None):
     """Print up to `most` files that are skipped, and that have a note, with the reasons."""
+    if not is_first_worker():
+        return
     for title, files in (("skipped", dataset.skipped), ("note", dataset.notes)):
         for path, text in files[:most]:
             print(printable(f"{title}: {path}: {text}"))
@@ -1795,10 +1807,13 @@ def make_synthetic(
     people |= {f"client-{i:03d}": clips_per_client for i in range(num_clients)}
     people |= {f"unseen-{i:03d}": clips_per_public for i in range(num_unseen)}
     options = {"seed": seed, "seconds": seconds, "size": size, "accent": accent}
+    made = {"num_public": num_public, "num_clients": num_clients, "num_unseen": num_unseen}
+    made |= {"clips_per_public": clips_per_public, "clips_per_client": clips_per_client}
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         new = Path(folder, "new")
         new.mkdir()
+        Path(new, "options.json").write_text(json.dumps(made | options))
         stems = [new / name / f"{i:05d}" for name, clips in people.items() for i in range(clips)]
         with ThreadPoolExecutor(num_cpus()) as pool:
             jobs = pool.map(functools.partial(make_clip, **options), stems)
@@ -1855,7 +1870,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     options = {key: value for key, value in vars(args).items() if value is not None}
     try:
-        if args.check:
+        if args.check is not None:
             check(args.check)
         elif args.look:
             contact_sheet(*args.look)

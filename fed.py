@@ -8,7 +8,6 @@ the prompt).
 
 import contextlib
 import math
-import os
 import time
 
 import numpy as np
@@ -91,7 +90,7 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     noise = {"t": t[:, None].where(~known, -1).to(device), "eps": eps.to(device)}
     noise["keep"] = dict(zip(talking.CONDITIONS, keep.T.to(device)))
     noise["judged"] = None
-    if loss_weights["identity"] or loss_weights["perceptual"] or loss_weights["sync"]:
+    if any(weight for name, weight in loss_weights.items() if name != "tdc"):
         # multinomial refuses a sum of 0, which a batch of pure noise would have.
         alpha_bar = model.diffusion.alpha_bar[t] + 1e-8
         noise["judged"] = int(torch.multinomial(alpha_bar, 1, generator=generator))
@@ -100,18 +99,18 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     return noise
 
 
-def objective(model, judges, batch, noise, loss_weights, clips, bf16=False):
-    """Return the share that the clips in the slice `clips` have in Eq. 12 of the batch, and in each
-    of its terms.
+def objective(model, judges, batch, noise, loss_weights, rows, bf16=False):
+    """Return what the clips in the slice `rows` add to Eq. 12 of the whole batch, and to each of
+    its terms.
 
     L = L_diff + tdc L_TDC + identity L_id + perceptual L_perc + sync L_sync, with the weights of
     `loss_weights`.
     """
     num_clips = len(batch["motion"])
-    own = {name: value[clips] for name, value in batch.items()}
-    t = noise["t"][clips]
-    eps = noise["eps"][clips]
-    keep = {name: value[clips] for name, value in noise["keep"].items()}
+    own = {name: value[rows] for name, value in batch.items()}
+    t = noise["t"][rows]
+    eps = noise["eps"][rows]
+    keep = {name: value[rows] for name, value in noise["keep"].items()}
     with torch.autocast(t.device.type, torch.bfloat16, enabled=bf16):
         loss, x0_hat, eps_hat = model.training_losses(own, t, eps, keep)
     share = len(t) / num_clips
@@ -119,8 +118,8 @@ def objective(model, judges, batch, noise, loss_weights, clips, bf16=False):
     if loss_weights["tdc"]:
         terms["tdc"] = share * tdc_loss(eps_hat, eps)
     judged = noise["judged"]
-    if judged is not None and clips.start <= judged < clips.stop:
-        row = judged - clips.start
+    if judged is not None and rows.start <= judged < rows.stop:
+        row = judged - rows.start
         frames = slice(noise["judged_frame"], noise["judged_frame"] + JUDGED_FRAMES)
         inputs = {
             "frames": own["frames"][row : row + 1, frames],
@@ -150,8 +149,8 @@ def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=
     # Before the step, not after it: what a batch that failed left must not count in the next.
     model.zero_grad()
     for start in range(0, num_clips, step):
-        clips = slice(start, min(start + step, num_clips))
-        loss, terms = objective(model, judges, batch, noise, loss_weights, clips, bf16)
+        rows = slice(start, min(start + step, num_clips))
+        loss, terms = objective(model, judges, batch, noise, loss_weights, rows, bf16)
         loss.backward()
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + float(term.detach())
@@ -167,6 +166,7 @@ def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
     """
     x0 = batch["motion"] / model.motion_std
     power = model.weighted_power(x0).mean(1)  # b
+    power = power.clamp(min=0.01 * model.prior.mean_variance())  # a still picture is a clip, too
     conditions = model.encode_conditions(batch["mel"], batch["reference"], batch["words"])
     generator = torch.Generator().manual_seed(seed)
     shares = []
@@ -243,10 +243,11 @@ class Batches(torch.utils.data.Dataset):
 
 
 def fixed_batch(model, clips, training_clips, num_frames):
-    """Return the first frames of every clip as a batch.
+    """Return the first frames of every clip as a batch, as many as the shortest has, at most
+    `num_frames`.
 
     The reference picture and the liveliness are those of the person's training clips, not of the
-    clips whose loss or generation is reported. As long as the shortest clip, at most `num_frames`.
+    clips whose loss or generation is reported.
     """
     picture = data.reference_frame(training_clips)  # 3 H W
     liveliness = data.typical_liveliness(training_clips)
@@ -282,7 +283,7 @@ class Client:
         self.num_samples = sum(clip.num_frames // num_frames for clip in split["train"])
         self.control_file = folder / f"{name}.pt" if folder else None
         self.controls = {}
-        self.held_out = None
+        self.validation = None
 
     def train_batch(self, model, batch_size, generator):
         """Return a random batch of training windows."""
@@ -293,10 +294,10 @@ class Client:
         """Return the first VALIDATION_FRAMES of the first validation clip as a batch, its reference
         picture taken from the training clips.
         """
-        if self.held_out is None:
+        if self.validation is None:
             clips = self.split["validation"][:1]
-            self.held_out = fixed_batch(model, clips, self.split["train"], VALIDATION_FRAMES)
-        return self.held_out
+            self.validation = fixed_batch(model, clips, self.split["train"], VALIDATION_FRAMES)
+        return self.validation
 
     def read_controls(self):
         """Return the last two c_i by round."""
@@ -337,7 +338,7 @@ class Client:
 
     def release(self):
         """Drop the encoded validation batch: those of a large federation would fill the memory."""
-        self.held_out = None
+        self.validation = None
 
 
 def pool_clients(clients):
@@ -389,9 +390,10 @@ def train_adapter(
         corrections = lora.split_vector(parameters, correction)
     generator = torch.Generator().manual_seed(seed)
     # Seeds the adapters' dropout; torch.manual_seed would ask every kind of device each time.
-    torch.default_generator.manual_seed(seed)
+    dropout_seed = derive_seed(seed)
+    torch.default_generator.manual_seed(dropout_seed)
     if parameters[0].is_cuda:
-        torch.cuda.manual_seed_all(seed)
+        torch.cuda.manual_seed_all(dropout_seed)
     model.unet.train()  # for that dropout: nothing else in the UNet has a mode
     sums = {}
     try:
@@ -424,15 +426,29 @@ def num_local_steps(num_samples, local_epochs, batch_size):
     return max(1, round(local_epochs * num_samples / batch_size))
 
 
-def local_update(model, judges, client, state, seed, *, local_epochs, lr, batch_size, **kwargs):
+def local_update(
+    model,
+    judges,
+    client,
+    state,
+    seed,
+    *,
+    local_epochs,
+    lr,
+    batch_size,
+    clip_norm=math.inf,
+    **kwargs,
+):
     """Return a client's update phi_k - g [d] of one round, and the mean terms of its loss; kwargs
     as `train_adapter`. Leaves phi_k in the model, for `reliability`.
 
     With SCAFFOLD's c in the state the update is [2 d]: its second half is c_i+ - c_i with c_i+ =
-    c_i - c - (phi_k - g) / (K lr) (Karimireddy et al. 2020, Algorithm 1, option II).
+    c_i - c - (phi_k - g) / (K lr) (Karimireddy et al. 2020, Algorithm 1, option II). The client
+    keeps a c_i that moves by what of it the mechanism's `clip_norm` lets through, so that c stays
+    the mean of all c_i.
     """
     num_steps = num_local_steps(client.num_samples, local_epochs, batch_size)
-    # All steps are planned here, so that training itself knows no epochs.
+    # `train_adapter` counts steps, not epochs.
     kwargs |= {"num_steps": num_steps, "lr": lr, "batch_size": batch_size}
     start = state["adapter"]
     if "control" not in state:
@@ -447,8 +463,10 @@ def local_update(model, judges, client, state, seed, *, local_epochs, lr, batch_
     change = (start - trained) / (num_steps * lr) - state["control"]
     if not change.sum().isfinite():
         raise ValueError("the control variate is not finite")
-    client.save_control(state["round"] + 1, own_control + change)
-    return torch.cat([trained - start, change]), terms
+    update = torch.cat([trained - start, change])
+    sent_share = min(1.0, clip_norm / max(float(update.norm()), 1e-12))
+    client.save_control(state["round"] + 1, own_control + sent_share * change)
+    return update, terms
 
 
 @contextlib.contextmanager
@@ -457,7 +475,7 @@ def catch_failure(client, record):
     try:
         yield
     except Exception as error:
-        record["failure"] = f"{client.name}: {error or type(error).__name__}"
+        record["failure"] = f"{client.name}: {str(error) or type(error).__name__}"
 
 
 @torch.no_grad()
@@ -486,7 +504,7 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
 
 
 def isfa_weight(num_samples, reliability, gamma, cap):
-    """Return w = min(n, cap) / cap * exp(gamma (r - 1)) in (0, 1]: ISFA's n exp(gamma r), bounded.
+    """Return w = min(n, cap) / cap * exp(gamma (r - 1)) in [0, 1]: ISFA's n exp(gamma r), bounded.
     gamma = 0 is FedAvg.
     """
     return min(num_samples, cap) / cap * math.exp(gamma * (reliability - 1))
@@ -536,7 +554,7 @@ def server_update(state, mean, server_lr, participation):
     """Return the state after one round: adapter + server_lr mean (ISFA / FedAvg).
 
     With SCAFFOLD's control variate c in the state the mean is [2 d], and c, the mean of all N
-    clients' c_i, moves by `participation` = |S| / N times its second half.
+    clients' c_i (but for the noise), moves by `participation` = |S| / N times its second half.
     """
     mean = torch.as_tensor(mean).float()  # of float64 NumPy (Mechanism.decode) or torch
     d = len(state["adapter"])
@@ -580,9 +598,9 @@ class Workers:
     """
 
     def __init__(self):
-        self.distributed = dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.size = dist.get_world_size() if self.distributed else 1
+        distributed = dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
 
     def merge(self, own):
         """Return the union of every process's dict `own`, in the order of its keys, so that sums do
@@ -630,11 +648,10 @@ class Workers:
         """Run the block in one process of each machine, then in its others: files that it makes are
         there for them.
         """
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        if not first:
+        if not data.is_first_worker():
             self.wait()
         yield
-        if first:
+        if data.is_first_worker():
             self.wait()
 
 

@@ -55,8 +55,8 @@ class LoRALayer(nn.Module):
         return self.base(x) + self.scaling * h
 
     @torch.no_grad()
-    def merged(self):
-        """Return the base layer with the adapter added to its weight, in place."""
+    def merge(self):
+        """Add the adapter to the base layer's weight, in place and once; return the base layer."""
         update = self.scaling * self.output_factor() @ self.A.flatten(1)  # out (in k k)
         self.base.weight += update.view_as(self.base.weight)
         return self.base
@@ -201,5 +201,5 @@ def merge_lora(module):
     """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoRALayer):
-            module.set_submodule(name, layer.merged())
+            module.set_submodule(name, layer.merge())
     return module

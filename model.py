@@ -429,8 +429,8 @@ class TalkingUNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def embed_time(self, time, conditions):
-        """Return [(b f) d] of time [b f] in [0, 1] and the summaries of speech and text: it scales
-        and shifts each frame.
+        """Return what the blocks scale and shift each frame by, [(b f) d], of time [b f] in [0, 1]
+        and the summaries of speech and text.
         """
         temb = self.time_mlp(sinusoid(1000 * time.flatten(), self.num_frequencies))  # (b f) d
         temb = temb.unflatten(0, time.shape)  # b f d

@@ -151,6 +151,10 @@ class Accountant:
         else:
             self.history.append(row)
 
+    @property
+    def num_rounds(self):
+        return sum(rounds for _, _, rounds in self.history)
+
     def epsilon(self, delta, orders=None):
         """Return epsilon against an adversary who knows neither who nor how many joined a round.
 
@@ -239,6 +243,20 @@ def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
     return np.flatnonzero(uniform < sample_rate).tolist()
 
 
+def most_participations(cohorts, num_spent=0):
+    """Return the most rounds of any client, of `cohorts` [[client]] and of what was spent beyond.
+
+    Rounds beyond the cohorts are those of killed runs, which may have had any client.
+    """
+    counts = collections.Counter(itertools.chain(*cohorts))
+    return max(counts.values(), default=0) + max(0, num_spent - len(cohorts))
+
+
+def likely_participations(num_clients, sample_rate, rounds):
+    """Return the most rounds of any client that a random key exceeds with probability 0.01."""
+    return int(stats.binom.isf(0.01 / num_clients, rounds, sample_rate))
+
+
 # ---------------------------------------------------------------- clip, weight, noise
 
 NOISE_TAIL = 12  # standard deviations of room for the noise; a sum wraps once in 3e32 values
@@ -316,8 +334,8 @@ class Mechanism:
             raise ValueError(f"{self.num_clients} clients with this noise overflow 32 bits.")
         self.step = (self.num_clients * largest + tail * self.sensitivity) / room
         self.total_std = spread * (self.sensitivity / self.step + rounding)  # in steps
-        # Rounded Gaussian noise of std >= 4 steps is, to exp(-2 pi^2 4^2) < 1e-137, a Gaussian plus
-        # independent rounding noise (Poisson summation), which is post-processing.
+        # The sum of rounded Gaussians of std >= 4 steps is, to exp(-pi^2 4^2) < 1e-68, a Gaussian
+        # plus independent rounding noise (Poisson summation), which is post-processing.
         if 0 < self.total_std < 4 * math.sqrt(self.num_clients):
             raise ValueError(
                 f"With {self.num_clients} clients 32 bits are too coarse for the noise."
@@ -946,7 +964,8 @@ DEFECTS = {  # factors of the noise, the clip norm and the largest weight of a b
     "clipping bypassed": (1, 10, 1),
     "weights uncapped": (1, 5, 5),
 }
-SERVER_VECTORS = ("adapter", "control")  # keys of a checkpoint that hold one vector of the server
+# What a server's checkpoint holds beside its vectors adapter and control, in plain values.
+SERVER_VALUES = ("kind", "checksum", "description", "round", "accountant", "sampling_key")
 
 
 def measured_noise(inside, outside, confidence):
@@ -969,16 +988,17 @@ def measured_noise(inside, outside, confidence):
 
 
 def canary_audit(mechanism, delta, defect=None, seed=None):
-    """Return (flagged, why) of one round of canaries, huge updates that measure the noise.
+    """Return (flagged, why) of rounds of canaries, huge updates that measure the noise.
 
     Each canary is a random direction on coordinates of its own; half of them are in the data. Flags
-    a mechanism whose noise is, with 99.9 % confidence, less than it must be. A defect (of DEFECTS)
-    breaks the clients' copy of the mechanism, which must be flagged. seed draws the directions.
-    Raises ValueError for an update shorter than 4 values.
+    a mechanism whose noise on updates or on the sum of weights is, with 99.9 % confidence, less
+    than it must be. A defect (of DEFECTS) breaks the clients' copy of the mechanism, which must be
+    flagged. seed draws the directions. Raises ValueError for an update shorter than 4 values, and
+    for noise that would take too many rounds to measure.
     """
     if defect not in DEFECTS:
         raise ValueError(f"defect is one of {list(DEFECTS)}, not {defect!r}.")
-    n = min(max(256, math.ceil(300 * mechanism.noise_multiplier**2)), 4096, mechanism.length // 2)
+    n = min(256, mechanism.length // 2)
     if n < 2:
         raise ValueError("An update of fewer than 4 values has no room for canaries.")
     server = replace(mechanism, num_clients=n, num_curious=0)  # one client for each canary
@@ -988,24 +1008,36 @@ def canary_audit(mechanism, delta, defect=None, seed=None):
     client.clip_norm *= clip_factor
     client.weight_scale *= weight_factor / clip_factor
     rng = np.random.default_rng(seed)
-    signs = rng.choice((-1.0, 1.0), mechanism.length)
-    places = np.array_split(rng.permutation(mechanism.length), 2 * n)  # each canary's coordinates
-    total = np.zeros(mechanism.length + 1, "<u4")
-    for k in range(n):
-        update = np.zeros(mechanism.length)
-        update[places[k]] = 1e3 * client.clip_norm * signs[places[k]]  # the other n stay out
-        total = total + client.encode(update, 1.0, n, ("audit", k))
-    mean, weight_sum = server.decode(total, n, n, "audit")
-    # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
-    released = mean * max(weight_sum, mechanism.min_weight) / mechanism.clip_norm
-    scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
-    low, high = measured_noise(scores[:n], scores[n:], 0.999)
     due = server.noise_std(1) / server.clip_norm  # the sum's noise, whatever the roster
+    rounds = math.ceil(300 * max(1.0, due) ** 2 / n)  # enough canaries to notice half of the noise
+    if rounds > 3000:
+        raise ValueError(f"{due:.3g} clip norms of noise on {n} canaries take too long to measure.")
+    inside = []
+    outside = []
+    weight_sums = []
+    for r in range(rounds):
+        signs = rng.choice((-1.0, 1.0), mechanism.length)
+        places = np.array_split(rng.permutation(mechanism.length), 2 * n)  # of each canary
+        total = np.zeros(mechanism.length + 1, "<u4")
+        for k in range(n):
+            update = np.zeros(mechanism.length)
+            update[places[k]] = 1e3 * client.clip_norm * signs[places[k]]  # the other n stay out
+            total = total + client.encode(update, 1.0, n, ("audit", r, k))
+        mean, weight_sum = server.decode(total, n, n, ("audit", r))
+        # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
+        released = mean * max(weight_sum, mechanism.min_weight) / mechanism.clip_norm
+        scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
+        inside += scores[:n]
+        outside += scores[n:]
+        weight_sums.append(weight_sum)
+    low, high = measured_noise(inside, outside, 0.999)
     why = f"noise is {low:.3g} to {high:.3g} of a canary's norm, {due:.3g} is due; "
     why += f"epsilon is at least {gaussian_epsilon(high, delta):.3g}"
-    if high > 4 * due:
-        why += "; too few canaries to notice half of the noise"
-    return high < due, why
+    deviations = (np.array(weight_sums) - n) * server.weight_scale / max(due, 1e-100)
+    weights_bare = np.square(deviations).sum() < stats.chi2.ppf(0.001, rounds)
+    if weights_bare:
+        why += "; the sum of weights lacks noise"
+    return high < due or weights_bare, why
 
 
 def lattice_audit(noise):
@@ -1043,26 +1075,24 @@ def presence_audit(mechanism, cohort_size, fixed_noise=False, seed=None):
     return found > 31, f"{found} of 40 guesses were right"  # 31: 3.5 standard deviations
 
 
-def count_floats(value):
-    """Return how many real numbers a checkpoint's value holds, at any depth."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(count_floats(part) for part in value)
-    array = np.asarray(value)
-    return array.size if array.dtype.kind == "f" else 0
-
-
 def checkpoint_audit(state, length):
-    """Return (flagged, why) of a server's checkpoint: flagged if it holds single clients' vectors.
+    """Return (flagged, why) of a server's checkpoint: flagged if it holds more than a server has.
 
-    SERVER_VECTORS hold `length` real numbers each, everything else fewer (or at most 50).
+    That is the vectors adapter and control of `length` numbers, and SERVER_VALUES, short texts and
+    an accountant's rows, in which no vector of a client has room.
     """
     bad = []
     for key, value in state.items():
-        limit = length if key in SERVER_VECTORS else max(length - 1, 50)
-        if count_floats(value) > limit:
-            bad.append(f"{key!r} holds {count_floats(value)} numbers")
+        if key in ("adapter", "control"):
+            if np.shape(value) != (length,):
+                bad.append(f"{key!r} has the shape {np.shape(value)}")
+        elif key not in SERVER_VALUES:
+            bad.append(f"{key!r} is nothing that a server needs")
+        elif key == "accountant":
+            if any(np.shape(row) != (3,) for row in value):
+                bad.append("'accountant' holds more than rows of 3 numbers")
+        elif len(str(value)) > 500:
+            bad.append(f"{key!r} is {len(str(value))} characters long")
     return bool(bad), "; ".join(bad) or "only the server's own vectors"
 
 
@@ -1071,7 +1101,9 @@ def checkpoint_audit(state, length):
 NOT_COVERED = [
     "that a client took part in a round: only what it sent is protected",
     "personal adapters, which stay with their client and are trained without noise",
-    "logs and figures that leave a client outside of the masked vector: losses, norms, timing",
+    "what leaves a client outside of the masked vector: losses, norms and timing in logs, figures "
+    "and pictures of the report, and the c_i of SCAFFOLD's clients in the folder clients, all of "
+    "which a simulation writes into one run",
     "a server that deviates from the protocol: invented clients, unequal rosters or survivor lists",
     "malicious clients: one can move the sum by as much as 32 bits hold, or make rounds abort",
     "what the public people's data reveal about themselves",
@@ -1079,14 +1111,15 @@ NOT_COVERED = [
 ]
 
 
-def privacy_report(mechanism, accountant, delta):
+def privacy_report(mechanism, accountant, delta, participations):
     """Return the report's privacy section, plain values for JSON; None: an infinite epsilon.
 
-    Raises ValueError unless 0 < delta < 1 / num_clients.
+    `participations` is the most rounds of any client. Raises ValueError unless 0 < delta < 1 /
+    num_clients.
     """
     check_delta(delta, mechanism.num_clients)
-    known = accountant.epsilon_known_cohorts(delta)
-    sampled = accountant.epsilon(delta)  # never above known, as it takes the smaller bound
+    known = accountant.epsilon_known_cohorts(delta, participations)
+    sampled = accountant.epsilon(delta)
     reason = None
     if mechanism.seed is not None:
         reason = "the noise is seeded"
@@ -1095,7 +1128,8 @@ def privacy_report(mechanism, accountant, delta):
     return {
         **asdict(mechanism),
         "sensitivity": mechanism.sensitivity,
-        "rounds": sum(row[2] for row in accountant.history),
+        "rounds": accountant.num_rounds,
+        "most_rounds_of_a_client": participations,
         "history": accountant.history,
         "delta": delta,
         "private": reason is None,
@@ -1119,10 +1153,12 @@ def privacy_report(mechanism, accountant, delta):
 def verify_run(folder):
     """Return the privacy section of a run's report, if it follows from the run's own record.
 
-    Reads report.json; rounds.jsonl, one JSON a line with round, sample_rate, noise_multiplier and
-    epsilon (against known cohorts, of all rounds so far); and last.pt, whose state holds adapter,
-    round and accountant. Raises ValueError for rounds that ran but were not spent, for vectors of
-    single clients in the checkpoint, and for a log or report that claims what does not follow.
+    Reads report.json; rounds.jsonl, one JSON a line with round, cohort_size, sample_rate,
+    noise_multiplier and epsilon (against known cohorts, of all rounds so far); and last.pt, whose
+    state holds adapter, round, accountant and sampling_key. Raises ValueError for rounds that ran but were not spent, for vectors of
+    single clients in the checkpoint, and for a log or report that claims what does not follow. Of
+    the mechanism the record holds the noise and the length; the rest is what the report declares.
+    A report that claims no privacy is returned as it is.
     """
     import torch  # only here: the rest of this file does without
 
@@ -1142,12 +1178,20 @@ def verify_run(folder):
 
     logged = Accountant()
     ran = collections.Counter()
+    key = bytes.fromhex(state["sampling_key"])
+    cohorts = []
     for row in log:
+        fixed = row["sample_rate"] == 1  # so are fixed cohorts accounted
+        rate = row["cohort_size"] / mechanism.num_clients if fixed else row["sample_rate"]
+        cohorts.append(draw_cohort(mechanism.num_clients, rate, key, row["round"], fixed))
+        if len(cohorts[-1]) != row["cohort_size"]:
+            raise ValueError(f"rounds.jsonl: the key draws other clients in round {row['round']}.")
         logged.spend(row["sample_rate"], row["noise_multiplier"])
         ran[row["sample_rate"], row["noise_multiplier"]] += 1
-        so_far = logged.epsilon_known_cohorts(claimed["delta"])
-        if row["epsilon"] is not None and row["epsilon"] < so_far * (1 - 1e-6):
-            raise ValueError(f"rounds.jsonl: round {row['round']} claims too small an epsilon.")
+        so_far = logged.epsilon_known_cohorts(claimed["delta"], most_participations(cohorts))
+        # null: a round without a guarantee
+        if row["epsilon"] is None or not row["epsilon"] >= so_far * (1 - 1e-6):
+            raise ValueError(f"rounds.jsonl: round {row['round']} claims another epsilon.")
     spent = collections.Counter()
     for sample_rate, noise_multiplier, count in accountant.history:
         spent[sample_rate, noise_multiplier] += count
@@ -1155,8 +1199,13 @@ def verify_run(folder):
     if not ran <= spent:
         raise ValueError("More rounds ran (rounds.jsonl) than were accounted for (last.pt).")
 
+    if accountant.history and accountant.history[-1][1] != mechanism.noise_multiplier:
+        raise ValueError(
+            f"report.json: noise_multiplier is {mechanism.noise_multiplier}, but the last round "
+            f"spent {accountant.history[-1][1]}."
+        )
     # SCAFFOLD sends the adapter's update and the control variate's.
-    length = count_floats(state["adapter"])
+    length = len(state["adapter"])
     if mechanism.length not in (length, 2 * length):
         raise ValueError(
             f"last.pt holds {length} numbers, the mechanism is for {mechanism.length}."
@@ -1164,7 +1213,8 @@ def verify_run(folder):
     flagged, why = checkpoint_audit(checkpoint | state, length)
     if flagged:
         raise ValueError(f"last.pt holds vectors of single clients: {why}.")
-    expected = privacy_report(mechanism, accountant, claimed["delta"])
+    participations = most_participations(cohorts, accountant.num_rounds)
+    expected = privacy_report(mechanism, accountant, claimed["delta"], participations)
     for key, value in expected.items():
         if isinstance(value, str):
             continue  # prose, which an earlier version may have put otherwise
@@ -1189,8 +1239,7 @@ def print_table(args, z):
         # The mean divides by the cohort: with twice the clients, twice the noise does as much.
         noise = z * n / args.clients[0]
         accountant = Accountant([[args.rate, noise, rounds]])
-        # No client is in more rounds than this, with probability 0.99.
-        participations = int(stats.binom.isf(0.01 / n, rounds, args.rate))
+        participations = likely_participations(n, args.rate, rounds)
         known = accountant.epsilon_known_cohorts(args.delta, participations)
         sampled = accountant.epsilon(args.delta)
         cohort = n * args.rate
@@ -1209,9 +1258,13 @@ def print_audit(args, z):
         min_weight=1.0,
         survivor_share=0.8,
     )
-    cohort_size = max(2, min(12, args.clients[0]))
+    if args.clients[0] < 2:
+        raise ValueError("--audit needs 2 clients or more.")
+    cohort_size = min(12, args.clients[0])
     zeros = np.zeros(args.length)
-    upload = mechanism.encode(zeros, 0.0, cohort_size).view("<i4")
+    num_uploads = math.ceil(64 / args.length)  # of few numbers all are even at times
+    uploads = [mechanism.encode(zeros, 0.0, cohort_size).view("<i4") for _ in range(num_uploads)]
+    upload = np.concatenate(uploads)
     state = {"round": 1, "adapter": zeros, "control": zeros}
     leaking_state = state | {"controls": {"client 1": zeros}}
     checks = [("canaries", name, canary_audit(mechanism, args.delta, name)) for name in DEFECTS]
@@ -1268,7 +1321,7 @@ def main(arguments=None):
             print_table(args, z)
         elif not print_audit(args, z):
             sys.exit(1)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, MemoryError) as error:
         refuse(error)
 
 

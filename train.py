@@ -44,14 +44,15 @@ import privacy
 DEFAULTS = Path(__file__).with_name("config.yaml")
 MAX_RANK = 16  # directions of each layer that backbone.pt keeps (lora.leading_directions)
 SAVE_EVERY = 100  # steps of the backbone between two partial checkpoints
-KEPT_IN_MEMORY = 128  # participants whose validation batch stays in memory between rounds
+KEPT_IN_MEMORY = 128  # with more participants, none keeps its validation batch between rounds
 
 
 # ---------------------------------------------------------------- configuration
 
-# Keys that may differ when a run is resumed; whatever depends on them is made again.
+# Keys that may differ when a run is resumed. What depends on them is made again, but for the rounds
+# that are done, whose weights (`fed.reliability`) came of the sampling settings of their time.
 RESUMABLE = ("name", "fed.rounds", "personal", "sampling", "evaluate", "weights", "runtime")
-# Least and greatest value. Other numbers lie in 0 (or a default below) ... 1e9.
+# Least and greatest value. Other numbers lie in 0 ... 1e9.
 RANGES = {
     "data.size": (32, 1024),
     "data.crop": (0.1, 1),
@@ -66,19 +67,20 @@ RANGES = {
     "model.channels": (8, 4096),
     "model.dim": (1, 4096),
     "model.speech_dropout": (0, 0.9),
-    # train_unet fits the prior to 256 windows of at least 20 frames.
-    "model.prior_modes": (1, 5000),
+    "model.prior_modes": (1, 256 * data.MIN_FRAMES),  # train_unet fits them to 256 windows
     "backbone.judge_steps": (1, 1e9),
     "backbone.steps": (1, 1e9),
     "backbone.batch_size": (1, 1024),
     "backbone.num_frames": (fed.JUDGED_FRAMES, 250),
     "lora.rank": (1, 256),
+    "fed.rounds": (0, 1e6),
     "fed.sample_rate": (1e-6, 1),
     "fed.batch_size": (1, 1024),
     "fed.reliability_alpha": (0, 1),
     "fed.sample_cap": (1, 1e9),
     "fed.dropout_rate": (0, 0.9),
     "privacy.clip_norm": (1e-6, 1e6),
+    "privacy.seed": (-1, 1e9),
     "personal.clients": (1, 100_000),
     "personal.rank": (1, 256),
     "sampling.num_steps": (1, 1000),
@@ -140,11 +142,11 @@ def read_yaml(path):
 class YamlLoader(yaml.SafeLoader):
     """Loader that refuses a section with one key twice, of which PyYAML would drop the first."""
 
-    def construct_mapping(self, node, deep=False):
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        if len({str(key.value) for key, _ in node.value}) < len(node.value):
             raise ValueError(f"one key stands twice in a section{node.start_mark}")
-        return mapping
+        return node
 
 
 def parse_yaml(text, where):
@@ -189,11 +191,11 @@ def convert(value, default, name, where):
         kind = type(default).__name__
         raise ValueError(f"{where}: {name} must be {kind}, not {reprlib.repr(value)}")
     if isinstance(default, list):
-        if len(value) > 8:
-            raise ValueError(f"{where}: {name} may have up to 8 numbers, not {len(value)}")
+        if not 1 <= len(value) <= 8:
+            raise ValueError(f"{where}: {name} must have 1 to 8 numbers, not {len(value)}")
         return [convert(item, default[0], name, where) for item in value]
     if isinstance(default, (int, float)):
-        least, most = RANGES.get(name, (min(0, default), 1e9))
+        least, most = RANGES.get(name, (0, 1e9))
         if not least <= value <= most:
             raise ValueError(f"{where}: {name} must lie in {least:g} ... {most:g}, not {value}")
     if name in CHOICES and value not in CHOICES[name]:
@@ -210,19 +212,26 @@ def check_config(config):
         raise ValueError(f"name becomes the end of a folder's name, not {config['name']!r}")
     if f["algorithm"] == "scaffold" and (f["gamma"] or f["sample_cap"] > 1 or f["proximal"]):
         raise ValueError("fed.algorithm scaffold needs fed.gamma=0, sample_cap=1 and proximal=0")
-    if f["algorithm"] == "centralized" and p["enabled"]:
-        raise ValueError("fed.algorithm centralized pools the clips: set privacy.enabled=false")
+    if f["algorithm"] == "centralized":  # one participant, who has everybody's clips
+        if p["enabled"]:
+            raise ValueError("fed.algorithm centralized pools the clips: set privacy.enabled=false")
+        if f["gamma"] or f["dropout_rate"] or f["sample_rate"] < 1:
+            raise ValueError(
+                "fed.algorithm centralized needs fed.gamma=0, dropout_rate=0 and sample_rate=1"
+            )
     if config["data"]["find_faces"] and not config["backbone"]["finder_steps"]:
         raise ValueError("data.find_faces needs a face finder: set backbone.finder_steps above 0")
     if p["target_epsilon"] and p["noise_multiplier"]:
         raise ValueError("privacy.target_epsilon chooses the noise: set it or noise_multiplier 0")
-    for section in ("personal", "lora"):
+    num_values = {}
+    for section in ("lora", "personal"):
         with torch.device("meta"):
             model = build_model(config).requires_grad_(False)
         adapted = add_adapter(config, model, None, section)
-        if config[section]["train"] == "R" and config[section]["rank"] > MAX_RANK:
-            raise ValueError(f"{section}.rank must be at most {MAX_RANK} where R is trained")
-    mechanism = make_mechanism(config, sum(p.numel() for p in lora.adapter_parameters(adapted)))
+        num_values[section] = sum(p.numel() for p in lora.adapter_parameters(adapted))
+        if config[section]["train"] != "AB" and config[section]["rank"] > MAX_RANK:
+            raise ValueError(f"{section}.rank must be at most {MAX_RANK} where A is not trained")
+    mechanism = make_mechanism(config, num_values["lora"])
     num_clients = config["data"]["clients"]
     privacy.check_delta(p["delta"], num_clients if mechanism else 1)
     cohort = f["sample_rate"] * num_clients
@@ -242,26 +251,33 @@ def build_model(config):
     return model.to(memory_format=torch.channels_last)  # faster convolutions on CPUs
 
 
-def make_mechanism(config, length):
-    """Return the DP mechanism for adapters of `length` numbers, or None; privacy.target_epsilon may
-    choose its noise.
+def make_mechanism(config, length, participations=None):
+    """Return the DP mechanism for adapters of `length` numbers, or None.
+
+    privacy.target_epsilon may choose its noise, for a client that joins so many rounds; by default
+    for as many as hardly any client joins.
     """
     p = config["privacy"]
     f = config["fed"]
     if not p["enabled"]:
         return None
     noise_multiplier = p["noise_multiplier"]
+    if participations is None:
+        participations = privacy.likely_participations(
+            config["data"]["clients"], f["sample_rate"], f["rounds"]
+        )
     if p["target_epsilon"] and f["rounds"]:
         # Rate 1: the server knows who is sampled, so that sampling hides nothing from it.
         noise_multiplier = privacy.find_noise_multiplier(
-            p["target_epsilon"], p["delta"], 1.0, f["rounds"]
+            p["target_epsilon"], p["delta"], 1.0, max(1, participations)
         )
     return privacy.Mechanism(
         clip_norm=p["clip_norm"],
         noise_multiplier=noise_multiplier,
         length=length * (2 if f["algorithm"] == "scaffold" else 1),
         num_clients=config["data"]["clients"],
-        # s / C: little sensitivity; the weights' noise then matters little, as their sum is large.
+        # Of the clip norm. Small: a weight adds little to the sensitivity, and its noise is small
+        # beside the sum of all weights.
         weight_scale=0.3,
         min_weight=1.0,  # the noisy mean is never divided by less than one client of full weight
         survivor_share=p["survivor_share"],
@@ -273,6 +289,13 @@ def make_mechanism(config, length):
 def accounted_rate(f):
     """Return the rate to account with: 1 for fixed cohorts, for which `Accountant` has no bound."""
     return 1.0 if f["fixed_cohorts"] else f["sample_rate"]
+
+
+def draw_cohorts(config, sampling_key, num_clients, num_rounds):
+    """Return the clients [[k]] of each of the first rounds, which follow from the key alone."""
+    f = config["fed"]
+    sampling = num_clients, f["sample_rate"], bytes.fromhex(sampling_key)
+    return [privacy.draw_cohort(*sampling, i, f["fixed_cohorts"]) for i in range(num_rounds)]
 
 
 def check_resumed(before, after, prefix=""):
@@ -378,6 +401,11 @@ def learning_rate(step, num_steps, lr):
     return lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
+def make_optimizer(parameters):
+    """Return AdamW for training from scratch; `optimizer_step` sets its rate."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+
 def optimizer_step(optimizer, lr):
     """Clip gradients to norm 1, step at `lr`, zero the gradients."""
     optimizer.param_groups[0]["lr"] = lr
@@ -406,7 +434,7 @@ def train_autoencoder(config, public, device):
     autoencoder = talking.AutoencoderKL(*sizes).to(device, memory_format=torch.channels_last)
 
     autoencoder.init_linear_path(sample_frames(public, 512, generator).to(device))
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = make_optimizer(autoencoder.parameters())
     bar = tqdm(range(settings["autoencoder_steps"]), "autoencoder", mininterval=1)
     for step in bar:
         frames = sample_frames(public, 24, generator).to(device)
@@ -433,7 +461,7 @@ def learn_to_hear(model, batches, num_steps, lr):
         model.unet.speech_out,
     )
     parameters = [parameter for part in parts for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = make_optimizer(parameters)
     for step in tqdm(range(num_steps), "speech", mininterval=1):
         model.speech_loss(batches[step % len(batches)]).mean().backward()
         optimizer_step(optimizer, learning_rate(step, num_steps, lr))
@@ -456,7 +484,7 @@ def train_unet(config, autoencoder, public, device, partial):
     model.autoencoder.requires_grad_(False)
     model.text_encoder.learn_words(clip.prompt for clip in clips)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = make_optimizer(parameters)
     losses = []
     if partial.exists():
         state = load_checkpoint(partial, "partial backbone")
@@ -468,11 +496,10 @@ def train_unet(config, autoencoder, public, device, partial):
         average.step = len(losses)
     else:
         num_frames = min(24, min(clip.num_frames for clip in clips))
-        people = data.by_person(clips, num_frames)
         size = 32, num_frames
         # Eight give the statistics; what speech says takes more, where there is time.
         num_batches = min(40, max(8, settings["steps"] // 100))
-        windows = fed.Batches(model, people, *size, config["seed"], views)
+        windows = fed.Batches(model, public, *size, config["seed"], views)
         batches = [windows[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
@@ -482,9 +509,8 @@ def train_unet(config, autoencoder, public, device, partial):
     step_kwargs = {"micro_batch": config["runtime"]["micro_batch"], "bf16": device.type == "cuda"}
     first = len(losses)
     num_steps = settings["steps"]
-    people = data.by_person(clips, settings["num_frames"])  # grouped once: there may be 200,000
     size = settings["batch_size"], settings["num_frames"]
-    batches = fed.Batches(model, people, *size, config["seed"], views)
+    batches = fed.Batches(model, public, *size, config["seed"], views)
     bar = tqdm(batches.loader(first, num_steps), "backbone", initial=first, total=num_steps)
     for step, batch in enumerate(bar, first):
         # Noise and dropout follow from the step: they are the same after an interruption.
@@ -504,7 +530,7 @@ def train_unet(config, autoencoder, public, device, partial):
     model = average.module.eval().requires_grad_(True)
     generator.manual_seed(config["seed"])
     moments = {}
-    for name, own in tqdm(list(people.items())[:48], "directions", mininterval=1):
+    for name, own in tqdm(list(public.items())[:48], "directions", mininterval=1):
         size = min(8, 4 * len(own)), settings["num_frames"]
         batch = fed.sample_batch(model, {name: own}, *size, generator, **views)
         fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
@@ -735,24 +761,23 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
     """Run the rounds that `state` still lacks (Algorithm 1); return the state after the last."""
     f = config["fed"]
     participants = [fed.pool_clients(clients)] if f["algorithm"] == "centralized" else clients
-    mechanism = make_mechanism(config, len(state["adapter"]))
+    cohorts = draw_cohorts(config, state["sampling_key"], len(participants), f["rounds"])
+    participations = privacy.most_participations(cohorts)
+    mechanism = make_mechanism(config, len(state["adapter"]), participations)
     accountant = privacy.Accountant(state["accountant"])
     training = training_kwargs(config, "fed", device)
     rating = {"alpha": f["reliability_alpha"], "public_jitter": public_jitter}
     for index in tqdm(range(state["round"], f["rounds"]), "rounds", disable=workers.rank > 0):
-        key = bytes.fromhex(state["sampling_key"])
-        cohort = privacy.draw_cohort(
-            len(participants), f["sample_rate"], key, index, fixed_size=f["fixed_cohorts"]
-        )
+        cohort = cohorts[index]
         # Charged and saved first: if the run is killed, what was sent already may have been seen.
         accountant.spend(accounted_rate(f), mechanism.noise_multiplier if mechanism else 0.0)
         state["accountant"] = accountant.history
         save_state(run, state, workers)
         uploads = {}
         diagnostics = {}
-        # i is a client's place in the cohort, the only name that the server has for it.
+        # i is a client's place in the cohort, its name in the secure sum.
         for i in workers.assign([participants[k].num_samples for k in cohort]):
-            # -- on client k: nothing but uploads[i] leaves it
+            # -- on client k: only uploads[i] is sent; diagnostics are the simulation's
             k = cohort[i]
             client = participants[k]
             seed = fed.derive_seed(f["seed"], index, k)
@@ -777,14 +802,14 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
             if len(participants) > KEPT_IN_MEMORY:
                 client.release()
 
-        # -- between clients and server: masks cancel, only the sum is seen
-        # Simulated dropouts: one seed on all workers, so that they agree on who is gone.
+        # -- between clients and server
+        # Dropouts are simulated, the same ones on all workers.
         dropout_seed = fed.derive_seed(f["seed"], index)
         dropouts = fed.choose_dropouts(len(cohort), f["dropout_rate"], dropout_seed)
         survivors = []
         aborted = None
         try:
-            if mechanism:
+            if mechanism:  # masks cancel, only the sum is seen
                 params = fed.round_params(mechanism, len(cohort))
                 total, survivors = privacy.run_protocol(params, uploads, dropouts, workers)
                 decoded = mechanism.decode(total, len(cohort), len(survivors), index)
@@ -797,16 +822,19 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
 
         # -- on the server; an aborted round has no survivors and leaves the adapter as it was
         if survivors:
-            participation = len(survivors) / len(participants)
+            # |S| / N of SCAFFOLD, without the clients that failed
+            participation = max(1.0, weight_sum) / len(participants)
             state = fed.server_update(state, mean, f["server_lr"], participation)
-        for i in set(uploads) - set(survivors):
-            participants[cohort[i]].undo_control(index + 1)
+        for i in uploads:
+            if i not in survivors or "failure" in diagnostics[i]:
+                participants[cohort[i]].undo_control(index + 1)
         state["round"] = index + 1
         record = {"round": index, "cohort_size": len(cohort), "survivors": len(survivors)}
         record |= {"aborted": aborted, "weight_sum": weight_sum if survivors else 0.0}
-        record |= summarize_round(config, accountant, workers.merge(diagnostics))
+        diagnostics = workers.merge(diagnostics)
+        record |= summarize_round(config, accountant, cohorts[: index + 1], diagnostics)
         record["simulation"]["unexplained"] = validate(model, clients, state, workers)
-        # The log first: a resumed run drops a line too many, and could not make up for one too few.
+        # The log first: what a crash in between leaves, a line too many, `forget_rounds` drops.
         log_round(run, record, workers)
         save_state(run, state, workers)
     return state
@@ -834,9 +862,11 @@ def load_people(config):
     d = config["data"]
     cache = config["runtime"]["cache"] or None
     sizes = d["size"], d["crop"], d["clients"], d["unseen"], config["seed"]
-    people = data.load_people(d["root"], *sizes, cache, d["synthetic"])
+    num_frames = config["backbone"]["num_frames"]
+    people = data.load_people(d["root"], *sizes, cache, d["synthetic"], num_frames)
     prompts = [clip.prompt for role in people for own in role.values() for clip in own]
-    if long := sum(len(talking.split_words(prompt)) > talking.MAX_WORDS for prompt in prompts):
+    long = sum(len(talking.split_words(prompt)) > talking.MAX_WORDS for prompt in prompts)
+    if long and data.is_first_worker():
         print(f"note: prompts of {long} clips are cut off after {talking.MAX_WORDS} words")
     return people
 
@@ -847,7 +877,8 @@ def find_faces(config, people, finder):
     Raises ValueError for people in too few of whose clips a face is found.
     """
     private = {*people.clients, *people.unseen}  # public clips are not decoded again
-    found = read_clips(config, config["data"]["root"], finder, private).people
+    found = read_clips(config, config["data"]["root"], finder, private)
+    found = data.by_person(found.clips, config["backbone"]["num_frames"])
     roles = []
     for role, least in ((people.clients, 3), (people.unseen, 1)):
         lost = ", ".join(sorted(name for name in role if len(found.get(name, ())) < least))
@@ -888,6 +919,8 @@ def training_kwargs(config, section, device):
     kwargs["micro_batch"] = config["runtime"]["micro_batch"]
     if section == "fed":
         kwargs |= {key: config["fed"][key] for key in ("local_epochs", "proximal")}
+        if config["privacy"]["enabled"]:
+            kwargs["clip_norm"] = config["privacy"]["clip_norm"]
     else:
         kwargs["num_steps"] = config["personal"]["steps"]
     return kwargs
@@ -944,16 +977,16 @@ def save_state(run, state, workers):
 
 
 def forget_rounds(run, num_rounds):
-    """Drop the lines of rounds.jsonl that an interrupted round wrote, which is done again."""
+    """Drop the line of a round that was logged but not saved; it is done again."""
     path = run / "rounds.jsonl"
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         write_text(path, "".join(lines[:num_rounds]))
 
 
-def summarize_round(config, accountant, diagnostics):
-    """Return the rest of a round's record: the guarantee so far, and under "simulation" what only
-    a simulation can log.
+def summarize_round(config, accountant, cohorts, diagnostics):
+    """Return the rest of a round's record: the guarantee of the rounds of `cohorts`, and under
+    "simulation" what only a simulation can log.
 
     Raises ValueError if every client failed.
     """
@@ -970,22 +1003,25 @@ def summarize_round(config, accountant, diagnostics):
         simulation["clipped_share"] = float(np.mean(clipped))
     rate, noise_multiplier, _ = accountant.history[-1]
     record = {"sample_rate": rate, "noise_multiplier": noise_multiplier}
-    epsilon = accountant.epsilon_known_cohorts(config["privacy"]["delta"])
+    participations = privacy.most_participations(cohorts, accountant.num_rounds)
+    epsilon = accountant.epsilon_known_cohorts(config["privacy"]["delta"], participations)
     record["epsilon"] = math.inf if config["privacy"]["seed"] >= 0 else epsilon  # seeded: none
     return record | {"simulation": simulation}
 
 
 def validate(model, clients, state, workers, num_clients=12):
-    """Return the mean unexplained variance of a fixed sample of clients' validation clips with the
-    global adapter.
+    """Return the mean unexplained variance of the first clients' validation clips with the global
+    adapter.
     """
     lora.load_adapter_vector(model, state["adapter"])
     sample = clients[:num_clients]
     shares = {}
     for k in workers.assign([1.0] * len(sample)):
-        batch = sample[k].validation_batch(model)
-        shares[k] = float(fed.unexplained_variance(model, batch, seed=0).mean())
-    return float(np.mean(list(workers.merge(shares).values())))
+        with fed.catch_failure(sample[k], {}):
+            batch = sample[k].validation_batch(model)
+            shares[k] = float(fed.unexplained_variance(model, batch, seed=0).mean())
+    shares = workers.merge(shares)
+    return float(np.mean(list(shares.values()))) if shares else math.nan
 
 
 def log_round(run, record, workers):
@@ -1001,8 +1037,8 @@ def log_round(run, record, workers):
 
 
 def describe_communication(config, model, numbers):
-    """Return what a client sends and receives in a round with everybody in it, in numbers and
-    bytes.
+    """Return what a client sends and receives in a round of the expected size without dropouts, in
+    numbers and bytes.
     """
     whole = sum(p.numel() for p in model.parameters())
     num_vectors = 2 if config["fed"]["algorithm"] == "scaffold" else 1  # with c, and c_i's change
@@ -1024,7 +1060,14 @@ def describe_privacy(config, state):
         reason = "the clients' clips are pooled" if pooled else "privacy.enabled is false"
         return {"private": False, "epsilon": None, "reason": reason}
     accountant = privacy.Accountant(state["accountant"])
-    return privacy.privacy_report(mechanism, accountant, config["privacy"]["delta"])
+    if accountant.history:  # a resumed run may have changed fed.rounds, which chooses the noise
+        _, noise_multiplier, _ = accountant.history[-1]
+        mechanism = dataclasses.replace(mechanism, noise_multiplier=noise_multiplier)
+    num_clients = config["data"]["clients"]
+    cohorts = draw_cohorts(config, state["sampling_key"], num_clients, state["round"])
+    participations = privacy.most_participations(cohorts, accountant.num_rounds)
+    delta = config["privacy"]["delta"]
+    return privacy.privacy_report(mechanism, accountant, delta, participations)
 
 
 # ---------------------------------------------------------------- personal adapters
@@ -1053,7 +1096,8 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     model = personal_model(config, model, state["adapter"], directions)
     start = lora.adapter_vector(model)
     kwargs = training_kwargs(config, "personal", device)
-    made_by = {"description": describe_personal(config, state), "training": checksum(kwargs)}
+    recipe = {key: kwargs[key] for key in ("num_steps", "lr", "batch_size", "loss_weights")}
+    made_by = {"description": describe_personal(config, state), "training": checksum(recipe)}
     (run / "personal").mkdir(parents=True, exist_ok=True)
     paths = {client.name: run / "personal" / f"{client.name}.pt" for client in clients}
     finished = {}
@@ -1069,7 +1113,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     mine = workers.assign([1.0] * len(todo))
     for i in tqdm(mine, "personal adapters", disable=workers.rank > 0):
         client = clients[todo[i]]
-        seed = fed.derive_seed(config["fed"]["seed"], 10**6, todo[i])
+        seed = fed.derive_seed(config["fed"]["seed"], todo[i])
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
         liveliness = data.typical_liveliness(client.split["train"])
         content = made_by | {"adapter": trained, "liveliness": liveliness}
@@ -1167,12 +1211,11 @@ def baseline_frames(method, case, model):
     """Return frames [f 3 H W] in [0, 1] of a method that needs no trained UNet."""
     if method == "truth":
         return case.frames
-    reference = torch.from_numpy(case.reference).float() / 255
     if method == "copy reference":
-        return reference.expand_as(case.frames)
+        return (torch.from_numpy(case.reference).float() / 255).expand_as(case.frames)
     device = model.motion_std.device
     frames = (2 * case.frames - 1).to(device)
-    reference = (2 * reference - 1).to(device)
+    reference = data.to_float(case.reference, device)
     whole = torch.ones(1, device=device)  # nothing is divided here
     motion, _ = model.encode_motion(frames[None], reference[None], whole)  # 1 f m h w
     decoded = model.decode(motion / model.motion_std, reference[None], whole)[0]
@@ -1358,7 +1401,9 @@ def write_report(run, report, losses):
     rounds = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if len(rounds) > 1:
         unexplained = [r["simulation"]["unexplained"] for r in rounds]
-        panels.append(draw_curve("global adapter: unexplained variance by round", unexplained))
+        if None not in unexplained:
+            title = "global adapter: unexplained variance by round"
+            panels.append(draw_curve(title, unexplained))
     curves = np.concatenate([np.asarray(panel) for panel in panels], axis=1)
     save_picture(run / "curves.png", Image.fromarray(curves))
     print("\n".join(lines))
@@ -1369,7 +1414,7 @@ def write_report(run, report, losses):
 
 
 def load_run(config, run, device):
-    """Return backbone, model with adapters, judges and round state of a finished run."""
+    """Return backbone, model with adapters, judges and the state of a run's rounds so far."""
     backbone = load_checkpoint(run / "backbone.pt", "backbone")
     model, judges = restore_backbone(config, backbone, device)
     add_adapter(config, model, backbone["directions"], "lora")
@@ -1472,6 +1517,7 @@ def add_watermark(frames):
 def personalize_own(args, config, device):
     """--action personalize: train an adapter on a person's videos; measure it on other pieces."""
     output = Path(args.output or "me.pt")
+    data.check_output(output, (".pt",))
     backbone, model, judges, state = load_run(config, Path(args.resume), device)
     dataset = read_clips(config, args.clips, load_finder(config, backbone))
     if args.look:
@@ -1532,21 +1578,27 @@ def dry_run(config, device):
     print(f"parameters: {num_parameters:,}; trained and sent by a client: {len(adapter):,}")
     print(f"bytes per client and round: {sent['bytes_up']:,} up, {sent['bytes_down']:,} down")
 
-    mechanism = make_mechanism(config, len(adapter))
+    state = {"adapter": adapter, "round": f["rounds"], "sampling_key": sampling_key(config).hex()}
+    num_clients = config["data"]["clients"]
+    cohorts = draw_cohorts(config, state["sampling_key"], num_clients, f["rounds"])
+    mechanism = make_mechanism(config, len(adapter), privacy.most_participations(cohorts))
     noise_multiplier = mechanism.noise_multiplier if mechanism else 0.0
-    spent = [[accounted_rate(f), noise_multiplier, f["rounds"]]]
-    report = describe_privacy(config, {"adapter": adapter, "accountant": spent})
+    state["accountant"] = [[accounted_rate(f), noise_multiplier, f["rounds"]]]
+    report = describe_privacy(config, state)
     epsilon = f"inf: {report.get('reason') or report.get('no_privacy_because')}"
     if report["private"]:
         epsilon = f"{report['epsilon']:.4g} at delta {report['delta']:g} if cohorts are known, "
         epsilon += f"{report['epsilon_with_sampling']:.4g} if they are not"
     print(f"epsilon {epsilon}; noise multiplier {noise_multiplier:.4g}")
+    cohort = f["sample_rate"] * num_clients
+    if mechanism:
+        noise = mechanism.noise_std(1) * math.sqrt(len(adapter)) / (cohort * mechanism.clip_norm)
+        print(f"the noise on a round's mean is {noise:.3g} times the longest possible update")
 
     num_clips = synthetic["clips_per_client"]
     num_clips -= 2 * data.num_held_out(num_clips)
     windows = num_clips * int(synthetic["seconds"] * data.FPS / b["num_frames"])
     local_steps = fed.num_local_steps(windows, f["local_epochs"], f["batch_size"])
-    cohort = f["sample_rate"] * config["data"]["clients"]
     backbone_hours = b["steps"] * backbone_step / 3600
     rounds_hours = f["rounds"] * cohort * local_steps * client_step / 3600
     print(f"a step takes {backbone_step:.3g} s in the backbone and {client_step:.3g} s at a client")
@@ -1654,10 +1706,11 @@ def choose_devices(gpus):
 
 
 def die_with_parent():
-    """Ask Linux to kill this process when its parent ends, however that ends (prctl
-    PR_SET_PDEATHSIG).
+    """Have this process killed when its parent ends, however that ends (prctl PR_SET_PDEATHSIG,
+    which Linux alone has).
     """
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def launch(argv, num_workers):
@@ -1733,10 +1786,15 @@ def configure(args):
     own = load_config(run / "config.yaml")
     config = load_config(run / "config.yaml", args.preset, args.set)
     check_resumed(own, config)
-    if args.action in ("evaluate", "generate", "personalize"):
-        for name in ("backbone.pt", "last.pt"):
-            if not (run / name).exists():
-                raise ValueError(f"--resume {run}: no {name} there: the run has not come that far")
+    needed = {"generate": ["backbone.pt", "last.pt"], "personalize": ["backbone.pt", "last.pt"]}
+    needed["evaluate"] = [*needed["generate"], "report.json"]
+    for name in needed.get(args.action, []):
+        if not (run / name).exists():
+            raise ValueError(f"--resume {run}: no {name} there: the run has not come that far")
+    if args.action == "evaluate":  # which trains nothing
+        num_rounds = load_checkpoint(run / "last.pt", "global adapter")["round"]
+        if num_rounds < config["fed"]["rounds"] or config["personal"] != own["personal"]:
+            raise ValueError("--action evaluate trains nothing: continue with --resume alone")
     return config
 
 

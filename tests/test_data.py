@@ -1230,11 +1230,11 @@ def test_clients_with_too_few_clips_of_their_face_are_named(monkeypatch):
         name: [clip_of(name, str(i)) for i in range(3)] for name in ("anna", "bob", "carl")
     }
     people = data.People({}, {name: everybody[name] for name in ("anna", "bob")}, {"carl": []})
-    found = SimpleNamespace(people=everybody | {"carl": everybody["carl"][:1]})
+    found = SimpleNamespace(clips=[*everybody["anna"], *everybody["bob"], everybody["carl"][0]])
     monkeypatch.setattr(train, "read_clips", lambda *arguments: found)
-    config = {"data": {"root": "in"}}
+    config = {"data": {"root": "in"}, "backbone": {"num_frames": 8}}
     assert len(train.find_faces(config, people, None).unseen["carl"]) == 1
-    found.people = everybody | {"bob": everybody["bob"][:2]}
+    found.clips.remove(everybody["bob"][0])
     with pytest.raises(ValueError, match="face is found in fewer than 3 clips of bob$"):
         train.find_faces(config, people, None)
 

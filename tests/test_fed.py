@@ -503,6 +503,32 @@ def test_scaffolds_control_variates_stay_with_the_clients(monkeypatch, tmp_path)
     assert torch.equal(clients[1].load_control(2, 4), before)
 
 
+@pytest.mark.parametrize("num_rounds", [2, 60])
+def test_scaffolds_c_is_the_mean_of_all_c_i_though_updates_are_clipped(
+    monkeypatch, tmp_path, num_rounds
+):
+    clients = quadratic_clients(tmp_path / "clients")
+    broken = [QuadraticClient(f"b{i}", 1.0, None, tmp_path / "clients") for i in range(2)]
+    settings = ["privacy.clip_norm=0.75", "fed.algorithm=scaffold", f"fed.rounds={num_rounds}"]
+    everybody = clients + broken
+    state, records = run_rounds(monkeypatch, tmp_path, everybody, 1.0, settings, scaffold=True)
+    assert records[0]["simulation"]["clipped_share"] > 0
+    mean = sum(client.load_control(num_rounds, 4) for client in everybody) / len(everybody)
+    assert torch.allclose(state["control"], mean, atol=1e-5)
+    if num_rounds == 60:
+        optimum = np.dot(CURVATURES, TARGETS) / sum(CURVATURES)
+        assert float((state["adapter"] - optimum).abs().max()) < 0.02
+
+
+def test_a_killed_rounds_c_i_is_forgotten_if_the_client_then_fails(monkeypatch, tmp_path):
+    clients = quadratic_clients(tmp_path / "clients")
+    clients[0].save_control(1, torch.ones(4))  # of a round that was killed
+    clients[0].batch["target"] = None
+    settings = ["fed.algorithm=scaffold", "fed.rounds=1", "privacy.clip_norm=100.0"]
+    run_rounds(monkeypatch, tmp_path, clients, 1.0, settings, scaffold=True)
+    assert torch.equal(clients[0].load_control(1, 4), torch.zeros(4))
+
+
 def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
     """Another process may have had the client's last round, and its memory may be released."""
     one, other = (fed.Client("a", {"train": []}, 8, tmp_path) for _ in range(2))
@@ -561,6 +587,20 @@ def test_the_rounds_noise_has_the_promised_size(monkeypatch, tmp_path):
     assert records[-1]["epsilon"] == pytest.approx(
         privacy.gaussian_epsilon(1 / math.sqrt(40), 1e-5)
     )
+
+
+def test_epsilon_counts_the_rounds_of_the_client_that_is_in_most(monkeypatch, tmp_path):
+    clients = [QuadraticClient(f"c{i}", 0.0, 0.0) for i in range(20)]
+    settings = ["fed.rounds=12", "fed.sample_rate=0.3", "privacy.target_epsilon=2.0"]
+    settings.append("privacy.survivor_share=0.51")
+    state, records = run_rounds(monkeypatch, tmp_path, clients, 0.0, settings)
+    counts = np.zeros(20, int)
+    z = records[0]["noise_multiplier"]
+    for i, record in enumerate(records):
+        counts[privacy.draw_cohort(20, 0.3, bytes(32), i)] += 1
+        exact = privacy.gaussian_epsilon(z / math.sqrt(counts.max()), 1e-5)
+        assert record["epsilon"] == pytest.approx(exact)
+    assert counts.max() < 12 and records[-1]["epsilon"] == pytest.approx(2.0, rel=1e-4)
 
 
 def test_a_client_that_fails_costs_its_own_update_only(monkeypatch, tmp_path):

@@ -4,9 +4,7 @@ import copy
 import itertools
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -1062,7 +1060,12 @@ def test_bytes_are_counted_and_few(toy_group):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(noise_multiplier=0.02, weight_scale=2.0, num_curious=2), dict(length=308)]
+    "changes",
+    [
+        {},
+        dict(noise_multiplier=0.02, weight_scale=2.0, num_curious=2),
+        dict(length=40, noise_multiplier=2.8),
+    ],
 )
 def test_the_canaries_flag_every_defect_and_no_sound_mechanism(changes):
     for seed in range(2):
@@ -1077,8 +1080,22 @@ def test_the_canaries_flag_every_defect_and_no_sound_mechanism(changes):
         privacy.canary_audit(m, 1e-5, "cosmic rays")
     with pytest.raises(ValueError):
         privacy.canary_audit(mechanism(length=3), 1e-5)
-    _, why = privacy.canary_audit(mechanism(length=8, seed=0), 1e-5, seed=0)
-    assert "too few" in why
+    with pytest.raises(ValueError, match="too long to measure"):
+        privacy.canary_audit(mechanism(length=8, noise_multiplier=20.0), 1e-5)
+
+
+def test_the_canaries_flag_a_sum_of_weights_without_noise(monkeypatch):
+    m = mechanism(length=40)
+    draw = Mechanism._noise
+
+    def bare_weights(self, std, context):
+        noise = draw(self, std, context)
+        noise[-1] = 0
+        return noise
+
+    monkeypatch.setattr(Mechanism, "_noise", bare_weights)
+    flagged, why = privacy.canary_audit(m, 1e-5, seed=0)
+    assert flagged and "the sum of weights lacks noise" in why
 
 
 @pytest.mark.parametrize("z", [0.02, 1.0, 3.0])
@@ -1104,7 +1121,7 @@ def state_of_a_run(length=1232, **changes):
         "adapter": torch.zeros(length),
         "control": torch.zeros(length),
         "accountant": [[1.0, 4.0, 3]],
-        "sampling_key": b"0" * 32,
+        "sampling_key": "00" * 32,
         "description": {"rank": 4, "alpha": 8.0, "train": "R"},
     }
     return state | changes
@@ -1120,11 +1137,35 @@ def state_of_a_run(length=1232, **changes):
         dict(updates=np.zeros((12, 1232))),
         dict(half=torch.zeros(1232, dtype=torch.float16)),
         dict(adapter=torch.zeros(2, 1232)),
+        dict(control=torch.zeros(2464)),
+        dict(uploads=torch.zeros(1232, dtype=torch.int64)),
+        dict(update=torch.zeros(40)),
+        dict(accountant=[[1.0, 4.0, 3], [0.0] * 40]),
+        dict(description={"origin": "0" * 1000}),
+        dict(sampling_key="00" * 1232),
     ],
 )
 def test_a_checkpoint_with_vectors_of_clients_is_flagged(extra):
-    assert not privacy.checkpoint_audit(state_of_a_run(), 1232)[0]
+    many_rows = [[1.0, 4.0 + i, 1] for i in range(100)]
+    for honest in (state_of_a_run(), state_of_a_run(accountant=many_rows)):
+        assert not privacy.checkpoint_audit(honest, 1232)[0]
     assert privacy.checkpoint_audit(state_of_a_run(**extra), 1232)[0]
+    assert privacy.checkpoint_audit(state_of_a_run(40, update=torch.zeros(40)), 40)[0]
+
+
+def test_only_the_rounds_of_the_busiest_client_count():
+    """1,000 clients, 10 a round, 100 rounds: z is chosen for the handful that a client joins."""
+    key = bytes(32)
+    for fixed in (False, True):
+        cohorts = [privacy.draw_cohort(1000, 0.01, key, i, fixed) for i in range(100)]
+        counts = np.zeros(1000, int)
+        for cohort in cohorts:
+            counts[cohort] += 1
+        most = privacy.most_participations(cohorts)
+        assert most == counts.max() <= privacy.likely_participations(1000, 0.01, 100) < 10
+        assert privacy.most_participations(cohorts, 103) == most + 3  # rounds of killed runs
+    assert privacy.most_participations([]) == 0
+    assert privacy.likely_participations(100, 1.0, 7) == 7
 
 
 # ---------------------------------------------------------------- report
@@ -1133,14 +1174,14 @@ def test_a_checkpoint_with_vectors_of_clients_is_flagged(extra):
 def test_the_headline_holds_against_who_knows_the_cohorts():
     m = mechanism(noise_multiplier=2.0)
     accountant = privacy.Accountant([[0.1, 2.0, 5]])
-    report = privacy.privacy_report(m, accountant, 1e-5)
+    report = privacy.privacy_report(m, accountant, 1e-5, 5)
     exact = privacy.gaussian_epsilon(2.0 / math.sqrt(5), 1e-5)
     assert report["epsilon"] == pytest.approx(exact)
     assert report["epsilon_with_sampling"] == privacy.compute_epsilon(0.1, 2.0, 5, 1e-5)
     assert report["private"] is True and report["rounds"] == 5
     assert json.loads(json.dumps(report)) == report
     # sampling is never an obstacle
-    often = privacy.privacy_report(m, privacy.Accountant([[0.99, 2.0, 5]]), 1e-5)
+    often = privacy.privacy_report(m, privacy.Accountant([[0.99, 2.0, 5]]), 1e-5, 5)
     assert often["epsilon_with_sampling"] <= often["epsilon"]
 
 
@@ -1148,7 +1189,7 @@ def test_a_run_without_noise_or_with_seeded_noise_reports_no_epsilon():
     spent = privacy.Accountant([[0.1, 1.0, 5]])
     clear = privacy.Accountant([[0.1, 0.0, 1], [0.1, 1.0, 5]])
     for m, accountant in ((mechanism(seed=1), spent), (mechanism(), clear)):
-        report = privacy.privacy_report(m, accountant, 1e-5)
+        report = privacy.privacy_report(m, accountant, 1e-5, 2)
         assert report["epsilon"] is report["epsilon_with_sampling"] is None
         assert report["private"] is False and report["no_privacy_because"]
 
@@ -1156,7 +1197,7 @@ def test_a_run_without_noise_or_with_seeded_noise_reports_no_epsilon():
 def test_delta_is_below_one_over_the_number_of_clients():
     for delta in (0.05, 0.5, 0.0, math.nan):
         with pytest.raises(ValueError):
-            privacy.privacy_report(mechanism(), privacy.Accountant(), delta)
+            privacy.privacy_report(mechanism(), privacy.Accountant(), delta, 0)
 
 
 def write_run(folder, log=None, spent=3, state=None, **claims):
@@ -1167,10 +1208,11 @@ def write_run(folder, log=None, spent=3, state=None, **claims):
         log = []
         for r in range(3):
             epsilon = privacy.gaussian_epsilon(4.0 / math.sqrt(r + 1), 1e-5)
-            log.append(dict(round=r, sample_rate=1.0, noise_multiplier=4.0, epsilon=epsilon))
+            row = dict(round=r, cohort_size=m.num_clients, sample_rate=1.0)
+            log.append(row | dict(noise_multiplier=4.0, epsilon=epsilon))
     if state is None:
         state = state_of_a_run(accountant=accountant.history)
-    report = privacy.privacy_report(m, accountant, 1e-5) | claims
+    report = privacy.privacy_report(m, accountant, 1e-5, spent) | claims
     torch.save({"kind": "global adapter", "state": state}, folder / "last.pt")
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (folder / "report.json").write_text(json.dumps({"privacy": report}))
@@ -1208,6 +1250,14 @@ def test_a_report_that_does_not_follow_is_refused(tmp_path):
             state=state_of_a_run(accountant=silent),
         ),
         "a log with a smaller epsilon": dict(log=[*log[:2], log[2] | dict(epsilon=1.0)]),
+        "a log without a guarantee": dict(log=[*log[:2], log[2] | dict(epsilon=None)]),
+        "a log with NaN": dict(log=[*log[:2], log[2] | dict(epsilon=math.nan)]),
+        "cohorts that the key does not draw": dict(
+            log=[row | dict(sample_rate=0.5, cohort_size=1) for row in log],
+            state=state_of_a_run(accountant=[[0.5, 4.0, 3]]),
+        ),
+        "less noise than was spent": dict(state=state_of_a_run(accountant=[[1.0, 3.0, 3]])),
+        "more noise than was spent": dict(noise_multiplier=30.0),
         "vectors of clients": dict(state=state_of_a_run(controls=per_client)),
         "another adapter": dict(state=state_of_a_run(length=1000)),
         "seeded noise": dict(seed=1),
@@ -1225,7 +1275,7 @@ def test_a_report_that_does_not_follow_is_refused(tmp_path):
 def test_scaffolds_control_variates_of_clients_are_found_in_a_run(tmp_path):
     """With SCAFFOLD an upload is twice as long as the adapter, and c_i as long as the adapter."""
     report = privacy.privacy_report(
-        mechanism(noise_multiplier=4.0, length=2464), privacy.Accountant([[1.0, 4.0, 3]]), 1e-5
+        mechanism(noise_multiplier=4.0, length=2464), privacy.Accountant([[1.0, 4.0, 3]]), 1e-5, 3
     )
     write_run(tmp_path, **{key: report[key] for key in ("length", "sensitivity")})
     assert privacy.verify_run(tmp_path)["private"]
@@ -1266,7 +1316,9 @@ def test_the_audit_prints_a_table_and_finds_every_defect(capsys):
     ["", "--noise -1", "--noise x", "--noise nan", "--noise 1 --rate 2", "--noise 1 --delta 0"]
     + ["--noise 1 --delta 0.1", "--noise 1 --rounds 0", "--noise 1 --clients 0", "--nose 1"]
     + ["--target-epsilon 0", "--target-epsilon nan", "--noise 1 --target-epsilon 8"]
-    + ["--noise 1 --audit --length 0", "--noise 1 --rounds " + "9" * 400, "--verify /nowhere"],
+    + ["--noise 1 --audit --length 0", "--noise 1 --audit --clients 1"]
+    + ["--noise 1 --audit --length 100000000000"]
+    + ["--noise 1 --rounds " + "9" * 400, "--verify /nowhere"],
 )
 def test_errors_are_one_line_and_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -1276,12 +1328,10 @@ def test_errors_are_one_line_and_status_2(arguments, capsys):
     assert printed.err.count("\n") == 1 and not printed.out
 
 
-def test_verify_on_the_command_line(tmp_path):
+def test_verify_on_the_command_line(tmp_path, capsys):
     write_run(tmp_path)
-    command = [sys.executable, privacy.__file__, "--verify", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    good = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert good.returncode == 0 and json.loads(good.stdout)["private"]
+    privacy.main(["--verify", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out)["private"]
     write_run(tmp_path, epsilon=1.0)
     with pytest.raises(SystemExit) as stop:
         privacy.main(["--verify", str(tmp_path)])

@@ -134,10 +134,10 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--set", "fed.lr=!!bool x"], "--set fed.lr is not valid YAML"),
         (["--set", "fed.lr=" + "[" * 3000], "--set fed.lr is not valid YAML"),
         (["--set", "data={size: 32, size: 64}"], "stands twice"),
-        (["--set", f"model.channels={[8] * 9}"], "up to 8 numbers"),
+        (["--set", f"model.channels={[8] * 9}"], "1 to 8 numbers"),
         (["--set", "model.channels=[0]"], "model.channels must lie in 8"),
         (["--set", "model.autoencoder_channels=[8]", "model.latent_channels=49"], "too few for 49"),
-        (["--set", "model.prior_modes=6000"], "model.prior_modes must lie in 1 ... 5000"),
+        (["--set", "model.prior_modes=6000"], "model.prior_modes must lie in 1 ... 2560"),
         (["--set", "personal.rank=0"], "personal.rank must lie in 1"),
         (["--set", "personal.train=C"], "personal.train must be one of R, B, AB"),
         (["--set", "sampling.num_steps=1001"], "sampling.num_steps must lie in 1 ... 1000"),
@@ -702,15 +702,19 @@ def test_two_workers_one_of_them_killed_make_the_same_run_as_one(finished, monke
     settings += ["privacy.survivor_share=0.55", "privacy.num_curious=0", "privacy.seed=0"]
     scaffold = ["--preset", "scaffold", "--set", *settings, "fed.sample_rate=0.9"]
     train.main(["--gpus", "cpu", *scaffold, "name=one"])
-    with run_command("--gpus", "cpu:2", *scaffold, "name=two") as parent:
-        while parent.poll() is None and not list((folder / "runs").glob("*-two/rounds.jsonl")):
-            time.sleep(0.02)
-        workers = children_of(parent.pid)
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        output = parent.communicate()[0]
-    assert "error: worker 1 was ended by SIGKILL: continue with --resume" in output, output
-    assert parent.returncode == 2 and "Traceback" not in output
-    assert not any(alive(pid) for pid in workers)
+    port = str(free_port())
+    workers = []
+    for rank in ("0", "1"):  # as torchrun starts them
+        variables = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
+        arguments = ["--gpus", "cpu", *scaffold, "name=two"]
+        workers.append(run_command(*arguments, env=os.environ | variables))
+    while workers[0].poll() is None and not list((folder / "runs").glob("*-two/rounds.jsonl")):
+        time.sleep(0.02)
+    workers[1].kill()
+    output, _ = [worker.communicate()[0] for worker in workers]
+    assert "error: another worker has ended: continue with --resume" in output, output
+    assert workers[0].returncode == 2 and "Traceback" not in output
     one = next((folder / "runs").glob("*-one"))
     two = next((folder / "runs").glob("*-two"))
     train.main(["--gpus", "cpu", "--resume", str(two)])
@@ -725,6 +729,12 @@ def test_two_workers_one_of_them_killed_make_the_same_run_as_one(finished, monke
         assert torch.equal(*own)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_node(rank, num_workers, port, folder, *arguments):
     """Start one of two machines of a run by torchrun, with `folder` for its disk."""
     options = {"nnodes": 2, "node-rank": rank, "nproc-per-node": num_workers}
@@ -733,7 +743,7 @@ def run_node(rank, num_workers, port, folder, *arguments):
     command += [f"--{name}={value}" for name, value in options.items()]
     command += [str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=folder, **pipes)
 
 
 def test_two_machines_that_share_no_disk_make_the_run_of_one_process(
@@ -750,34 +760,22 @@ def test_two_machines_that_share_no_disk_make_the_run_of_one_process(
     for record in read_rounds(alone):
         assert (record["cohort_size"], record["sample_rate"]) == (4, 1.0)  # of five clients
 
-    def start_both(*arguments):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        first = run_node(0, 1, port, folder, *arguments)
-        return first, run_node(1, 2, port, tmp_path, *arguments)
-
-    first, second = start_both(*settings, "name=nodes")
-    while first.poll() is None and not list((folder / "runs").glob("*-nodes/rounds.jsonl")):
-        time.sleep(0.02)
-    os.killpg(second.pid, signal.SIGKILL)
-    second.communicate()
-    output = first.communicate(timeout=60)[0]
-    assert first.returncode != 0, output
-    assert "error: another worker has ended: continue with --resume" in output, output
-    nodes = next((folder / "runs").glob("*-nodes"))
-    for node in start_both("--resume", str(nodes)):
+    port = free_port()
+    settings.append("name=nodes")
+    nodes = [run_node(0, 1, port, folder, *settings), run_node(1, 2, port, tmp_path, *settings)]
+    for node in nodes:
         output = node.communicate()[0]
         assert node.returncode == 0, output
+    together = next((folder / "runs").glob("*-nodes"))
     for name in ("last.pt", "personal/client-000.pt", "personal/client-001.pt"):
         kind = "global adapter" if name == "last.pt" else "personal adapter"
-        states = [train.load_checkpoint(run / name, kind)["adapter"] for run in (alone, nodes)]
+        states = [train.load_checkpoint(run / name, kind)["adapter"] for run in (alone, together)]
         assert torch.equal(*states), name
-    reports = [json.loads((run / "report.json").read_text()) for run in (alone, nodes)]
+    reports = [json.loads((run / "report.json").read_text()) for run in (alone, together)]
     for section in ("rows", "paired", "unseen", "unexplained"):
         assert reports[0][section] == reports[1][section], section
     for picture in ("grid.png", "curves.png"):
-        assert (alone / picture).read_bytes() == (nodes / picture).read_bytes()
+        assert (alone / picture).read_bytes() == (together / picture).read_bytes()
 
 
 def test_a_port_in_use_is_one_line(finished, monkeypatch, capsys):
@@ -791,24 +789,33 @@ def test_a_port_in_use_is_one_line(finished, monkeypatch, capsys):
         assert "the workers cannot meet" in fails(capsys, "--set", *TINY, *places(finished[0]))
 
 
-@pytest.mark.parametrize("stage", ["start", "backbone"])
-def test_workers_end_with_their_parent(finished, stage):
-    folder, _ = finished
-    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=100"]
-    with run_command("--gpus", "cpu:2", "--set", *settings, "name=end") as parent:
-        workers = []
-        # The third makes batches for the backbone.
-        while len(workers) < (2 if stage == "start" else 3):
+def test_a_lost_worker_ends_the_run():
+    with run_command("--gpus", "cpu:2", "--set", *TINY) as parent:
+        while len(workers := children_of(parent.pid)) < 2:
             assert parent.poll() is None
-            workers = children_of(parent.pid)
-            workers += [pid for worker in workers for pid in children_of(worker)]
+            time.sleep(0.01)
+        os.kill(int(workers[1]), signal.SIGKILL)
+        output = parent.communicate()[0]
+    assert "error: worker 1 was ended by SIGKILL: continue with --resume" in output, output
+    assert parent.returncode == 2 and "Traceback" not in output
+    assert not any(alive(pid) for pid in workers)
+
+
+# The launcher's children are workers, a worker's child makes batches for the backbone.
+@pytest.mark.parametrize("gpus, num_children", [("cpu:2", 2), ("cpu", 1)])
+def test_processes_end_with_their_parent(finished, gpus, num_children):
+    folder, _ = finished
+    settings = [*TINY, *places(folder), "backbone.steps=100"]
+    with run_command("--gpus", gpus, "--set", *settings, "name=end") as parent:
+        while len(children := children_of(parent.pid)) < num_children:
+            assert parent.poll() is None
             time.sleep(0.01)
         parent.send_signal(signal.SIGTERM)
         parent.communicate()
     deadline = time.time() + 10
-    while any(alive(pid) for pid in workers) and time.time() < deadline:
+    while any(alive(pid) for pid in children) and time.time() < deadline:
         time.sleep(0.05)
-    assert not any(alive(pid) for pid in workers)
+    assert not any(alive(pid) for pid in children)
 
 
 # ---------------------------------------------------------------- other
@@ -827,9 +834,9 @@ def test_the_mechanism_is_checked_for_as_many_numbers_as_are_sent(monkeypatch, c
     lengths = []
     make_mechanism = train.make_mechanism
 
-    def recorded(config, length):
+    def recorded(config, length, *args):
         lengths.append(length)
-        return make_mechanism(config, length)
+        return make_mechanism(config, length, *args)
 
     monkeypatch.setattr(train, "make_mechanism", recorded)
     train.main(["--gpus", "cpu", "--action", "dry-run", "--set", *TINY])

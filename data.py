@@ -1237,9 +1237,11 @@ def load_people(
             dataset.skipped.append((clip.path, reason))
     print_troubles(dataset, most=20)
     people = by_person(dataset.clips, min_frames)
-    # Clients need a clip each for training, validation and testing.
+    # Clients need a clip each for training, validation and testing; unseen people one for the
+    # reference picture and one to be measured on.
     few = {name for name, clips in people.items() if len(clips) < 3}
-    roles = split_people(list(people), num_clients, num_unseen, seed, few)
+    single = {name for name, clips in people.items() if len(clips) < 2}
+    roles = split_people(list(people), num_clients, num_unseen, seed, few, single)
     if len(roles[0]) < MIN_PUBLIC:
         raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
     return People(*({name: people[name] for name in names} for names in roles))
@@ -1256,11 +1258,12 @@ def print_troubles(dataset, most=None):
             print(f"{title}: {len(files) - most} more (python data.py --check {dataset.root})")
 
 
-def split_people(names, num_clients, num_unseen, seed, no_clients=()):
+def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unseen=()):
     """Disjoint sorted lists of public people, clients and unseen people.
 
     Names such as client-003 keep their role, but nobody in `no_clients`, who have too few clips, is
-    a client. Raises ValueError if there are too few people.
+    a client, and those in `last_unseen` are unseen only where nobody else is left. Raises
+    ValueError if there are too few people.
     """
     if num_clients < 1 or num_unseen < 0:
         raise ValueError(f"{num_clients} clients and {num_unseen} unseen people: 1 and 0 at least")
@@ -1271,6 +1274,8 @@ def split_people(names, num_clients, num_unseen, seed, no_clients=()):
     rng_of("people", seed).shuffle(free)
     for role, wanted in (("client", num_clients), ("unseen", num_unseen)):
         fit = [name for name in free if role != "client" or name not in no_clients]
+        if role == "unseen":
+            fit.sort(key=lambda name: name in last_unseen)
         missing = max(0, wanted - len(roles[role]))
         roles[role] = roles[role][:wanted] + fit[:missing]
         free = [name for name in free if name not in roles[role]]

@@ -1215,6 +1215,10 @@ def test_who_has_too_few_clips_to_split_is_no_client(tmp_path, grey_clips):
     public, clients, unseen = data.split_people(names, 4, 1, seed=1, no_clients=few)
     assert len(clients) == 4 and not few & set(clients)
     assert unseen == ["unseen-0"] and "client-0" in public
+    single = {*names[:7], "client-0"}
+    unseen = data.split_people(names, 1, 2, 1, few | {"speaker7"}, single)[2]
+    assert unseen == ["speaker7", "unseen-0"]
+    assert len(data.split_people(names, 1, 3, 1, few | {"speaker7"}, single)[2]) == 3
     for i in range(10, 22):
         copy(grey_clips[0], tmp_path / "in" / f"p{i}" / "0.mp4")
         for k in range(1, 2 if i < 19 else 3):

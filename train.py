@@ -87,7 +87,7 @@ RANGES = {
     "sampling.guidance": (0, 100),
     "sampling.temperature": (0, 2),
     "sampling.window": (2 * (talking.KNOWN_FRAMES + 1), 1000),
-    "evaluate.num_frames": (6, 1e9),
+    "evaluate.num_frames": (6, 1e9),  # two windows of the sync judges
     "runtime.threads": (0, 1024),
 }
 CHOICES = {
@@ -1497,7 +1497,7 @@ def read_speech_windows(args, config):
     audio = data.read_speech(args.speech)
     if args.seconds:
         audio = audio[: round(args.seconds * data.SAMPLE_RATE)]
-    num_frames = max(6, len(audio) // data.SAMPLES_PER_FRAME)
+    num_frames = max(1, len(audio) // data.SAMPLES_PER_FRAME)
     length = num_frames * data.SAMPLES_PER_FRAME
     audio = np.pad(audio, (0, max(0, length - len(audio))))[:length]
     mel = data.audio_windows(data.log_mel(audio), config["data"]["window"])

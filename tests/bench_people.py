@@ -5,6 +5,9 @@ Trains the autoencoder and the UNet of the preset `faces` on the people in the f
 trains on, and for six clips of the person with most clips. Then lets them speak and measures by
 `witness.py`. Prints a table of means with 95 % intervals; numbers only are kept. What is trained
 stays in --work and is used again.
+
+`--curve RUN` instead takes the backbone of a finished run of the preset `faces` and its client with
+most clips: what do personal adapters of 5, 15, 60 and 300 seconds of own video add?
 """
 
 import argparse
@@ -28,6 +31,7 @@ import witness  # noqa: E402
 NUM_FRAMES = 100
 NUM_TESTS = 6  # clips of a person
 OWN_SECONDS = 60  # of video for a personal adapter
+SECONDS = (5, 15, 60, 300)  # ... and of the curve
 COLUMNS = {
     "mouth_r": "mouth r",
     "mouth_std_ratio": "its deviation ÷ truth's",
@@ -80,12 +84,30 @@ def pretrain(config, public, work):
     return model.eval().requires_grad_(False), content["directions"]
 
 
-def with_own_adapter(config, model, directions, name, clips):
-    """Return the model with an adapter of at most OWN_SECONDS of a person's clips."""
+def first_seconds(clips, seconds):
+    """Return the first clips, of so many seconds in all."""
     own = []
+    left = round(seconds * data.FPS)
     for clip in clips:
-        if sum(other.num_frames for other in own) < OWN_SECONDS * data.FPS:
-            own.append(clip)
+        if left > 0:
+            own.append(data.slice_clip(clip, 0, min(left, clip.num_frames)))
+            left -= clip.num_frames
+    return own
+
+
+def varied_seconds(clips, seconds):
+    """Return so many pieces of a second, each with the sound most unlike that of those before."""
+    pieces = [piece for piece in data.segment(clips, 1.0) if piece.num_frames == data.FPS]
+    sounds = np.stack([piece.mel.mean(0) for piece in pieces])  # n 40
+    chosen = [int(np.square(sounds - sounds.mean(0)).sum(1).argmax())]
+    while len(chosen) < seconds:
+        distance = np.square(sounds[:, None] - sounds[chosen]).sum(2).min(1)
+        chosen.append(int(distance.argmax()))
+    return [pieces[i] for i in chosen]
+
+
+def with_own_adapter(config, model, directions, name, own):
+    """Return the model with an adapter trained on a person's clips `own`."""
     adapted = train.add_adapter(config, copy.deepcopy(model), directions, "personal")
     split = {"train": own, "validation": [], "test": []}
     same_clip = config["data"]["same_clip_reference"]
@@ -156,14 +178,37 @@ def table(title, by_person):
     return lines
 
 
+def draw_curve(run):
+    """Return a table of the run's client with most clips by seconds of own video."""
+    config = train.load_config(run / "config.yaml")
+    people = train.load_people(config)
+    backbone = train.load_checkpoint(run / "backbone.pt", "backbone")
+    model, _ = train.restore_backbone(config, backbone, torch.device("cpu"))
+    name = max(people.clients, key=lambda client: len(people.clients[client]))
+    split = data.split_clips(people.clients[name], config["seed"])
+    step = len(split["test"]) // NUM_TESTS
+    split["test"] = split["test"][::step][:NUM_TESTS]
+    own = {f"first {seconds} s": first_seconds(split["train"], seconds) for seconds in SECONDS}
+    own[f"{SECONDS[0]} s of varied sound"] = varied_seconds(split["train"], SECONDS[0])
+    models = {"backbone": model}
+    for title, clips in own.items():
+        models[title] = with_own_adapter(config, model, backbone["directions"], name, clips)
+    all_speech = split["test"] + split["validation"][:NUM_TESTS]
+    return table("own video", {name: measure(config, models, split, all_speech)})
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("root", help="folder of people, as data.root")
+    parser.add_argument("root", nargs="?", help="folder of people, as data.root")
+    parser.add_argument("--curve", type=Path, metavar="RUN", help="a finished run, instead")
     parser.add_argument("--work", type=Path, default=Path("runs/people"))
     parser.add_argument(
         "--set", nargs="*", default=[], help="changes of the preset, as in train.py"
     )
     args = parser.parse_args(argv)
+    if args.curve:
+        print("\n".join(draw_curve(args.curve)))
+        return
     config = train.load_config(train.DEFAULTS, ["faces"], [f"data.root={args.root}", *args.set])
     d = config["data"]
     dataset = data.TalkingHeads(args.root, d["size"], d["crop"], config["runtime"]["cache"] or None)
@@ -176,8 +221,9 @@ def main(argv=None):
         for name, split in splits.items():
             models = {"backbone": model}
             if title == "unseen people":
-                own = with_own_adapter(config, model, directions, name, split["train"])
-                models[f"own adapter, {OWN_SECONDS} s"] = own
+                own = first_seconds(split["train"], OWN_SECONDS)
+                adapted = with_own_adapter(config, model, directions, name, own)
+                models[f"own adapter, {OWN_SECONDS} s"] = adapted
             by_person[name] = measure(config, models, split, all_speech)
         results[title] = table(title, by_person)
         print("\n".join(results[title]) + "\n", flush=True)

@@ -1284,11 +1284,35 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
     changed = options | {"seed": 1, "synthetic": talkers | {"accent": 0.5}}
     with pytest.raises(ValueError, match="made with another seed, accent: "):
         data.load_people(tmp_path / "synthetic-small", num_clients=2, **changed)
-    (tmp_path / "synthetic-small" / "options.json").unlink()  # as if it was made by `data.py`
+    with pytest.raises(ValueError, match="cannot be split into 2 clients"):
+        data.load_people(tmp_path / "synthetic-small", num_clients=2, **options, min_frames=11)
+    assert "only 10 frames long, backbone.num_frames needs 11" in capsys.readouterr().out
+    record = tmp_path / "synthetic-small" / "options.json"
+    record.write_text("{}")  # of another version
+    with pytest.raises(ValueError, match="made with another num_clients, num_unseen, size, "):
+        data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)
+    record.unlink()  # as if somebody else had made it
     with pytest.raises(ValueError, match="cannot be split into 3 clients"):
         data.load_people(tmp_path / "synthetic-small", num_clients=3, **options)
     with pytest.raises(ValueError, match="no dataset"):
         data.load_people(tmp_path / "other", num_clients=2, **options)
+
+
+def test_talkers_made_by_hand_are_not_mistaken_for_others(tmp_path):
+    root = tmp_path / "synthetic-own"
+    people = ["--num-public", "8", "--num-clients", "2", "--num-unseen", "0"]
+    assert data.main(["--make", str(root), *people, "--size", "16", "--seconds", "0.4"]) is None
+    options = {"public_people": 8, "clips_per_client": 10, "seconds": 0.4, "accent": 1.0}
+    with pytest.raises(ValueError, match="made with another accent: "):
+        data.load_people(root, 16, 1.0, 2, 0, 0, tmp_path / "cache", options)
+
+
+def test_one_worker_of_a_machine_prints(tmp_path, monkeypatch, capsys):
+    troubles = SimpleNamespace(skipped=[(Path("a.mp4"), "is empty")], notes=[], root=tmp_path)
+    for rank, printed in (("0", "skipped: a.mp4: is empty\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        data.print_troubles(troubles)
+        assert capsys.readouterr().out == printed
 
 
 def clip_of(person, name, num_frames=30):

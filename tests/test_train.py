@@ -135,6 +135,10 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--set", "fed.lr=" + "[" * 3000], "--set fed.lr is not valid YAML"),
         (["--set", "data={size: 32, size: 64}"], "stands twice"),
         (["--set", f"model.channels={[8] * 9}"], "1 to 8 numbers"),
+        (["--set", "model.channels=[]", "model.channels=[64]"], "1 to 8 numbers"),
+        (["--set", "lora.train=B", "lora.rank=17"], "lora.rank must be at most 16"),
+        (["--preset", "centralized", "lrs3"], "centralized needs"),
+        (["--preset", "centralized", "--set", "fed.dropout_rate=0.5"], "centralized needs"),
         (["--set", "model.channels=[0]"], "model.channels must lie in 8"),
         (["--set", "model.autoencoder_channels=[8]", "model.latent_channels=49"], "too few for 49"),
         (["--set", "model.prior_modes=6000"], "model.prior_modes must lie in 1 ... 2560"),
@@ -168,6 +172,16 @@ def test_ranges_and_choices_are_of_keys_that_exist():
 
     for name in [*train.RANGES, *train.CHOICES]:
         assert name in KEYS, name
+
+
+def test_settings_may_be_taken_back_and_shared(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "fed: &fed {rounds: 3, lr: 0.01}\npresets: {slow: {fed: {<<: *fed, rounds: 9}}}\n"
+    )
+    config = train.load_config(own, ["slow"], ["privacy.seed=5", "privacy.seed=-1"])
+    assert config["fed"]["rounds"] == 9 and config["fed"]["lr"] == 0.01
+    assert config["privacy"]["seed"] == -1
 
 
 def test_settings_given_in_two_places_all_count(capsys):
@@ -418,8 +432,10 @@ def test_the_watermark_is_in_the_corner_and_nowhere_else():
 def test_own_videos_become_an_adapter_that_only_its_run_accepts(finished, tmp_path, capsys):
     folder, run = finished
     output = tmp_path / "me.pt"
-    clips = ["--clips", str(folder / "people" / "client-001"), "--output", str(output)]
-    train.main(["--gpus", "cpu", "--action", "personalize", "--resume", str(run), *clips])
+    clips = ["--clips", str(folder / "people" / "client-001"), "--output"]
+    personalize = ["--action", "personalize", "--resume", str(run), *clips]
+    assert "must end in .pt" in fails(capsys, *personalize, str(tmp_path / "me"))
+    train.main(["--gpus", "cpu", *personalize, str(output)])
     assert "held-out pieces, personal adapter" in capsys.readouterr().out
     generate(run, first_clip(folder, "client-001"), tmp_path / "talk.mp4", "--adapter", str(output))
     base = ["--action", "generate", "--resume", str(run), "--reference", str(run / "grid.png")]
@@ -598,6 +614,27 @@ def test_evaluating_repeats_nothing(finished):
     for path, content in before.items():
         if path.name in unchanged:
             assert after[path] == content, path
+
+
+def test_evaluating_trains_nothing(finished, tmp_path, capsys):
+    folder, run = finished
+    again = ["--action", "evaluate", "--resume", str(run)]
+    for change in ("fed.rounds=3", "personal.steps=2"):
+        assert "evaluate trains nothing" in fails(capsys, *again, "--set", change)
+    unfinished = tmp_path / "run"
+    shutil.copytree(run, unfinished)
+    (unfinished / "report.json").unlink()
+    assert "no report.json there" in fails(capsys, *again[:-1], str(unfinished))
+
+
+def test_personal_adapters_do_not_depend_on_the_device(finished, tmp_path, monkeypatch):
+    _, run = finished
+    skip_evaluation(monkeypatch)
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    before = snapshot(copied / "personal")
+    train.main(["--gpus", "cpu", "--resume", str(copied), "--set", "runtime.micro_batch=1"])
+    assert snapshot(copied / "personal") == before
 
 
 def test_more_rounds_make_new_personal_adapters(finished, tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ that `imageio_ffmpeg` brings.
 import argparse
 import colorsys
 import contextlib
+import ctypes
 import difflib
+import errno
 import functools
 import hashlib
 import io
@@ -18,10 +20,12 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import unicodedata
 import warnings
@@ -100,6 +104,14 @@ class Clip:
     def num_frames(self):
         """f, without opening the cache."""
         return len(self.__dict__["_frames"])
+
+    @property
+    def fingerprint(self):
+        """What differs for other frames or sound, without reading a cached clip's."""
+        frames = self.__dict__["_frames"]
+        if isinstance(frames, CacheFile):
+            return frames.info["checksum"]
+        return zlib.crc32(self.audio.tobytes(), zlib.crc32(frames.tobytes()))
 
     @functools.cached_property
     def liveliness(self):
@@ -205,15 +217,19 @@ TONE_MAPPING = (
 )
 
 
-def run_ffmpeg(*arguments, blocks=()):
+def run_ffmpeg(*arguments, blocks=(), preexec_fn=None):
     """Run ffmpeg with `blocks` of bytes as its input -> (exit status, output bytes, log).
 
-    Raises ValueError if it was stopped from outside, or by a full disk or memory.
+    If this process is killed, it ends as its input or output does. Where it has neither,
+    `preexec_fn` must be `die_with_parent`, which makes its start slow.
+    Raises ValueError if the file makes it crash, and OSError if it was interrupted or found no
+    room on the disk or in memory.
     """
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
     with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block ffmpeg
-        with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=log) as process:
+        streams = {"stdin": PIPE, "stdout": PIPE, "stderr": log}
+        with subprocess.Popen(command, preexec_fn=preexec_fn, **streams) as process:
             try:
                 with contextlib.suppress(BrokenPipeError):  # ffmpeg ended: its log says why
                     for block in blocks:
@@ -222,13 +238,16 @@ def run_ffmpeg(*arguments, blocks=()):
             except BaseException:  # making the blocks failed
                 process.kill()
                 raise
-        if process.returncode < 0 or process.returncode == 255:  # Ctrl-C, or out of memory
-            raise ValueError("ffmpeg was stopped")  # what it wrote looks whole, but is not
+        # What it wrote looks whole, but is not.
+        if process.returncode == 255:  # Ctrl-C
+            raise InterruptedError("ffmpeg was stopped")
+        if process.returncode < 0:
+            raise ValueError("ffmpeg crashed")
         log.seek(0)
         text = log.read().decode(errors="replace")
     shortage = "No space left|quota exceeded|Cannot allocate memory"
     if short := re.search(rf"\[(?:error|fatal)\] .*({shortage})", text):
-        raise ValueError(f"ffmpeg was stopped: {short[1]}")
+        raise InterruptedError(f"ffmpeg was stopped: {short[1]}")
     return process.returncode, output, text
 
 
@@ -368,7 +387,8 @@ def picture_filters(video, shorter=None, fps=FPS):
 
     The shorter side gets that many pixels, or as many as in the file.
     """
-    parts = re.search(r", \w+(?:\(([^)]*)\))?, (\d+)x(\d+)", video)
+    # Interlaced: yuv420p(tv, bottom coded first (swapped)), 720x576
+    parts = re.search(r", \w+(?:\(((?:[^()]|\([^()]*\))*)\))?, (\d+)x(\d+)", video)
     if not parts:
         raise ValueError("its picture has no known size: the file is cut off or damaged")
     tags = parts[1] or ""  # range, matrix/primaries/transfer, scan: (tv, bt709, progressive)
@@ -438,7 +458,7 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
             audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
         else:
             audio = np.zeros(0, np.int16)
-            _, _, log = run_ffmpeg(*inputs, *picture)
+            _, _, log = run_ffmpeg(*inputs, *picture, preexec_fn=die_with_parent)
     if sound_file and is_silent(audio):
         track = f"0:{probe_sound(sound_file).sound}"
         audio, sound_log = decode_sound(["-i", f"file:{sound_file}"], track)
@@ -497,7 +517,8 @@ def find_track(inputs, video, crop, output, finder):
     file for the frames in between. Raises ValueError if there is no face in most of the video.
     """
     filters = picture_filters(video, LOOK_SIZE, LOOK_HZ)
-    _, _, log = run_ffmpeg(*inputs, *raw_picture(filters, output))
+    picture = raw_picture(filters, output)
+    _, _, log = run_ffmpeg(*inputs, *picture, preexec_fn=die_with_parent)
     height, width = raw_shape(log, output)
     frames = np.memmap(output, np.uint8, "r").reshape(-1, 3, height, width)
     times, boxes, note = follow_face(frames, crop, finder)
@@ -723,7 +744,8 @@ def write_video(path, frames, audio=None, metadata=None, crf=16, sound_codec="aa
             sound.write_bytes(np.asarray(audio, np.int16).tobytes())
             inputs += [*f"-f s16le -ar {SAMPLE_RATE} -ac 1 -i".split(), sound]
         blocks = itertools.chain([first], blocks)
-        status, _, log = run_ffmpeg(*inputs, *coding, temporary, blocks=blocks)
+        # file: for names such as a:b, which would be a protocol
+        status, _, log = run_ffmpeg(*inputs, *coding, f"file:{temporary}", blocks=blocks)
         if status:
             raise ValueError(f"{path} cannot be written: {first_error(log)}")
 
@@ -764,7 +786,8 @@ def open_cache(cache, root, size, crop, finder=None):
     fingerprint = finder and finder.fingerprint()
     key = os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD, fingerprint
     for place in [Path(cache)] if cache else [beside_module, user_cache]:
-        folder = place / f"{root.name}-{digest(key)}-{size}-{crop:g}.clips"
+        # Names may have 255 bytes, 4 a letter.
+        folder = place / f"{root.name[:40]}-{digest(key)}-{size}-{crop:g}.clips"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # This also sets the folder's time: it is used, and not deleted below.
@@ -986,6 +1009,7 @@ def assign_people(paths, root):
         refusal = f"the names suggest several people ({people} ...): put each one's into one folder"
         refusal += "; if it is one person, rename them"
     assigned, left_out, taken = {}, [], {}
+    above = {}  # person -> {folders above the person's, without those that say nothing}
     for path, whole, stem in zip(paths, composed, stems):
         try:
             person = person_of(whole, root, base, refusal)
@@ -1002,6 +1026,14 @@ def assign_people(paths, root):
         else:
             assigned[path] = clip
             taken[clip] = path
+            outer = folders[: folders.index(person)] if person in folders else []
+            outer = "/".join(name for name in outer if not NOT_A_PERSON.fullmatch(name))
+            above.setdefault(clip[0], set()).add(outer)
+    for path, (person, _) in list(assigned.items()):
+        if len(above[person]) > 1:  # anna/test/indoor and bob/test/indoor: not two people "indoor"
+            reason = f"it is unclear who {person} is, in several folders: rename them"
+            left_out.append((Path(path), reason))
+            del assigned[path]
     return assigned, left_out
 
 
@@ -1088,7 +1120,7 @@ class TalkingHeads:
             jobs = pool.map(decode_into_cache, missing)
             disable = None if progress and missing else True  # None: if there is no terminal
             reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=disable)))
-        contents = {}
+        contents, copies = {}, {}
         for path, file in files.items():
             if reasons.get(file):
                 self.skipped.append((Path(path), reasons[file]))
@@ -1099,6 +1131,11 @@ class TalkingHeads:
             if original != path:
                 self.skipped.append((Path(path), f"the same picture and sound as {original}"))
                 continue
+            _, *same = content
+            elsewhere = copies.setdefault(tuple(same), path)
+            if elsewhere != path:
+                note = f"the same picture and sound as {elsewhere}, which is taken for other people"
+                self.notes.append((Path(path), note))
             text = os.path.splitext(path)[0] + ".txt"
             prompt, opening, trouble = read_notes(text, file.info["frames"])
             self.clips.append(Clip(*assigned[path], Path(path), file, file, file, prompt, opening))
@@ -1137,6 +1174,26 @@ class TalkingHeads:
         return assigned
 
 
+def die_with_parent():
+    """Have this process killed when its parent ends, however that ends (prctl PR_SET_PDEATHSIG,
+    which Linux alone has).
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def end_tidily():
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that no half-written file stays."""
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.default_int_handler)
+
+
+def refuse(message):
+    """Print one line and end with status 2."""
+    print("error:", textwrap.shorten(str(message), 900, placeholder=" ..."), file=sys.stderr)
+    sys.exit(2)
+
+
 def is_first_worker():
     """Whether this is the first process of a run on this machine: the others need not print."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -1150,10 +1207,16 @@ def num_cpus():
 
 
 def decode_into_cache(file):
-    """Write a `CacheFile` -> '', or the reason why that failed."""
+    """Write a `CacheFile` -> '', or the reason why its source cannot be used.
+
+    Raises OSError where that is not the source's fault: the disk is full, ffmpeg was stopped.
+    """
     try:
         file.write()
     except (ValueError, OSError) as error:
+        ours = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO
+        if isinstance(error, InterruptedError) or getattr(error, "errno", None) in ours:
+            raise
         return str(error)
     return ""
 
@@ -1823,7 +1886,10 @@ def make_synthetic(
         with ThreadPoolExecutor(num_cpus()) as pool:
             jobs = pool.map(functools.partial(make_clip, **options), stems)
             list(tqdm(jobs, "making talkers", len(stems), disable=None if progress else True))
-        new.replace(root)
+        try:
+            new.replace(root)
+        except OSError:
+            raise ValueError(f"{root} was made by another process meanwhile: start again") from None
 
 
 # ---------------------------------------------------------------- command line
@@ -1872,6 +1938,7 @@ def main(argv=None):
         parser.add_argument(f"--{name}", type=int, help="for --make")
     for name in ("seconds", "accent"):
         parser.add_argument(f"--{name}", type=float, help="for --make")
+    parser.error = refuse
     args = parser.parse_args(argv)
     options = {key: value for key, value in vars(args).items() if value is not None}
     try:
@@ -1881,10 +1948,12 @@ def main(argv=None):
             contact_sheet(*args.look)
         else:
             make_synthetic(options.pop("make"), progress=True, **options)
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
+        refuse(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        refuse("interrupted")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_tidily()
+    main()

@@ -1682,6 +1682,8 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
             evaluation.add("fake", Case(clip, truth[:f], audio, speeches), frames[:f])
         except ValueError as error:
             notes[str(error)].append(name)
+        except MemoryError:
+            notes["too large for the memory: choose a smaller --size"].append(name)
     rows = evaluation.rows().get("fake", {})
     for metric, row in rows.items():
         for key in sorted(set(evaluation.people) - set(row.get("values", evaluation.people))):
@@ -1716,13 +1718,14 @@ def main(argv=None):
     parser.add_argument("--size", type=int, help="pixels a side; left out: as in the files")
     parser.add_argument("--device", default="cpu", help="such as cuda:0")
     parser.add_argument("--json", metavar="FILE", help="write the table with values per clip")
+    parser.error = data.refuse
     args = parser.parse_args(argv)
     try:
         networks, sources = load_standard(args.weights)
         if args.list:
             print(METRICS_TABLE.strip())
             print_weights(sources)
-            return 0
+            return
         check_arguments(args)
         judges = load_judges(args.judges) if args.judges else None
         rows, notes = compare(args.real, args.fake, networks, judges, args.device, args.size)
@@ -1734,8 +1737,9 @@ def main(argv=None):
             with data.atomic_write(args.json) as path:
                 Path(path).write_text(json.dumps(report, indent=1))
     except (ValueError, OSError) as error:
-        print(f"metrics.py: {error}", file=sys.stderr)
-        return 2
+        data.refuse(error)
+    except KeyboardInterrupt:
+        data.refuse("interrupted")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print("| metric | mean | 95 % interval | n | |\n|---|---|---|---|---|")
@@ -1743,22 +1747,26 @@ def main(argv=None):
         mean, _, interval = _format_cell(row).partition(" ")
         print(f"| {metric} | {mean} | {interval} | {row.get('n', 0)} | {row.get('reason', '')} |")
     print_weights(sources)
-    return 0
 
 
 def check_arguments(args):
     """Raise ValueError for arguments that cannot work, before the work begins."""
     if not args.fake:
         raise ValueError("two folders are needed: real and fake")
+    for path in (args.real, args.fake):
+        if not Path(path).exists():
+            raise ValueError(f"{path}: no such file or folder")
     if args.size is not None and not 11 <= args.size <= 4096:
         raise ValueError(f"--size must lie in 11 ... 4096, not {args.size}")
     if args.json:
         data.check_output(args.json, (".json",))
     try:
-        torch.zeros(1, dtype=torch.float64, device=args.device)  # which Apple's GPUs lack
-    except (RuntimeError, AssertionError, TypeError):
+        # float64, which Apple's GPUs lack, and a value, which the device "meta" lacks
+        torch.zeros(1, dtype=torch.float64, device=args.device).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
         raise ValueError(f"--device {args.device}: torch cannot use it") from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    data.end_tidily()
+    main()

@@ -965,7 +965,15 @@ DEFECTS = {  # factors of the noise, the clip norm and the largest weight of a b
     "weights uncapped": (1, 5, 5),
 }
 # What a server's checkpoint holds beside its vectors adapter and control, in plain values.
-SERVER_VALUES = ("kind", "checksum", "description", "round", "accountant", "sampling_key")
+SERVER_VALUES = (
+    "kind",
+    "checksum",
+    "description",
+    "settings",
+    "round",
+    "accountant",
+    "sampling_key",
+)
 
 
 def measured_noise(inside, outside, confidence):

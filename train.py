@@ -4,7 +4,6 @@ import argparse
 import ast
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -12,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -23,7 +23,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -312,6 +311,15 @@ def check_resumed(before, after, prefix=""):
             raise ValueError(f"--resume: the run was made with {name}={value}, not {after[key]}")
 
 
+def fixed_settings(config, prefix=""):
+    """Return what a resumed run may not change of a config, nested dicts."""
+    fixed = {}
+    for key, value in config.items():
+        if prefix + key not in RESUMABLE:
+            fixed[key] = fixed_settings(value, f"{key}.") if isinstance(value, dict) else value
+    return fixed
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -340,8 +348,10 @@ def checksum(state):
 
 def save_checkpoint(path, kind, state):
     """Write a checkpoint {"kind", "state", "checksum"}, whole or not at all."""
+    buffer = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError
+    torch.save({"kind": kind, "state": state, "checksum": checksum(state)}, buffer)
     with data.atomic_write(path) as temporary:
-        torch.save({"kind": kind, "state": state, "checksum": checksum(state)}, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path, kind):
@@ -353,13 +363,17 @@ def load_checkpoint(path, kind):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds for files that are no checkpoints
-        raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from None
+        raise ValueError(
+            f"{path}: not a checkpoint ({type(error).__name__}); delete it, if it can be made again"
+        ) from None
     if not isinstance(content, dict) or not {"kind", "state", "checksum"} <= set(content):
         raise ValueError(f"{path}: not a checkpoint of PrivFedTalk")
     if content["kind"] != kind:
         raise ValueError(f"{path}: holds a {content['kind']}, not a {kind}")
     if content["checksum"] != checksum(content["state"]):
-        raise ValueError(f"{path}: damaged, its checksum does not match")
+        raise ValueError(
+            f"{path}: damaged, its checksum does not match; delete it, if it can be made again"
+        )
     return content["state"]
 
 
@@ -383,13 +397,19 @@ def log(run, text):
 
 @contextlib.contextmanager
 def run_lock(folder):
-    """Hold the folder's lock while the block runs; raises ValueError if another process has it."""
+    """Hold the folder's lock while the block runs; raises ValueError if another process has it.
+
+    What a process left half-written that was killed there is deleted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{folder}: another process is at work there") from None
+        for path in folder.rglob(".*"):
+            if re.fullmatch(r"\.[0-9a-f]{16}(\.\w+)?", path.name):  # of data.atomic_write
+                path.unlink()
         yield
 
 
@@ -597,7 +617,10 @@ def backbone_key(config, public):
     settings = {name: config[name] for name in ("seed", "model", "backbone")}
     recipe_keys = ("size", "crop", "window", "same_clip_reference", "mirror")
     settings["data"] = [config["data"][name] for name in recipe_keys]
-    clips = [(c.person, c.name, c.path.stat().st_size) for own in public.values() for c in own]
+    clips = []
+    for clip in (clip for own in public.values() for clip in own):
+        opening = None if clip.opening is None else clip.opening.tobytes()
+        clips.append((clip.person, clip.name, clip.fingerprint, clip.prompt, data.digest(opening)))
     settings["decoding"] = data.CACHE_VERSION
     code = source_code(("train", "pretrain"), ("data", "log_mel"))
     recipe = json.dumps([settings, clips, code], sort_keys=True)
@@ -682,12 +705,14 @@ def pretrain(config, public, cache, device, workers):
 def restore_backbone(config, backbone, device):
     """Return the pretrained model and the two sets of judges {"loss", "table"}, frozen."""
     model = build_model(config).to(device)
-    model.load_state_dict(backbone["model"])
-    judges = {}
-    for name, state in backbone["judges"].items():
-        judges[name] = metrics.Judges().to(device)
-        judges[name].load_state_dict(state)
-        judges[name].eval().requires_grad_(False)
+    judges = {name: metrics.Judges().to(device) for name in backbone["judges"]}
+    try:
+        model.load_state_dict(backbone["model"])
+        for name, state in backbone["judges"].items():
+            judges[name].load_state_dict(state)
+            judges[name].eval().requires_grad_(False)
+    except RuntimeError:  # keys or shapes
+        raise ValueError("the run's backbone.pt was made by another version of this code") from None
     return model.eval().requires_grad_(False), judges
 
 
@@ -947,13 +972,19 @@ def load_or_initialize(config, model, backbone, run):
     adapter of another backbone or shape.
     """
     description = describe_adapter(config, "lora", checksum(backbone["model"]))
+    settings = checksum(fixed_settings(config))
     if (run / "last.pt").exists():
         state = load_checkpoint(run / "last.pt", "global adapter")
         if state["description"] != description:
             raise ValueError(f"{run / 'last.pt'}: the adapter belongs to another backbone or shape")
+        if state["settings"] != settings:
+            raise ValueError(f"{run / 'config.yaml'} was changed since the run was made")
         return state
+    if (run / "rounds.jsonl").exists() and (run / "rounds.jsonl").stat().st_size:
+        raise ValueError(f"{run}: last.pt is lost, and with it what the rounds have spent")
     adapter = lora.adapter_vector(model)
-    state = {"description": description, "adapter": adapter, "round": 0, "accountant": []}
+    state = {"description": description, "settings": settings, "adapter": adapter, "round": 0}
+    state["accountant"] = []
     state["sampling_key"] = sampling_key(config).hex()
     if config["fed"]["algorithm"] == "scaffold":
         state["control"] = torch.zeros_like(adapter)
@@ -1329,7 +1360,9 @@ class Pictures:
         for case, clips in list(zip(self.cases, self.clips.values()))[::2]:
             strip = np.concatenate([clips[m] for m in shown], axis=2)  # f H (methods W) 3
             strip = strip.repeat(zoom, 1).repeat(zoom, 2)
-            path = run / "samples" / f"{case.person}-{case.clip.name}.mp4"
+            # Names may have 255 bytes, 4 a letter.
+            name = f"{case.person[:25]}-{case.clip.name[:25]}"
+            path = run / "samples" / f"{name}.mp4"
             comment = "synthetic: " + " | ".join(shown)
             data.write_video(path, strip, case.audio, {"comment": comment})
 
@@ -1434,6 +1467,9 @@ def generate(args, config, device):
     """--action generate: a portrait and a voice become a video with sound."""
     output = Path(args.output or "talk.mp4")
     data.check_output(output)
+    for path in (*args.reference, args.speech):
+        if output.exists() and os.path.exists(path) and output.samefile(path):
+            raise ValueError(f"--output {output} would replace --reference or --speech")
     backbone, model, _, state = load_run(config, Path(args.resume), device)
     model = merged_copy(model, state["adapter"])
     liveliness = None  # as public people
@@ -1523,13 +1559,17 @@ def personalize_own(args, config, device):
     if args.look:
         for clip in dataset.clips:
             spread = np.linspace(0, clip.num_frames - 1, 8).astype(int)
-            save_crops(args.look, f"{clip.person}-{clip.name}", clip.frames[spread])
+            save_crops(args.look, f"{clip.person[:25]}-{clip.name[:25]}", clip.frames[spread])
     others = metrics.find_strangers(judges["loss"], dataset.clips, backbone["identity_threshold"])
     if others:
         names = ", ".join(clip.path.name for clip in others)
         print(f"--clips: another person than in the other clips may be in {names}")
     clips = [dataclasses.replace(clip, person="me") for clip in dataset.clips]
-    split = data.split_clips(data.segment(clips, 2.0), config["seed"])
+    pieces = data.segment(clips, 2.0)
+    if len(pieces) < 3:
+        seconds = sum(clip.num_frames for clip in clips) / data.FPS
+        raise ValueError(f"--clips: 5 s of video are needed, there are {seconds:.1f} s")
+    split = data.split_clips(pieces, config["seed"])
     model = personal_model(config, model, state["adapter"], backbone["directions"])
     start = lora.adapter_vector(model)
     num_frames = config["backbone"]["num_frames"]
@@ -1642,7 +1682,7 @@ def parse_arguments(argv):
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    parser.error = refuse
+    parser.error = data.refuse
     add("--config", help="YAML file; what it leaves out has the default, of config.yaml")
     several = {"nargs": "+", "action": "extend", "default": []}
     add("--preset", **several, help="sets of overrides from the config's `presets`")
@@ -1705,14 +1745,6 @@ def choose_devices(gpus):
     return [f"cuda:{int(index)}" for index in gpus.split(",")]
 
 
-def die_with_parent():
-    """Have this process killed when its parent ends, however that ends (prctl PR_SET_PDEATHSIG,
-    which Linux alone has).
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def launch(argv, num_workers):
     """Run this script once per worker, with the variables that torchrun sets; the first that fails
     ends the others.
@@ -1730,7 +1762,9 @@ def launch(argv, num_workers):
             own = variables | {"RANK": rank, "LOCAL_RANK": rank}
             environment = os.environ | {name: str(value) for name, value in own.items()}
             command = [sys.executable, __file__, *argv]
-            processes.append(subprocess.Popen(command, env=environment, preexec_fn=die_with_parent))
+            processes.append(
+                subprocess.Popen(command, env=environment, preexec_fn=data.die_with_parent)
+            )
         while None in [p.poll() for p in processes] and not any(p.poll() for p in processes):
             time.sleep(0.05)
         time.sleep(0.2)  # a worker whose peer failed prints why
@@ -1750,7 +1784,7 @@ def run_action(args, config, devices, workers):
     """Do what the command line asks for, in this process."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(devices[rank % len(devices)])
-    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    neighbors = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(config["runtime"]["threads"] or max(1, data.num_cpus() // neighbors))
     if args.action == "generate":
         generate(args, config, device)
@@ -1770,8 +1804,31 @@ def run_action(args, config, devices, workers):
             raise ValueError(f"{config['data']['root']}: its clips differ between the machines")
         with run_lock(run) if workers.rank == 0 else contextlib.nullcontext():
             if workers.rank == 0:
+                check_people(run, people)
                 write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             train(config, people, run, device, workers)
+
+
+def check_people(run, people):
+    """Write into people.json whose clips play which role; raises ValueError for a resumed run whose
+    own were others: clients might be public now, or tested on what they trained on.
+    """
+    path = run / "people.json"
+    roles = {}
+    for role, members in zip(people._fields, people):
+        roles[role] = {name: [clip.name for clip in own] for name, own in members.items()}
+    if not path.exists():
+        write_text(path, json.dumps(roles))
+        return
+    before = json.loads(path.read_text())
+    changed = set()
+    for role in roles:
+        for name in roles[role].keys() | before[role].keys():
+            if roles[role].get(name) != before[role].get(name):
+                changed.add(name)
+    if changed:
+        names = ", ".join(sorted(changed)[:5])
+        raise ValueError(f"--resume: the clips or the role of {names} were others ({path})")
 
 
 def configure(args):
@@ -1798,21 +1855,15 @@ def configure(args):
     return config
 
 
-def refuse(message):
-    """Print one line and end with status 2."""
-    print("error:", textwrap.shorten(str(message), 900, placeholder=" ..."), file=sys.stderr)
-    sys.exit(2)
-
-
 def main(argv=None):
     """Run the command line; a user's error is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    size = int(os.environ.get("WORLD_SIZE", 1))
     try:
+        size = int(os.environ.get("WORLD_SIZE", 1))
         devices = choose_devices(args.gpus)
         if size > 1:
-            die_with_parent()  # torchrun's workers, too
+            data.die_with_parent()  # torchrun's workers, too
             # The others wait for rank 0 as long as a backbone takes.
             timeout = datetime.timedelta(days=30)
             with fed.peers_alive():
@@ -1821,8 +1872,8 @@ def main(argv=None):
         config = None
         if workers.rank == 0:  # the folder of a run need not be there on every machine
             config = configure(args)
-            if config["weights"] and not Path(config["weights"]).is_dir():
-                raise ValueError(f"weights: no folder {config['weights']}")  # read after training
+            if args.action in ("train", "evaluate"):
+                metrics.load_standard(config["weights"] or None)  # refuses what is used at the end
         config = workers.broadcast(config)
         if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
             sys.exit(launch(argv, len(devices)))
@@ -1834,12 +1885,13 @@ def main(argv=None):
         short_of_memory = re.search("(out of|allocate) memory", str(error))
         if isinstance(error, RuntimeError) and not short_of_memory:
             raise
-        if int(os.environ.get("RANK", 0)) > 0:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # if rank 0 fails of the same, this process ends without repeating it
-        refuse(str(error) or type(error).__name__)
+        data.refuse(str(error) or type(error).__name__)
     except KeyboardInterrupt:
-        refuse("interrupted" + (": continue with --resume" if args.action == "train" else ""))
+        data.refuse("interrupted" + (": continue with --resume" if args.action == "train" else ""))
 
 
 if __name__ == "__main__":
+    data.end_tidily()
     main()

@@ -1,5 +1,6 @@
 """Files of every kind, layouts, splits and batches, and the truth of synthetic talkers."""
 
+import errno
 import os
 import re
 import shutil
@@ -779,27 +780,39 @@ def test_the_text_beside_a_clip_may_be_wrong_but_costs_only_itself(tmp_path, one
     assert clips["good"].prompt == clips["words"].prompt == "sad" and clips["none"].prompt == ""
     np.testing.assert_array_equal(clips["good"].opening, np.full(16, 0.5, np.float32))
     assert all(clips[name].opening is None for name in clips if name != "good")
-    assert sorted(path.stem for path, _ in dataset.notes) == ["few", "large", "words"]
+    notes = [path.stem for path, note in dataset.notes if "the same picture" not in note]
+    assert sorted(notes) == ["few", "large", "words"]
 
 
 def test_a_clip_is_not_kept_where_ffmpeg_was_stopped(tmp_path, one_clip, monkeypatch):
     """Ctrl-C reaches ffmpeg, too, which then ends its output as if the file ended there."""
     copy(one_clip, tmp_path / "anna" / "1.mp4")
     whole = get_ffmpeg_exe()
-    for status in ("kill -9 $$", "exit 255"):
+    for status, error in (("kill -9 $$", ValueError), ("exit 255", InterruptedError)):
         script = tmp_path / "ffmpeg"
         script.write_text(f'#!/bin/sh\n{whole} "$@"\ncase "$*" in *rawvideo*) {status};; esac\n')
         script.chmod(0o755)
         monkeypatch.setattr(data, "get_ffmpeg_exe", lambda: str(script))
-        with pytest.raises(ValueError, match="ffmpeg was stopped"):
+        with pytest.raises(error, match="ffmpeg (was stopped|crashed)"):
             load(tmp_path / "anna")
     monkeypatch.undo()
     assert len(load(tmp_path / "anna").clips) == 1
 
 
 def test_a_full_disk_is_not_taken_for_the_end_of_a_file(tmp_path, one_clip):
-    with pytest.raises(ValueError, match="ffmpeg was stopped: No space left"):
+    with pytest.raises(OSError, match="ffmpeg was stopped: No space left"):
         data.decode_video(one_clip, 32, 1.0, "/dev/full")
+
+
+def test_a_full_cache_ends_the_reading_and_does_not_cost_the_clip(tmp_path, one_clip, monkeypatch):
+    copy(one_clip, tmp_path / "anna" / "1.mp4")
+
+    def fail(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.CacheFile, "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        load(tmp_path / "anna")
 
 
 def test_links_in_a_circle_neither_hang_nor_make_copies(tmp_path, one_clip):
@@ -1005,7 +1018,8 @@ def test_folders_whose_names_suggest_several_people_are_noted(tmp_path, grey_cli
     for source, name in zip(grey_clips, names):
         copy(source, tmp_path / "in" / "group" / f"{name}.mp4")
     dataset = load(tmp_path / "in")
-    ((path, note),) = dataset.notes
+    (_, copied), (path, note) = dataset.notes
+    assert "the same picture and sound as" in copied and copied.endswith("other people")
     assert path == tmp_path / "in" / "group"
     assert note == "the names suggest several people (anna, bob ...), taken for one"
 
@@ -1593,11 +1607,16 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ["--check", str(tmp_path / "nowhere")],
         ["--make", str(tmp_path / "people")],
         ["--look", str(tmp_path / "people"), str(tmp_path / "look.gif")],
+        ["--check", ""],
+        ["--make", str(tmp_path / "new"), "--num-public", "abc"],
+        ["--make", str(tmp_path / "new"), "--seconds", "inf"],
     ):
         capsys.readouterr()
-        assert data.main(arguments) == 2
+        with pytest.raises(SystemExit) as stop:
+            data.main(arguments)
         error = capsys.readouterr().err.strip()
-        assert error.startswith("data.py: ") and len(error.splitlines()) == 1
+        assert stop.value.code == 2
+        assert error.startswith("error: ") and len(error.splitlines()) == 1
 
 
 @pytest.mark.skipif(not REAL_FACES.is_dir(), reason="../shared/real_faces is not there")

@@ -1043,7 +1043,11 @@ def hiss(num_frames):
 def run(*arguments):
     """Return the exit status of the command line and its report."""
     out = Path(arguments[0]).parent / "out.json"
-    status = metrics.main([*map(str, arguments), "--json", str(out)])
+    try:
+        metrics.main([*map(str, arguments), "--json", str(out)])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
     return status, json.loads(out.read_text()) if out.exists() else None
 
 
@@ -1203,7 +1207,7 @@ def test_a_video_without_sound_is_scored_without_it(tmp_path):
 
 
 def test_the_list_of_metrics_is_a_markdown_table(capsys):
-    assert metrics.main(["--list"]) == 0
+    metrics.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| metric | network | file | crop | resize | fps | least |"
     assert len(lines) == len(metrics.METRICS) + 2
@@ -1220,7 +1224,8 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):
     torch.save({"judges": {"table": metrics.Judges().state_dict()}}, tmp_path / "random.pt")
     for arguments, reason in (
         ("empty full", "no pictures or videos in"),
-        ("full absent", "no pictures or videos in"),
+        ("full absent", "no such file or folder"),
+        ("full full --device meta", "torch cannot use it"),
         ("full", "two folders are needed"),
         ("broken broken", "nothing could be scored"),
         ("full full --weights absent", "no such folder of weights"),
@@ -1232,8 +1237,10 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):
         ("full full --device tpu", "torch cannot use it"),
     ):
         words = arguments.split()
-        plain = ("--size", "3", "--device", "tpu")
+        plain = ("--size", "3", "--device", "tpu", "meta")
         words = [w if w in plain or w.startswith("--") else str(tmp_path / w) for w in words]
-        assert metrics.main(words) == 2, arguments
+        with pytest.raises(SystemExit) as stop:
+            metrics.main(words)
+        assert stop.value.code == 2, arguments
         error = capsys.readouterr().err.strip()
         assert reason in error and len(error.splitlines()) == 1, (arguments, error)

@@ -151,7 +151,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--set", "privacy.num_curious=0", "fed.sample_rate=0.01"], "2 have to stay"),
         (["--set", "privacy.num_curious=0", "fed.dropout_rate=0.3"], "70 would"),
         (["--set", "name=a/b"], "name becomes"),
-        (["--set", "weights=nowhere"], "no folder nowhere"),
+        (["--set", "weights=nowhere"], "no such folder of weights: nowhere"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_done(arguments, words, capsys, monkeypatch):

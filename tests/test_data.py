@@ -412,6 +412,11 @@ def test_interlaced_video_shows_no_combs(tmp_path):
     ffmpeg("-f", "lavfi", "-i", bar + ",interlace", *coding, tmp_path / "1.mpg")
     frames, _ = data.read_video(tmp_path / "1.mpg")
     assert frames[:, 1].max() > 200 and frames[:, 1, 8:-8].std(1).mean() < 2
+    # ffmpeg says "top coded first (swapped)" of it
+    fields = ["-vf", "setfield=tff", "-c:v", "prores_ks", tmp_path / "2.mov"]
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x120:r=25:d=1", *fields)
+    frames, _ = data.read_video(tmp_path / "2.mov")
+    assert frames.shape == (25, 3, 120, 160)
 
 
 def test_a_frame_with_a_wrong_time_does_not_fill_the_disk(tmp_path):
@@ -940,6 +945,9 @@ def test_one_person_alone_has_the_same_name(layout):
         ("batch_1/1.mp4 batch_2/1.mp4", "unclear who the person in batch_1"),
         ("day1/1.mp4 day2/1.mp4", "unclear who the person in day1"),
         ("cam-2/1.mp4 raw/1.mp4", "unclear who the person in cam-2"),
+        ("anna/test/in/1.mp4 anna/train/in/2.mp4 bob/test/in/3.mp4", "unclear who in is"),
+        ("anna/main/english/1.mp4 bob/main/english/2.mp4", "unclear who english is"),
+        ("here/M001/video/a/b/c/1.mp4 there/M001/video/a/b/c/2.mp4", "unclear who M001 is"),
     ],
 )
 def test_where_people_may_be_mixed_up_clips_are_refused(paths, words):

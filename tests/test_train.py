@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +361,21 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
     assert train.checksum(backbone["model"]) == train.checksum(own["model"])
 
 
+def test_other_words_and_sound_make_another_backbone(finished):
+    folder, _ = finished
+    config = train.load_config(train.DEFAULTS, [], [*TINY, *places(folder)])
+    public = train.load_people(config).public
+    key = train.backbone_key(config, public)
+    assert train.backbone_key(config, train.load_people(config).public) == key
+    name, (clip, *others) = next(iter(public.items()))
+    arrays = {"frames": np.array(clip.frames), "audio": np.array(clip.audio)}
+    plain = train.backbone_key(config, public | {name: [replace(clip, **arrays), *others]})
+    silent = arrays | {"audio": np.zeros_like(clip.audio)}
+    for change, before in (({"prompt": "angry"}, key), ({"opening": None}, key), (silent, plain)):
+        changed = public | {name: [replace(clip, **change), *others]}
+        assert train.backbone_key(config, changed) != before, list(change)
+
+
 def test_comments_do_not_retrain_a_backbone_and_code_does(monkeypatch):
     config = train.load_config(train.DEFAULTS)
     getsource = inspect.getsource
@@ -616,13 +632,91 @@ def test_evaluating_repeats_nothing(finished):
             assert after[path] == content, path
 
 
+def copy_run(run, folder):
+    """Return a copy of a run, for a test that changes it."""
+    return Path(shutil.copytree(run, folder / "run"))
+
+
+def test_a_resumed_run_is_of_the_same_people(finished, tmp_path, capsys):
+    """With one clip more, a clip that was trained on might be tested on."""
+    folder, run = finished
+    copied = copy_run(run, tmp_path)
+    shutil.copytree(folder / "people", tmp_path / "people")
+    other = next((folder / "people" / "public-000").glob("*.mp4"))
+    shutil.copy(other, tmp_path / "people" / "client-001" / "00009.mp4")
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(
+        text.replace(str(folder / "people"), str(tmp_path / "people"))
+    )
+    before = snapshot(copied)
+    error = fails(capsys, "--resume", str(copied), "--set", "fed.rounds=3")
+    assert "the clips or the role of client-001 were others" in error
+    assert snapshot(copied) == before
+
+
+def test_what_a_run_has_spent_cannot_be_lost_or_edited(finished, tmp_path, capsys):
+    _, run = finished
+    copied = copy_run(run, tmp_path)
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("clip_norm: 0.75", "clip_norm: 5.0"))
+    assert "config.yaml was changed" in fails(capsys, "--resume", str(copied))
+    (copied / "config.yaml").write_text(text)
+    (copied / "last.pt").unlink()
+    assert "last.pt is lost" in fails(capsys, "--resume", str(copied))
+
+
+def test_a_backbone_of_another_version_is_refused(finished, tmp_path, capsys):
+    folder, run = finished
+    copied = copy_run(run, tmp_path)
+    backbone = train.load_checkpoint(copied / "backbone.pt", "backbone")
+    backbone["model"].pop("motion_std")
+    train.save_checkpoint(copied / "backbone.pt", "backbone", backbone)
+    assert "made by another version" in fails(capsys, "--resume", str(copied))
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    (tmp_path / "personal").mkdir()
+    rest = tmp_path / "personal" / ".0123456789abcdef.pt"
+    kept = tmp_path / ".hidden"
+    for path in (rest, kept):
+        path.touch()
+    with train.run_lock(tmp_path):
+        assert not rest.exists() and kept.exists()
+
+
+def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.secrets, "token_hex", lambda n: "full")
+    (tmp_path / ".full.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        train.save_checkpoint(tmp_path / "a.pt", "backbone", {"a": torch.zeros(9)})
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_weights_are_read_before_the_training_that_they_judge(finished, tmp_path, capsys):
+    folder, run = finished
+    (tmp_path / "syncnet_v2.model").write_text("garbage")
+    before = snapshot(run)
+    weights = ["--set", f"weights={tmp_path}"]
+    assert "not a file of weights" in fails(capsys, "--resume", str(run), *weights)
+    assert snapshot(run) == before
+
+
+def test_an_output_does_not_replace_an_input(finished, tmp_path, capsys):
+    folder, run = finished
+    speech = tmp_path / "speech.mp4"
+    shutil.copy(first_clip(folder), speech)
+    before = speech.read_bytes()
+    base = ["--action", "generate", "--resume", str(run), "--reference", str(run / "grid.png")]
+    error = fails(capsys, *base, "--speech", str(speech), "--output", str(speech))
+    assert "would replace" in error and speech.read_bytes() == before
+
+
 def test_evaluating_trains_nothing(finished, tmp_path, capsys):
     folder, run = finished
     again = ["--action", "evaluate", "--resume", str(run)]
     for change in ("fed.rounds=3", "personal.steps=2"):
         assert "evaluate trains nothing" in fails(capsys, *again, "--set", change)
-    unfinished = tmp_path / "run"
-    shutil.copytree(run, unfinished)
+    unfinished = copy_run(run, tmp_path)
     (unfinished / "report.json").unlink()
     assert "no report.json there" in fails(capsys, *again[:-1], str(unfinished))
 
@@ -630,8 +724,7 @@ def test_evaluating_trains_nothing(finished, tmp_path, capsys):
 def test_personal_adapters_do_not_depend_on_the_device(finished, tmp_path, monkeypatch):
     _, run = finished
     skip_evaluation(monkeypatch)
-    copied = tmp_path / "run"
-    shutil.copytree(run, copied)
+    copied = copy_run(run, tmp_path)
     before = snapshot(copied / "personal")
     train.main(["--gpus", "cpu", "--resume", str(copied), "--set", "runtime.micro_batch=1"])
     assert snapshot(copied / "personal") == before
@@ -640,8 +733,7 @@ def test_personal_adapters_do_not_depend_on_the_device(finished, tmp_path, monke
 def test_more_rounds_make_new_personal_adapters(finished, tmp_path, monkeypatch):
     folder, run = finished
     skip_evaluation(monkeypatch)
-    copied = tmp_path / "run"
-    subprocess.run(["cp", "-r", run, copied], check=True)
+    copied = copy_run(run, tmp_path)
     personal = copied / "personal" / "client-000.pt"
     before = personal.read_bytes()
     train.main(["--gpus", "cpu", "--resume", str(copied), "--set", "fed.rounds=3"])

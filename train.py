@@ -977,7 +977,7 @@ def load_or_initialize(config, model, backbone, run):
         state = load_checkpoint(run / "last.pt", "global adapter")
         if state["description"] != description:
             raise ValueError(f"{run / 'last.pt'}: the adapter belongs to another backbone or shape")
-        if state["settings"] != settings:
+        if state.get("settings", settings) != settings:  # of an earlier version: not known
             raise ValueError(f"{run / 'config.yaml'} was changed since the run was made")
         return state
     if (run / "rounds.jsonl").exists() and (run / "rounds.jsonl").stat().st_size:

@@ -7,3 +7,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
+
+# Longest first: with two files at once, none is left over at the end.
+LONGEST = ("test_train", "test_workers", "test_metrics", "test_data", "test_devices", "test_privacy")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the file of most tests
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -132,7 +132,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--set", f"model.channels={[8] * 9}"], "1 to 8 numbers"),
         (["--set", "model.channels=[]", "model.channels=[64]"], "1 to 8 numbers"),
         (["--set", "lora.train=B", "lora.rank=17"], "lora.rank must be at most 16"),
-        (["--preset", "centralized", "lrs3"], "centralized needs"),
+        (["--preset", "centralized", "--set", "fed.sample_rate=0.5"], "centralized needs"),
         (["--preset", "centralized", "--set", "fed.dropout_rate=0.5"], "centralized needs"),
         (["--set", "model.channels=[0]"], "model.channels must lie in 8"),
         (["--set", "model.autoencoder_channels=[8]", "model.latent_channels=49"], "too few for 49"),

@@ -770,6 +770,11 @@ def digest(key):
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
 
+def short_name(name):
+    """A name that a part of a file's name may be, which has at most 255 bytes, 4 a letter."""
+    return name if len(name) <= 40 else f"{name[:30]}-{digest(name)[:8]}"
+
+
 def rng_of(*keys):
     """A random generator for these keys."""
     return np.random.default_rng(int(digest(keys), 16))
@@ -786,8 +791,7 @@ def open_cache(cache, root, size, crop, finder=None):
     fingerprint = finder and finder.fingerprint()
     key = os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD, fingerprint
     for place in [Path(cache)] if cache else [beside_module, user_cache]:
-        # Names may have 255 bytes, 4 a letter.
-        folder = place / f"{root.name[:40]}-{digest(key)}-{size}-{crop:g}.clips"
+        folder = place / f"{short_name(root.name)}-{digest(key)}-{size}-{crop:g}.clips"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # This also sets the folder's time: it is used, and not deleted below.

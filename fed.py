@@ -281,7 +281,7 @@ class Client:
         self.train_clips = data.by_person(split["train"], num_frames)
         # n_k of ISFA: whole windows of num_frames
         self.num_samples = sum(clip.num_frames // num_frames for clip in split["train"])
-        self.control_file = folder / f"{name}.pt" if folder else None
+        self.control_file = folder / f"{data.short_name(name)}.pt" if folder else None
         self.controls = {}
         self.validation = None
 

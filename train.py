@@ -1129,8 +1129,8 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     kwargs = training_kwargs(config, "personal", device)
     recipe = {key: kwargs[key] for key in ("num_steps", "lr", "batch_size", "loss_weights")}
     made_by = {"description": describe_personal(config, state), "training": checksum(recipe)}
-    (run / "personal").mkdir(parents=True, exist_ok=True)
-    paths = {client.name: run / "personal" / f"{client.name}.pt" for client in clients}
+    folder = run / "personal"
+    paths = {client.name: folder / f"{data.short_name(client.name)}.pt" for client in clients}
     finished = {}
     for name, path in paths.items():
         if workers.rank == 0 and path.exists():
@@ -1360,8 +1360,7 @@ class Pictures:
         for case, clips in list(zip(self.cases, self.clips.values()))[::2]:
             strip = np.concatenate([clips[m] for m in shown], axis=2)  # f H (methods W) 3
             strip = strip.repeat(zoom, 1).repeat(zoom, 2)
-            # Names may have 255 bytes, 4 a letter.
-            name = f"{case.person[:25]}-{case.clip.name[:25]}"
+            name = data.short_name(f"{case.person}-{case.clip.name}")
             path = run / "samples" / f"{name}.mp4"
             comment = "synthetic: " + " | ".join(shown)
             data.write_video(path, strip, case.audio, {"comment": comment})
@@ -1559,7 +1558,8 @@ def personalize_own(args, config, device):
     if args.look:
         for clip in dataset.clips:
             spread = np.linspace(0, clip.num_frames - 1, 8).astype(int)
-            save_crops(args.look, f"{clip.person[:25]}-{clip.name[:25]}", clip.frames[spread])
+            name = data.short_name(f"{clip.person}-{clip.name}")
+            save_crops(args.look, name, clip.frames[spread])
     others = metrics.find_strangers(judges["loss"], dataset.clips, backbone["identity_threshold"])
     if others:
         names = ", ".join(clip.path.name for clip in others)

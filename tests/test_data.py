@@ -1329,6 +1329,13 @@ def test_talkers_made_by_hand_are_not_mistaken_for_others(tmp_path):
         data.load_people(root, 16, 1.0, 2, 0, 0, tmp_path / "cache", options)
 
 
+def test_long_names_become_different_short_ones():
+    titles = ["\u4e00" * 100 + end for end in ("a", "b")]
+    names = {data.short_name(title) for title in titles}
+    assert len(names) == 2 and all(len(os.fsencode(name)) < 160 for name in names)
+    assert data.short_name("client-000-00001") == "client-000-00001"
+
+
 def test_one_worker_of_a_machine_prints(tmp_path, monkeypatch, capsys):
     troubles = SimpleNamespace(skipped=[(Path("a.mp4"), "is empty")], notes=[], root=tmp_path)
     for rank, printed in (("0", "skipped: a.mp4: is empty\n"), ("1", "")):

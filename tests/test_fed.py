@@ -209,6 +209,17 @@ def test_unexplained_variance_is_one_without_motion_and_the_linear_denoisers_wit
     model.prior.denoise = lambda xt, signal, noise: (0.25 * x0, torch.zeros_like(x0))
     constant = fed.unexplained_variance(model, batch, 0, num_levels=2)
     assert torch.allclose(constant, torch.full((2, 3), 0.75**2), atol=1e-5)
+    still = batch | {"motion": torch.zeros_like(batch["motion"])}  # a photograph
+    assert fed.unexplained_variance(model, still, 0, num_levels=2).max() < 1000
+
+
+def test_a_loss_of_ones_own_is_given_frames_to_judge():
+    """README: one more entry of `auxiliary_losses` and its weight make a new loss."""
+    model = adapted_model()
+    batch = random_batch(model, 2, 6, 0)
+    weights = dict.fromkeys(ALL_TERMS, 0.0) | {"gaze": 1.0}
+    noise = fed.draw_noise(model, batch, weights, torch.Generator().manual_seed(0))
+    assert noise["judged"] is not None
 
 
 # ---------------------------------------------------------------- clients

@@ -248,8 +248,8 @@ def most_participations(cohorts, num_spent=0):
 
     Rounds beyond the cohorts are those of killed runs, which may have had any client.
     """
-    counts = collections.Counter(itertools.chain(*cohorts))
-    return max(counts.values(), default=0) + max(0, num_spent - len(cohorts))
+    counts = np.bincount(np.concatenate([np.zeros(0, int), *cohorts]).astype(int))
+    return int(counts.max(initial=0)) + max(0, num_spent - len(cohorts))
 
 
 def likely_participations(num_clients, sample_rate, rounds):

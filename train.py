@@ -48,8 +48,8 @@ KEPT_IN_MEMORY = 128  # with more participants, none keeps its validation batch 
 
 # ---------------------------------------------------------------- configuration
 
-# Keys that may differ when a run is resumed. What depends on them is made again, but for the rounds
-# that are done, whose weights (`fed.reliability`) came of the sampling settings of their time.
+# Keys that may differ when a run is resumed. Whatever depends on them is made again, except finished
+# rounds, whose reliabilities used the sampling settings of that time.
 RESUMABLE = ("name", "fed.rounds", "personal", "sampling", "evaluate", "weights", "runtime")
 # Least and greatest value. Other numbers lie in 0 ... 1e9.
 RANGES = {
@@ -72,7 +72,7 @@ RANGES = {
     "backbone.batch_size": (1, 1024),
     "backbone.num_frames": (fed.JUDGED_FRAMES, 250),
     "lora.rank": (1, 256),
-    "fed.rounds": (0, 1e6),
+    "fed.rounds": (0, 1e5),
     "fed.sample_rate": (1e-6, 1),
     "fed.batch_size": (1, 1024),
     "fed.reliability_alpha": (0, 1),
@@ -253,8 +253,8 @@ def build_model(config):
 def make_mechanism(config, length, participations=None):
     """Return the DP mechanism for adapters of `length` numbers, or None.
 
-    privacy.target_epsilon may choose its noise, for a client that joins so many rounds; by default
-    for as many as hardly any client joins.
+    privacy.target_epsilon may choose its noise, for a client in `participations` rounds, by default
+    as many as hardly any client is in (`privacy.likely_participations`).
     """
     p = config["privacy"]
     f = config["fed"]
@@ -294,7 +294,8 @@ def draw_cohorts(config, sampling_key, num_clients, num_rounds):
     """Return the clients [[k]] of each of the first rounds, which follow from the key alone."""
     f = config["fed"]
     sampling = num_clients, f["sample_rate"], bytes.fromhex(sampling_key)
-    return [privacy.draw_cohort(*sampling, i, f["fixed_cohorts"]) for i in range(num_rounds)]
+    fixed = f["fixed_cohorts"]
+    return [np.array(privacy.draw_cohort(*sampling, i, fixed), int) for i in range(num_rounds)]
 
 
 def check_resumed(before, after, prefix=""):
@@ -858,7 +859,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
         record |= {"aborted": aborted, "weight_sum": weight_sum if survivors else 0.0}
         diagnostics = workers.merge(diagnostics)
         record |= summarize_round(config, accountant, cohorts[: index + 1], diagnostics)
-        record["simulation"]["unexplained"] = validate(model, clients, state, workers)
+        record["simulation"] |= validate(model, clients, state, workers)
         # The log first: what a crash in between leaves, a line too many, `forget_rounds` drops.
         log_round(run, record, workers)
         save_state(run, state, workers)
@@ -1041,18 +1042,23 @@ def summarize_round(config, accountant, cohorts, diagnostics):
 
 
 def validate(model, clients, state, workers, num_clients=12):
-    """Return the mean unexplained variance of the first clients' validation clips with the global
-    adapter.
+    """Return {"unexplained": mean unexplained variance of the first clients' validation clips with
+    the global adapter, "not_validated": [why a client's could not be measured]}.
     """
     lora.load_adapter_vector(model, state["adapter"])
     sample = clients[:num_clients]
-    shares = {}
+    results = {}
     for k in workers.assign([1.0] * len(sample)):
-        with fed.catch_failure(sample[k], {}):
+        results[k] = {}
+        with fed.catch_failure(sample[k], results[k]):
             batch = sample[k].validation_batch(model)
-            shares[k] = float(fed.unexplained_variance(model, batch, seed=0).mean())
-    shares = workers.merge(shares)
-    return float(np.mean(list(shares.values()))) if shares else math.nan
+            share = fed.unexplained_variance(model, batch, seed=0).mean()
+            results[k]["unexplained"] = float(share)
+    results = workers.merge(results).values()
+    shares = [result["unexplained"] for result in results if "unexplained" in result]
+    failures = [result["failure"] for result in results if "failure" in result]
+    mean = float(np.mean(shares)) if shares else math.nan
+    return {"unexplained": mean, "not_validated": failures}
 
 
 def log_round(run, record, workers):
@@ -1061,7 +1067,8 @@ def log_round(run, record, workers):
         return
     if record["aborted"]:
         log(run, f"round {record['round']} was aborted: {record['aborted']}")
-    for failure in record["simulation"]["failures"]:
+    simulation = record["simulation"]
+    for failure in simulation["failures"] + simulation["not_validated"]:
         log(run, f"round {record['round']}: {failure}")
     with open(run / "rounds.jsonl", "a") as file:
         file.write(json.dumps(finite(record)) + "\n")
@@ -1810,8 +1817,10 @@ def run_action(args, config, devices, workers):
 
 
 def check_people(run, people):
-    """Write into people.json whose clips play which role; raises ValueError for a resumed run whose
-    own were others: clients might be public now, or tested on what they trained on.
+    """Write into people.json who has which role and clips.
+
+    Raises ValueError if a resumed run had others: a client might be public now, or be tested on
+    clips that it trained on.
     """
     path = run / "people.json"
     roles = {}
@@ -1828,7 +1837,7 @@ def check_people(run, people):
                 changed.add(name)
     if changed:
         names = ", ".join(sorted(changed)[:5])
-        raise ValueError(f"--resume: the clips or the role of {names} were others ({path})")
+        raise ValueError(f"--resume: the clips or the role of {names} have changed ({path})")
 
 
 def configure(args):

@@ -116,7 +116,7 @@ def run_linear(num_rounds, d, num_clients, *settings):
     torch.set_num_threads(1)
     with (
         patch.object(fed, "backward", squared_error),
-        patch.object(train, "validate", lambda *a: 1),
+        patch.object(train, "validate", lambda *a: {"unexplained": 1.0, "not_validated": []}),
     ):
         model, clients = linear_model(d, num_clients)
         settings = "fed.gamma=0.0", "fed.sample_cap=1", *settings

@@ -116,7 +116,7 @@ def run_rounds(rank, size, port, folder, num_rounds):
     fed.round_params = circles.params
     privacy.choose_neighbors = lambda num_clients: DEGREE
     fed.backward = quadratic_backward
-    train.validate = lambda *args: 1.0
+    train.validate = lambda *args: {"unexplained": 1.0, "not_validated": []}
     train.log_round = log_usage
     device = torch.device("cpu")
     train.federate(config, model, None, clients, state, 1.0, folder, device, workers)

@@ -414,7 +414,8 @@ def run_rounds(monkeypatch, tmp_path, clients, start, settings, scaffold=False):
     model.unet = torch.nn.Sequential(torch.nn.Linear(3, 2))
     lora.inject_lora(model.unet, 2, 4.0, 0.0, "R")
     monkeypatch.setattr(fed, "backward", quadratic_backward)
-    monkeypatch.setattr(train, "validate", lambda *args: 1.0)
+    validated = {"unexplained": 1.0, "not_validated": []}
+    monkeypatch.setattr(train, "validate", lambda *args: validated)
     overrides = [
         "fed.local_epochs=2.0",
         "fed.batch_size=4",
@@ -626,6 +627,16 @@ def test_a_client_that_fails_costs_its_own_update_only(monkeypatch, tmp_path):
     assert torch.allclose(state["adapter"], alone["adapter"], atol=1e-4)
     with pytest.raises(ValueError, match="every client of the round failed"):
         run_rounds(monkeypatch, tmp_path / "c", clients[1:2] * 2, 1.0, settings)
+
+
+def test_a_clip_that_cannot_be_validated_is_named(monkeypatch):
+    model = adapted_model()
+    clients = [QuadraticClient(f"c{i}", 1.0, 0.0) for i in range(3)]
+    monkeypatch.setattr(clients[1], "validation_batch", lambda model: {}["gone"])
+    monkeypatch.setattr(fed, "unexplained_variance", lambda *args, **kwargs: torch.tensor([0.5]))
+    state = {"adapter": lora.adapter_vector(model)}
+    result = train.validate(model, clients, state, fed.Workers())
+    assert result == {"unexplained": 0.5, "not_validated": ["c1: 'gone'"]}
 
 
 def test_dropouts_cost_their_own_update_and_too_many_abort_the_round(monkeypatch, tmp_path):

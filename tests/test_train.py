@@ -439,8 +439,12 @@ def test_the_watermark_is_in_the_corner_and_nowhere_else():
     assert float(change[:-12].max()) == float(change[:, :-20].max()) == 0
 
 
-def test_own_videos_become_an_adapter_that_only_its_run_accepts(finished, tmp_path, capsys):
+def test_own_videos_become_an_adapter_that_only_its_run_accepts(
+    finished, tmp_path, monkeypatch, capsys
+):
     folder, run = finished
+    # So small a run is mostly noise, which may explain less of a clip than nothing does.
+    monkeypatch.setattr(fed, "unexplained_variance", lambda *args: torch.tensor([0.1]))
     output = tmp_path / "me.pt"
     clips = ["--clips", str(folder / "people" / "client-001"), "--output"]
     personalize = ["--action", "personalize", "--resume", str(run), *clips]
@@ -644,7 +648,7 @@ def test_a_resumed_run_is_of_the_same_people(finished, tmp_path, capsys):
     )
     before = snapshot(copied)
     error = fails(capsys, "--resume", str(copied), "--set", "fed.rounds=3")
-    assert "the clips or the role of client-001 were others" in error
+    assert "the clips or the role of client-001 have changed" in error
     assert snapshot(copied) == before
 
 

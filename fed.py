@@ -89,13 +89,14 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     eps = eps * ~known[:, :, None, None, None]
     noise = {"t": t[:, None].where(~known, -1).to(device), "eps": eps.to(device)}
     noise["keep"] = dict(zip(talking.CONDITIONS, keep.T.to(device)))
-    noise["judged"] = None
-    if any(weight for name, weight in loss_weights.items() if name != "tdc"):
-        # multinomial refuses a sum of 0, which a batch of pure noise would have.
-        alpha_bar = model.diffusion.alpha_bar[t] + 1e-8
-        noise["judged"] = int(torch.multinomial(alpha_bar, 1, generator=generator))
-        noise["judged_weight"] = float(alpha_bar.mean())
-        noise["judged_frame"] = int(torch.randint(f - JUDGED_FRAMES + 1, (), generator=generator))
+    # multinomial refuses a sum of 0, which a batch of pure noise would have.
+    alpha_bar = model.diffusion.alpha_bar[t] + 1e-8
+    judged = int(torch.multinomial(alpha_bar, 1, generator=generator))
+    noise["judged_weight"] = float(alpha_bar.mean())
+    noise["judged_frame"] = int(torch.randint(f - JUDGED_FRAMES + 1, (), generator=generator))
+    # Drawn even if nobody judges: runs with and without a loss then see the same batches.
+    is_judged = any(weight for name, weight in loss_weights.items() if name != "tdc")
+    noise["judged"] = judged if is_judged else None
     return noise
 
 

@@ -222,6 +222,17 @@ def test_a_loss_of_ones_own_is_given_frames_to_judge():
     assert noise["judged"] is not None
 
 
+def test_runs_with_and_without_a_loss_see_the_same_batches():
+    model = adapted_model()
+    batch = random_batch(model, 2, 6, 0)
+    states = []
+    for weights in (ALL_TERMS, dict.fromkeys(ALL_TERMS, 0.0)):
+        generator = torch.Generator().manual_seed(0)
+        fed.draw_noise(model, batch, weights, generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
 # ---------------------------------------------------------------- clients
 
 

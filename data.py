@@ -68,6 +68,41 @@ SOUND_SUFFIXES = tuple(
 PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .jp2".split())
 
 
+# ---------------------------------------------------------------- processes
+
+
+def die_with_parent():
+    """Have this process killed when its parent ends, however that ends (prctl PR_SET_PDEATHSIG,
+    which Linux alone has).
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def end_tidily():
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: no half-written file stays."""
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.default_int_handler)
+
+
+def refuse(message):
+    """Print one line and end with status 2."""
+    print("error:", textwrap.shorten(str(message), 900, placeholder=" ..."), file=sys.stderr)
+    sys.exit(2)
+
+
+def is_first_worker():
+    """Whether this is the first process of a run on this machine: the others need not print."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def num_cpus():
+    """Number of CPUs that this process may use, which Slurm and containers limit."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 # ---------------------------------------------------------------- clips
 
 
@@ -222,6 +257,7 @@ def run_ffmpeg(*arguments, blocks=(), preexec_fn=None):
 
     If this process is killed, it ends as its input or output does. Where it has neither,
     `preexec_fn` must be `die_with_parent`, which makes its start slow.
+
     Raises ValueError if the file makes it crash, and OSError if it was interrupted or found no
     room on the disk or in memory.
     """
@@ -1124,19 +1160,19 @@ class TalkingHeads:
             jobs = pool.map(decode_into_cache, missing)
             disable = None if progress and missing else True  # None: if there is no terminal
             reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=disable)))
-        contents, copies = {}, {}
+        own, anybodys = {}, {}  # content -> the first path that has it
         for path, file in files.items():
             if reasons.get(file):
                 self.skipped.append((Path(path), reasons[file]))
                 continue
             # A copy might be for training, and its original for the test.
-            content = assigned[path][0], file.info["frames"], file.info["checksum"]
-            original = contents.setdefault(content, path)
+            person, _ = assigned[path]
+            content = file.info["frames"], file.info["checksum"]
+            original = own.setdefault((person, *content), path)
             if original != path:
                 self.skipped.append((Path(path), f"the same picture and sound as {original}"))
                 continue
-            _, *same = content
-            elsewhere = copies.setdefault(tuple(same), path)
+            elsewhere = anybodys.setdefault(content, path)
             if elsewhere != path:
                 note = f"the same picture and sound as {elsewhere}, which is taken for other people"
                 self.notes.append((Path(path), note))
@@ -1176,38 +1212,6 @@ class TalkingHeads:
         assigned, left_out = assign_people(paths, os.fspath(self.root))
         self.skipped += left_out
         return assigned
-
-
-def die_with_parent():
-    """Have this process killed when its parent ends, however that ends (prctl PR_SET_PDEATHSIG,
-    which Linux alone has).
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def end_tidily():
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that no half-written file stays."""
-    for kind in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(kind, signal.default_int_handler)
-
-
-def refuse(message):
-    """Print one line and end with status 2."""
-    print("error:", textwrap.shorten(str(message), 900, placeholder=" ..."), file=sys.stderr)
-    sys.exit(2)
-
-
-def is_first_worker():
-    """Whether this is the first process of a run on this machine: the others need not print."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def num_cpus():
-    """Number of CPUs that this process may use, which Slurm and containers limit."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def decode_into_cache(file):

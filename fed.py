@@ -445,8 +445,8 @@ def local_update(
 
     With SCAFFOLD's c in the state the update is [2 d]: its second half is c_i+ - c_i with c_i+ =
     c_i - c - (phi_k - g) / (K lr) (Karimireddy et al. 2020, Algorithm 1, option II). The client
-    keeps a c_i that moves by what of it the mechanism's `clip_norm` lets through, so that c stays
-    the mean of all c_i.
+    moves its c_i by as much as it sends, the update clipped to `clip_norm`: c stays the mean of all
+    c_i.
     """
     num_steps = num_local_steps(client.num_samples, local_epochs, batch_size)
     # `train_adapter` counts steps, not epochs.
@@ -464,9 +464,9 @@ def local_update(
     change = (start - trained) / (num_steps * lr) - state["control"]
     if not change.sum().isfinite():
         raise ValueError("the control variate is not finite")
-    update = torch.cat([trained - start, change])
-    sent_share = min(1.0, clip_norm / max(float(update.norm()), 1e-12))
-    client.save_control(state["round"] + 1, own_control + sent_share * change)
+    update = torch.cat([trained - start, change])  # 2 d
+    sent = torch.from_numpy(privacy.clip_update(update.numpy(), clip_norm)).float()
+    client.save_control(state["round"] + 1, own_control + sent[len(start) :])
     return update, terms
 
 

@@ -995,6 +995,24 @@ def measured_noise(inside, outside, confidence):
     return float(low), float(high)
 
 
+def canary_round(server, client, n, rng, context):
+    """Return the scores of n canaries in the data and of n outside, and the sum of weights [float]
+    that one round of n clients releases.
+    """
+    signs = rng.choice((-1.0, 1.0), server.length)
+    places = np.array_split(rng.permutation(server.length), 2 * n)  # each canary's coordinates
+    total = np.zeros(server.length + 1, "<u4")
+    for k in range(n):
+        update = np.zeros(server.length)
+        update[places[k]] = 1e3 * client.clip_norm * signs[places[k]]  # the other n stay out
+        total = total + client.encode(update, 1.0, n, (*context, k))
+    mean, weight_sum = server.decode(total, n, n, context)
+    # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
+    released = mean * max(weight_sum, server.min_weight) / server.clip_norm
+    scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
+    return scores[:n], scores[n:], weight_sum
+
+
 def canary_audit(mechanism, delta, defect=None, seed=None):
     """Return (flagged, why) of rounds of canaries, huge updates that measure the noise.
 
@@ -1024,19 +1042,11 @@ def canary_audit(mechanism, delta, defect=None, seed=None):
     outside = []
     weight_sums = []
     for r in range(rounds):
-        signs = rng.choice((-1.0, 1.0), mechanism.length)
-        places = np.array_split(rng.permutation(mechanism.length), 2 * n)  # of each canary
-        total = np.zeros(mechanism.length + 1, "<u4")
-        for k in range(n):
-            update = np.zeros(mechanism.length)
-            update[places[k]] = 1e3 * client.clip_norm * signs[places[k]]  # the other n stay out
-            total = total + client.encode(update, 1.0, n, ("audit", r, k))
-        mean, weight_sum = server.decode(total, n, n, ("audit", r))
-        # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
-        released = mean * max(weight_sum, mechanism.min_weight) / mechanism.clip_norm
-        scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
-        inside += scores[:n]
-        outside += scores[n:]
+        scores_inside, scores_outside, weight_sum = canary_round(
+            server, client, n, rng, ("audit", r)
+        )
+        inside += scores_inside
+        outside += scores_outside
         weight_sums.append(weight_sum)
     low, high = measured_noise(inside, outside, 0.999)
     why = f"noise is {low:.3g} to {high:.3g} of a canary's norm, {due:.3g} is due; "
@@ -1163,10 +1173,10 @@ def verify_run(folder):
 
     Reads report.json; rounds.jsonl, one JSON a line with round, cohort_size, sample_rate,
     noise_multiplier and epsilon (against known cohorts, of all rounds so far); and last.pt, whose
-    state holds adapter, round, accountant and sampling_key. Raises ValueError for rounds that ran but were not spent, for vectors of
-    single clients in the checkpoint, and for a log or report that claims what does not follow. Of
-    the mechanism the record holds the noise and the length; the rest is what the report declares.
-    A report that claims no privacy is returned as it is.
+    state holds adapter, round, accountant and sampling_key. Raises ValueError for rounds that ran
+    but were not spent, for vectors of single clients in the checkpoint, and for a log or report
+    that claims what does not follow. Of the mechanism the record holds the noise and the length;
+    the rest is what the report declares. A report that claims no privacy is returned as it is.
     """
     import torch  # only here: the rest of this file does without
 

@@ -48,8 +48,8 @@ KEPT_IN_MEMORY = 128  # with more participants, none keeps its validation batch 
 
 # ---------------------------------------------------------------- configuration
 
-# Keys that may differ when a run is resumed. Whatever depends on them is made again, except finished
-# rounds, whose reliabilities used the sampling settings of that time.
+# Keys that may differ when a run is resumed. Whatever depends on them is made again, except
+# finished rounds, whose reliabilities used the sampling settings of that time.
 RESUMABLE = ("name", "fed.rounds", "personal", "sampling", "evaluate", "weights", "runtime")
 # Least and greatest value. Other numbers lie in 0 ... 1e9.
 RANGES = {
@@ -222,15 +222,15 @@ def check_config(config):
         raise ValueError("data.find_faces needs a face finder: set backbone.finder_steps above 0")
     if p["target_epsilon"] and p["noise_multiplier"]:
         raise ValueError("privacy.target_epsilon chooses the noise: set it or noise_multiplier 0")
-    num_values = {}
+    lengths = {}
     for section in ("lora", "personal"):
         with torch.device("meta"):
             model = build_model(config).requires_grad_(False)
         adapted = add_adapter(config, model, None, section)
-        num_values[section] = sum(p.numel() for p in lora.adapter_parameters(adapted))
+        lengths[section] = sum(p.numel() for p in lora.adapter_parameters(adapted))
         if config[section]["train"] != "AB" and config[section]["rank"] > MAX_RANK:
             raise ValueError(f"{section}.rank must be at most {MAX_RANK} where A is not trained")
-    mechanism = make_mechanism(config, num_values["lora"])
+    mechanism = make_mechanism(config, lengths["lora"])
     num_clients = config["data"]["clients"]
     privacy.check_delta(p["delta"], num_clients if mechanism else 1)
     cohort = f["sample_rate"] * num_clients
@@ -261,11 +261,11 @@ def make_mechanism(config, length, participations=None):
     if not p["enabled"]:
         return None
     noise_multiplier = p["noise_multiplier"]
-    if participations is None:
-        participations = privacy.likely_participations(
-            config["data"]["clients"], f["sample_rate"], f["rounds"]
-        )
     if p["target_epsilon"] and f["rounds"]:
+        if participations is None:
+            participations = privacy.likely_participations(
+                config["data"]["clients"], f["sample_rate"], f["rounds"]
+            )
         # Rate 1: the server knows who is sampled, so that sampling hides nothing from it.
         noise_multiplier = privacy.find_noise_multiplier(
             p["target_epsilon"], p["delta"], 1.0, max(1, participations)
@@ -298,27 +298,28 @@ def draw_cohorts(config, sampling_key, num_clients, num_rounds):
     return [np.array(privacy.draw_cohort(*sampling, i, fixed), int) for i in range(num_rounds)]
 
 
-def check_resumed(before, after, prefix=""):
-    """Raise ValueError for the first key in which a run's own config and the changed one may not
-    differ.
-    """
-    for key, value in before.items():
+def fixed_settings(config, prefix=""):
+    """Return {name: value} of the settings that a resumed run may not change."""
+    fixed = {}
+    for key, value in config.items():
         name = prefix + key
         if name in RESUMABLE:
             continue
         if isinstance(value, dict):
-            check_resumed(value, after[key], name + ".")
-        elif value != after[key]:
-            raise ValueError(f"--resume: the run was made with {name}={value}, not {after[key]}")
-
-
-def fixed_settings(config, prefix=""):
-    """Return what a resumed run may not change of a config, nested dicts."""
-    fixed = {}
-    for key, value in config.items():
-        if prefix + key not in RESUMABLE:
-            fixed[key] = fixed_settings(value, f"{key}.") if isinstance(value, dict) else value
+            fixed |= fixed_settings(value, name + ".")
+        else:
+            fixed[name] = value
     return fixed
+
+
+def check_resumed(before, after):
+    """Raise ValueError for the first setting in which a run's own config and the changed one may
+    not differ.
+    """
+    after = fixed_settings(after)
+    for name, value in fixed_settings(before).items():
+        if value != after[name]:
+            raise ValueError(f"--resume: the run was made with {name}={value}, not {after[name]}")
 
 
 # ---------------------------------------------------------------- files
@@ -619,9 +620,10 @@ def backbone_key(config, public):
     recipe_keys = ("size", "crop", "window", "same_clip_reference", "mirror")
     settings["data"] = [config["data"][name] for name in recipe_keys]
     clips = []
-    for clip in (clip for own in public.values() for clip in own):
-        opening = None if clip.opening is None else clip.opening.tobytes()
-        clips.append((clip.person, clip.name, clip.fingerprint, clip.prompt, data.digest(opening)))
+    for own in public.values():
+        for clip in own:
+            opening = data.digest(None if clip.opening is None else clip.opening.tobytes())
+            clips.append((clip.person, clip.name, clip.fingerprint, clip.prompt, opening))
     settings["decoding"] = data.CACHE_VERSION
     code = source_code(("train", "pretrain"), ("data", "log_mel"))
     recipe = json.dumps([settings, clips, code], sort_keys=True)
@@ -1852,12 +1854,15 @@ def configure(args):
     own = load_config(run / "config.yaml")
     config = load_config(run / "config.yaml", args.preset, args.set)
     check_resumed(own, config)
-    needed = {"generate": ["backbone.pt", "last.pt"], "personalize": ["backbone.pt", "last.pt"]}
-    needed["evaluate"] = [*needed["generate"], "report.json"]
-    for name in needed.get(args.action, []):
+    needed = []
+    if args.action in ("evaluate", "generate", "personalize"):
+        needed = ["backbone.pt", "last.pt"]
+    if args.action == "evaluate":  # of a finished run alone, as it trains nothing
+        needed.append("report.json")
+    for name in needed:
         if not (run / name).exists():
             raise ValueError(f"--resume {run}: no {name} there: the run has not come that far")
-    if args.action == "evaluate":  # which trains nothing
+    if args.action == "evaluate":
         num_rounds = load_checkpoint(run / "last.pt", "global adapter")["round"]
         if num_rounds < config["fed"]["rounds"] or config["personal"] != own["personal"]:
             raise ValueError("--action evaluate trains nothing: continue with --resume alone")

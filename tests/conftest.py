@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
 # Longest first: with two files at once, none is left over at the end.
-LONGEST = ("test_train", "test_workers", "test_metrics", "test_data", "test_devices", "test_privacy")
+LONGEST = "test_train test_workers test_metrics test_data test_devices test_privacy".split()
 
 
 def pytest_configure(config):

@@ -20,9 +20,10 @@ from test_train import ROOT, TINY, fails, places, read_rounds, skip_evaluation
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with people, and what the first run leaves in its caches."""
+    """A folder with people, decoded, so that ffmpeg is no run's child, and the runs' backbones."""
     folder = tmp_path_factory.mktemp("workers")
     data.make_synthetic(folder / "people", 8, 5, 2, 2, 4, 0.8, 32)
+    data.TalkingHeads(folder / "people", 32, cache=folder / "cache")
     return folder
 
 
@@ -31,6 +32,23 @@ def run_command(*arguments, **kwargs):
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
     )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_node(rank, num_workers, port, folder, *arguments):
+    """Start one of two machines of a run by torchrun, with `folder` for its disk."""
+    options = {"nnodes": 2, "node-rank": rank, "nproc-per-node": num_workers}
+    options |= {"master-addr": "127.0.0.1", "master-port": port}
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    command += [str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, **pipes)
 
 
 def children_of(pid):
@@ -79,23 +97,6 @@ def test_two_workers_one_of_them_killed_make_the_same_run_as_one(folder, monkeyp
         paths = [run / "personal" / f"{name}.pt" for run in (one, two)]
         own = [train.load_checkpoint(path, "personal adapter")["adapter"] for path in paths]
         assert torch.equal(*own)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_node(rank, num_workers, port, folder, *arguments):
-    """Start one of two machines of a run by torchrun, with `folder` for its disk."""
-    options = {"nnodes": 2, "node-rank": rank, "nproc-per-node": num_workers}
-    options |= {"master-addr": "127.0.0.1", "master-port": port}
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    command += [str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, **pipes)
 
 
 def test_two_machines_that_share_no_disk_make_the_run_of_one_process(folder, tmp_path, monkeypatch):
@@ -153,14 +154,14 @@ def test_a_lost_worker_ends_the_run():
 # The launcher's children are workers, a worker's child makes batches for the backbone.
 @pytest.mark.parametrize("gpus, num_children", [("cpu:2", 2), ("cpu", 1)])
 def test_processes_end_with_their_parent(folder, gpus, num_children):
-    settings = [*TINY, *places(folder), "backbone.steps=100"]
+    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=400"]
     with run_command("--gpus", gpus, "--set", *settings, "name=end") as parent:
         while len(children := children_of(parent.pid)) < num_children:
             assert parent.poll() is None
             time.sleep(0.01)
-        parent.send_signal(signal.SIGTERM)
-        parent.communicate()
-    deadline = time.time() + 10
-    while any(alive(pid) for pid in children) and time.time() < deadline:
-        time.sleep(0.05)
-    assert not any(alive(pid) for pid in children)
+        parent.kill()
+        parent.wait()  # not for what the children print, which ends with them at the latest
+        deadline = time.time() + 10
+        while any(alive(pid) for pid in children) and time.time() < deadline:
+            time.sleep(0.05)
+        assert not any(alive(pid) for pid in children)

@@ -91,6 +91,11 @@ def refuse(message):
     sys.exit(2)
 
 
+def is_short_of_memory(error):
+    """Whether an error says that there is too little memory; torch has no class for a CPU's."""
+    return isinstance(error, MemoryError) or bool(re.search("(out of|allocate) memory", str(error)))
+
+
 def is_first_worker():
     """Whether this is the first process of a run on this machine: the others need not print."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -479,14 +484,13 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
     filters = picture_filters(streams.video, size and round(size / crop))
     if size:
         filters.append(f"crop={size}:{size}")
-    # The name of a temporary file has no signs that mean something in a list of filters.
     with tempfile.NamedTemporaryFile("w", suffix=".commands") as commands:
         if finder:
             crops, faces = find_track(inputs, streams.video, crop, output, finder)
             if crops:  # it is no face track yet
                 commands.write(crops)
                 commands.flush()
-                moving = [f"sendcmd=filename={commands.name}", "crop=exact=1"]
+                moving = [f"sendcmd=filename={escape(commands.name)}", "crop=exact=1"]
                 square = f"scale={size}:{size}:flags=area+accurate_rnd"
                 filters = [*picture_filters(streams.video), *moving, square]
         picture = raw_picture(filters, output)
@@ -518,6 +522,12 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
     if damage:
         notes.append(f"{used:.1f} of {max(used, streams.seconds):.1f} s are used ({damage})")
     return (height, width), audio, "; ".join(notes)
+
+
+def escape(path):
+    """A path as ffmpeg reads it in a list of filters: as an option's value, then in the list."""
+    value = re.sub(r"([\\':])", r"\\\1", path)
+    return re.sub(r"([\\'\[\],;])", r"\\\1", value)
 
 
 def raw_picture(filters, output):
@@ -822,11 +832,13 @@ def open_cache(cache, root, size, crop, finder=None):
     It is beside this module by default, or in the user's cache if that cannot be written. Clips of
     datasets that are no longer used are deleted. Raises ValueError if no folder can be written.
     """
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "privfedtalk")
-    beside_module = Path(__file__).resolve().parent / "datasets" / ".cache"
+    places = [Path(__file__).resolve().parent / "datasets" / ".cache"]
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(user_cache):  # it is not where the user has no home
+        places.append(Path(user_cache, "privfedtalk"))
     fingerprint = finder and finder.fingerprint()
     key = os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD, fingerprint
-    for place in [Path(cache)] if cache else [beside_module, user_cache]:
+    for place in [Path(cache)] if cache else places:
         folder = place / f"{short_name(root.name)}-{digest(key)}-{size}-{crop:g}.clips"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -995,7 +1007,7 @@ def person_of(path, root, base, refusal=""):
         return folders[0]
     raise ValueError(
         f"it is unclear who the person in {'/'.join(folders)} is: put (or link) all clips of a "
-        "person into one folder, <dataset>/<person>/<clip>"
+        "person into one folder that is named after the person, <dataset>/<person>/<clip>"
     )
 
 
@@ -1006,6 +1018,7 @@ def several_people(names):
     first_words = [FIRST_WORD.match(name)[0] for name in dateless]
     # The first word that may be a name, where a number comes last: anna in session1_anna_01.
     numbered = []
+    numbers = []
     for name in dateless:
         words = [
             word
@@ -1014,13 +1027,17 @@ def several_people(names):
         ]
         if words and name[-1].isdigit() and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
             numbered.append(words[0])
+            numbers.append(re.search(r"\d+$", name)[0])
+    # The first clip of each of several people (anna_1, bob_1), whereas one person's are counted on.
+    all_first = len(set(numbers)) == 1
     # A word counts from two names on; in numbered ones (anna_1, anna_2, bob_1), one is enough.
     for beginnings, least in ((first_words, 2), (numbered, 1)):
         # Once with numbers (sub01-a, sub01-b, sub02-a), once without (anna1, anna2, bob1).
         for tried in (beginnings, [word.rstrip(digits) for word in beginnings]):
             counts = Counter(word for word in tried if word.lower() not in NOT_A_NAME)
             people = sorted(word for word, count in counts.items() if count >= least)
-            if len(people) > 1 and max(counts.values()) > 1:
+            repeated = max(counts.values(), default=0) > 1 or (all_first and least == 1)
+            if len(people) > 1 and repeated:
                 return people
     return []
 

@@ -1682,7 +1682,9 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
             evaluation.add("fake", Case(clip, truth[:f], audio, speeches), frames[:f])
         except ValueError as error:
             notes[str(error)].append(name)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not data.is_short_of_memory(error):
+                raise
             notes["too large for the memory: choose a smaller --size"].append(name)
     rows = evaluation.rows().get("fake", {})
     for metric, row in rows.items():

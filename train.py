@@ -1895,10 +1895,8 @@ def main(argv=None):
         if size > 1:
             torch.distributed.destroy_process_group()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        # torch has no class for a CPU whose memory is short; any other RuntimeError is our fault
-        short_of_memory = re.search("(out of|allocate) memory", str(error))
-        if isinstance(error, RuntimeError) and not short_of_memory:
-            raise
+        if isinstance(error, RuntimeError) and not data.is_short_of_memory(error):
+            raise  # our fault
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # if rank 0 fails of the same, this process ends without repeating it
         data.refuse(str(error) or type(error).__name__)

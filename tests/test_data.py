@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 import time
 import warnings
 from dataclasses import replace
@@ -520,9 +521,11 @@ def is_framed(frames):
     return np.abs(frames[..., 2:-2, 2:-2] - expected[:, 2:-2, 2:-2].astype(int)).mean() < 25
 
 
-def test_a_moving_face_is_followed_in_a_video(tmp_path):
+def test_a_moving_face_is_followed_in_a_video(tmp_path, monkeypatch):
     frames = [red_squares((20 + 2 * i, 60 - i // 2, 64)) for i in range(100)]
     root = tmp_path / "Mum's, 1:2;[3]"  # what means something to ffmpeg's filters
+    root.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(root))
     data.write_video(root / "p" / "walk.mp4", np.stack(frames), tone(100))
     found, _ = data.read_video(root / "p" / "walk.mp4", 32, finder=RedFinder())
     assert found.shape == (100, 3, 32, 32)
@@ -925,11 +928,12 @@ def test_one_person_alone_has_the_same_name(layout):
             "corpus1/anna/1.mp4 corpus2/anna/1.mp4 corpus2/bob/1.mp4",
             "unclear who the person in corpus1/anna",
         ),
-        ("train/1.mp4 test/2.mp4", "unclear who the person in train"),
+        ("train/1.mp4 test/2.mp4", "unclear who the person in train is: .* named after the person"),
         ("2024-01-05/1.mp4 2024-01-06/1.mp4", "unclear who the person in 2024-01-05"),
         ("ABOUT/train/ABOUT_00001.mp4 AFTER/train/AFTER_00001.mp4", "unclear"),
         ("anna_1.mp4 anna_2.mp4 bob_1.mp4 bob_2.mp4", "several people .anna, bob"),
         ("anna1.mp4 anna2.mp4 bob1.mp4 bob2.mp4", "several people .anna, bob"),
+        ("anna_1.mp4 bob_1.mp4 cara_1.mp4", "several people .anna, bob, cara"),
         ("sub01-a.mp4 sub01-b.mp4 sub02-a.mp4 sub02-b.mp4", "several people .sub01, sub02"),
         (
             "speaker_01_1.mp4 speaker_01_2.mp4 speaker_02_1.mp4 speaker_02_2.mp4",
@@ -1152,6 +1156,13 @@ def test_a_cache_that_cannot_be_written_is_refused_or_replaced(tmp_path, one_cli
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     assert len(TalkingHeads(tmp_path / "anna", 16).clips) == 1
     assert list((tmp_path / "user" / "privfedtalk").rglob("*.clip"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # who has no home either
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no cache"):
+        TalkingHeads(tmp_path / "anna", 16)
+    assert not Path("~").exists()
 
 
 def test_thousands_of_links_are_decoded_once_and_opened_one_at_a_time(

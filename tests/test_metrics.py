@@ -1198,6 +1198,21 @@ def test_a_video_that_ends_early_is_compared_as_far_as_it_goes(tmp_path):
     assert any("60 and " in note for note in notes)
 
 
+def test_too_little_memory_costs_a_video_and_other_faults_are_ours(tmp_path, monkeypatch):
+    data.write_video(tmp_path / "a.mp4", moving_frames())
+
+    def fail(x, y):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(metrics, "psnr", fail)
+    for message in ("CUDA out of memory. Tried to ...", "can't allocate memory: you tried to ..."):
+        with pytest.raises(ValueError, match="choose a smaller --size"):
+            metrics.compare(tmp_path / "a.mp4", tmp_path / "a.mp4", {})
+    message = "mat1 and mat2 shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="shapes"):
+        metrics.compare(tmp_path / "a.mp4", tmp_path / "a.mp4", {})
+
+
 def test_a_video_without_sound_is_scored_without_it(tmp_path):
     data.write_video(tmp_path / "a.mp4", moving_frames())
     rows, _ = metrics.compare(tmp_path / "a.mp4", tmp_path / "a.mp4", {}, PlainJudges())

@@ -487,11 +487,11 @@ def sinusoid(t, dim):
 class Diffusion:
     """Forward process q(xt | x0) (Eq. 2-4), a sampler of its inverse. The network predicts x0."""
 
-    def __init__(self, num_steps=1000, schedule="cosine"):
+    def __init__(self, num_steps=1000):
         if num_steps < 2:
             raise ValueError(f"a diffusion needs at least 2 steps, not {num_steps}")
         self.num_steps = num_steps
-        self.alpha_bar = noise_schedule(num_steps, schedule).float()  # T
+        self.alpha_bar = noise_schedule(num_steps).float()  # T
 
     def timestep(self, u):
         """Return integer t [n] for u [n] in [0, 1), evenly spread: the odds of t are three times
@@ -562,26 +562,14 @@ class Diffusion:
         return xt
 
 
-def noise_schedule(num_steps, schedule):
-    """Return alpha_bar [T] in float64: `cosine` (Nichol & Dhariwal 2021, Eq. 17) or `linear` betas
-    (Ho et al. 2020).
-
-    Rescaled so that the last step is pure noise (Lin et al. 2024, Algorithm 1). Raises ValueError
-    for another name.
+def noise_schedule(num_steps):
+    """Return alpha_bar [T] in float64: the cosine schedule (Nichol & Dhariwal 2021, Eq. 17),
+    rescaled so that the last step is pure noise (Lin et al. 2024, Algorithm 1).
     """
-    if schedule == "cosine":
-        s = 0.008
-        angle = (
-            (torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) + s) / (1 + s) * math.pi / 2
-        )
-        f = torch.cos(angle).square()
-        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    elif schedule == "linear":
-        scale = 1000 / num_steps
-        betas = scale * torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64)
-        betas = betas.clamp(max=0.999)
-    else:
-        raise ValueError(f"the noise schedule must be cosine or linear, not {schedule!r}")
+    s = 0.008
+    time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    f = torch.cos((time + s) / (1 + s) * math.pi / 2).square()
+    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     root = torch.cumprod(1 - betas, dim=0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # the last becomes 0, the first stays
     return root.square()

@@ -1145,73 +1145,28 @@ class TalkingHeads:
         self.root = Path(os.path.abspath(root))
         self.skipped = []
         self.notes = []
-        self.clips = []
         assigned = self.find_clips()
-
-        # Links to one file share what is cached of it.
+        if names is not None:
+            assigned = {path: own for path, own in assigned.items() if own[0] in names}
         folder = open_cache(cache, self.root, size, crop, finder)
-        files, distinct = {}, {}
-        for path, (person, _) in assigned.items():
-            if names is not None and person not in names:
-                continue
-            try:
-                # Their sound does not lie beside the file, but beside each link.
-                sound = find_sound(path) if os.path.islink(path) else None
-                key = digest((os.path.realpath(path), *file_state(path), sound))
-            except ValueError as error:
-                self.skipped.append((Path(path), str(error)))
-                continue
-            file = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
-            files[path] = distinct.setdefault(key, file)
-        for file in folder.glob("*.clip"):  # of clips that were deleted or changed
-            if file.stem in distinct:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                # A hidden file is being written now, or was when its process was killed.
-                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > 86400:
-                    file.unlink()
-
+        files = self.find_files(assigned, folder, size, crop, finder)
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
-        missing = [file for file in distinct.values() if not file.load_info()]
+        missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
         with ThreadPoolExecutor(num_cpus()) as pool:
             jobs = pool.map(decode_into_cache, missing)
             disable = None if progress and missing else True  # None: if there is no terminal
             reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=disable)))
-        own, anybodys = {}, {}  # content -> the first path that has it
         for path, file in files.items():
             if reasons.get(file):
                 self.skipped.append((Path(path), reasons[file]))
-                continue
-            # A copy might be for training, and its original for the test.
-            person, _ = assigned[path]
-            content = file.info["frames"], file.info["checksum"]
-            original = own.setdefault((person, *content), path)
-            if original != path:
-                self.skipped.append((Path(path), f"the same picture and sound as {original}"))
-                continue
-            elsewhere = anybodys.setdefault(content, path)
-            if elsewhere != path:
-                note = f"the same picture and sound as {elsewhere}, which is taken for other people"
-                self.notes.append((Path(path), note))
-            text = os.path.splitext(path)[0] + ".txt"
-            prompt, opening, trouble = read_notes(text, file.info["frames"])
-            self.clips.append(Clip(*assigned[path], Path(path), file, file, file, prompt, opening))
-            self.notes += [(Path(path), note) for note in (file.info["note"], trouble) if note]
+        usable = {path: file for path, file in files.items() if not reasons.get(file)}
+        self.clips = self.make_clips(assigned, self.drop_copies(assigned, usable))
         if not self.clips:
             examples = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
             raise ValueError(f"no usable clip in {root}, {len(self.skipped)} skipped: {examples}")
         self.clips.sort(key=attrgetter("person", "name"))
         self.people = by_person(self.clips)
-        spelled = {}
-        for person, clips in self.people.items():
-            other = spelled.setdefault(person.casefold(), person)
-            if other != person:
-                note = f"{person} and {other} are taken for two people: they differ in case only"
-                self.notes.append((clips[0].path.parent, note))
-            own = [clip.path for clip in clips if clip.path.parent.name == person]
-            if names := ", ".join(several_people([path.stem for path in own])[:5]):
-                note = f"the names suggest several people ({names} ...), taken for one"
-                self.notes.append((own[0].parent, note))
+        self.note_names()
 
     def find_clips(self):
         """{path: (person, clip name)} of the video files. Raises ValueError if there are none."""
@@ -1229,6 +1184,73 @@ class TalkingHeads:
         assigned, left_out = assign_people(paths, os.fspath(self.root))
         self.skipped += left_out
         return assigned
+
+    def find_files(self, assigned, folder, size, crop, finder):
+        """{path: its `CacheFile` in the cache's `folder`}; what else lies there is deleted."""
+        files = {}
+        distinct = {}  # links to one file share what is cached of it
+        for path in assigned:
+            try:
+                # Their sound does not lie beside the file, but beside each link.
+                sound = find_sound(path) if os.path.islink(path) else None
+                key = digest((os.path.realpath(path), *file_state(path), sound))
+            except ValueError as error:
+                self.skipped.append((Path(path), str(error)))
+                continue
+            file = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
+            files[path] = distinct.setdefault(key, file)
+        for file in folder.glob("*.clip"):  # of clips that were deleted or changed
+            if file.stem in distinct:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                # A hidden file is being written now, or was when its process was killed.
+                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > 86400:
+                    file.unlink()
+        return files
+
+    def drop_copies(self, assigned, files):
+        """The `files` {path: CacheFile} without a person's second copies; notes copies across
+        people.
+        """
+        kept = {}
+        own, anybodys = {}, {}  # content -> the first path that has it
+        for path, file in files.items():
+            # A copy might be for training, and its original for the test.
+            person, _ = assigned[path]
+            content = file.info["frames"], file.info["checksum"]
+            original = own.setdefault((person, *content), path)
+            if original != path:
+                self.skipped.append((Path(path), f"the same picture and sound as {original}"))
+                continue
+            elsewhere = anybodys.setdefault(content, path)
+            if elsewhere != path:
+                note = f"the same picture and sound as {elsewhere}, which is taken for other people"
+                self.notes.append((Path(path), note))
+            kept[path] = file
+        return kept
+
+    def make_clips(self, assigned, files):
+        """[Clip] of decoded files {path: CacheFile}, with what their .txt says."""
+        clips = []
+        for path, file in files.items():
+            text = os.path.splitext(path)[0] + ".txt"
+            prompt, opening, trouble = read_notes(text, file.info["frames"])
+            clips.append(Clip(*assigned[path], Path(path), file, file, file, prompt, opening))
+            self.notes += [(Path(path), note) for note in (file.info["note"], trouble) if note]
+        return clips
+
+    def note_names(self):
+        """Note people whose names differ in case only, and folders that several may share."""
+        spelled = {}
+        for person, clips in self.people.items():
+            other = spelled.setdefault(person.casefold(), person)
+            if other != person:
+                note = f"{person} and {other} are taken for two people: they differ in case only"
+                self.notes.append((clips[0].path.parent, note))
+            own = [clip.path for clip in clips if clip.path.parent.name == person]
+            if names := ", ".join(several_people([path.stem for path in own])[:5]):
+                note = f"the names suggest several people ({names} ...), taken for one"
+                self.notes.append((own[0].parent, note))
 
 
 def decode_into_cache(file):

@@ -490,8 +490,7 @@ def learn_to_hear(model, batches, num_steps, lr):
 
 
 def train_unet(config, autoencoder, public, device, partial):
-    """Return the pretrained TalkingHead (an average over steps), its loss by step, and the
-    adapters' directions.
+    """Return a TalkingHead trained on public people (an average over steps) and its loss by step.
 
     Every SAVE_EVERY steps everything goes to the file `partial`, from which an interrupted run
     continues.
@@ -500,7 +499,7 @@ def train_unet(config, autoencoder, public, device, partial):
     clips = [clip for own in public.values() for clip in own]
     torch.manual_seed(config["seed"])
     generator = torch.Generator()
-    views = {"same_clip": config["data"]["same_clip_reference"], "mirror": config["data"]["mirror"]}
+    views = training_views(config)
     model = build_model(config).to(device)
     model.autoencoder.load_state_dict(autoencoder)
     model.autoencoder.requires_grad_(False)
@@ -549,16 +548,29 @@ def train_unet(config, autoencoder, public, device, partial):
             state = {"model": model.state_dict(), "average": average.module.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "losses": losses}
             save_checkpoint(partial, "partial backbone", state)
-    model = average.module.eval().requires_grad_(True)
-    generator.manual_seed(config["seed"])
+    return average.module.eval(), losses
+
+
+def training_views(config):
+    """Return how `fed.sample_batch` shows public clips, as keyword arguments."""
+    return {"same_clip": config["data"]["same_clip_reference"], "mirror": config["data"]["mirror"]}
+
+
+def find_directions(config, model, public, num_people=48):
+    """Return the directions of the adapters (`lora.leading_directions`): those in which a trained
+    model's loss on public people falls fastest, one batch of each.
+    """
+    generator = torch.Generator().manual_seed(config["seed"])
+    no_judges = dict.fromkeys(config["loss"], 0.0)
+    micro_batch = config["runtime"]["micro_batch"]
+    model.requires_grad_(True)
     moments = {}
-    for name, own in tqdm(list(public.items())[:48], "directions", mininterval=1):
-        size = min(8, 4 * len(own)), settings["num_frames"]
-        batch = fed.sample_batch(model, {name: own}, *size, generator, **views)
-        fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
+    for name, own in tqdm(list(public.items())[:num_people], "directions", mininterval=1):
+        size = min(8, 4 * len(own)), config["backbone"]["num_frames"]
+        batch = fed.sample_batch(model, {name: own}, *size, generator, **training_views(config))
+        fed.backward(model, None, batch, no_judges, generator, micro_batch)
         lora.add_gradient_moments(model.unet, moments)
-    directions = lora.leading_directions(model.unet, moments, MAX_RANK)
-    return model.state_dict(), losses, directions
+    return lora.leading_directions(model.unet, moments, MAX_RANK)
 
 
 def public_unexplained(model, public, num_people=48):
@@ -675,7 +687,8 @@ def pretrain(config, public, cache, device, workers):
                 save_checkpoint(path, "autoencoder", train_autoencoder(config, public, device))
             autoencoder = load_checkpoint(path, "autoencoder")
             partial = cache / "partial.pt"
-            trained = train_unet(config, autoencoder, public, device, partial)
+            model, losses = train_unet(config, autoencoder, public, device, partial)
+            trained = model.state_dict(), losses, find_directions(config, model, public)
         elif name == "face finder":
             finder = metrics.train_finder(public, b["finder_steps"], config["seed"], progress=True)
             trained = finder.state_dict()

@@ -75,8 +75,9 @@ def pretrain(config, public, work):
     path = work / f"unet-{key}.pt"
     if not path.exists():
         partial = work / f"partial-{key}.pt"
-        state, _, directions = train.train_unet(config, autoencoder, public, device, partial)
-        content = {"model": state, "directions": directions}
+        model, _ = train.train_unet(config, autoencoder, public, device, partial)
+        directions = train.find_directions(config, model, public)
+        content = {"model": model.state_dict(), "directions": directions}
         train.save_checkpoint(path, "UNet", content)
     content = train.load_checkpoint(path, "UNet")
     model = train.build_model(config)

@@ -960,7 +960,6 @@ class TalkingHead(nn.Module):
         generator,
         num_steps,
         guidance=1.0,
-        temperature=1.0,
         window=40,
         scales=None,
         liveliness=None,
@@ -970,10 +969,9 @@ class TalkingHead(nn.Module):
 
         reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves;
         words [b n]: of the prompt; liveliness [b]: how much the person moves, by default as much as
-        a typical public person. `temperature` scales the initial noise (`noise_by_place`): at 0 the
-        head rests. Each window continues from the last KNOWN_FRAMES frames of the one before and
-        starts from the reference again, so that neither memory nor errors grow with the clip. The
-        first window is half as long, so that its frames come sooner.
+        a typical public person. Each window continues from the last KNOWN_FRAMES frames of the one
+        before and starts from the reference again, so that neither memory nor errors grow with the
+        clip. The first window is half as long, so that its frames come sooner.
         """
         # The first window, half as long, has to hold the frames that the second takes over.
         if window <= 2 * KNOWN_FRAMES:
@@ -984,14 +982,14 @@ class TalkingHead(nn.Module):
         if liveliness is None:
             liveliness = self.typical_liveliness.expand(num_clips)
         known = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:])
-        noise_std = temperature * self.noise_by_place()  # m h w
         start = 0
         while start < num_frames:
             length = window if start else window // 2
             first = start - known.shape[1]
             mel_window = mel[:, first : first + length]  # b w n m
             shape = (num_clips, mel_window.shape[1], *known.shape[2:])
-            noise = noise_std * torch.randn(shape, generator=generator).to(latents.device)
+            noise = torch.randn(shape, generator=generator).to(latents.device)
+            noise = self.noise_by_place() * noise  # b w m h w
             conditions = self.encode_conditions(mel_window, reference, words, scales)
             x0 = self.sample(conditions, latents, noise, known, num_steps, guidance)
             new = x0[:, known.shape[1] :]

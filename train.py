@@ -82,9 +82,9 @@ RANGES = {
     "privacy.seed": (-1, 1e9),
     "personal.clients": (1, 100_000),
     "personal.rank": (1, 256),
+    "personal.batch_size": (1, 1024),
     "sampling.num_steps": (1, 1000),
     "sampling.guidance": (0, 100),
-    "sampling.temperature": (0, 2),
     "sampling.window": (2 * (talking.KNOWN_FRAMES + 1), 1000),
     "evaluate.num_frames": (6, 1e9),  # two windows of the sync judges
     "runtime.threads": (0, 1024),
@@ -955,7 +955,7 @@ def training_kwargs(config, section, device):
     """Return the keyword arguments of `fed.local_update` (config section `fed`) or of
     `fed.train_adapter` (`personal`).
     """
-    kwargs = {"lr": config[section]["lr"], "batch_size": config["fed"]["batch_size"]}
+    kwargs = {key: config[section][key] for key in ("lr", "batch_size")}
     kwargs |= {"loss_weights": config["loss"], "bf16": device.type == "cuda"}
     kwargs["micro_batch"] = config["runtime"]["micro_batch"]
     if section == "fed":

@@ -53,6 +53,7 @@ SMALLEST = [
     "privacy.seed=3",
     "personal.clients=1",
     "personal.steps=1",
+    "personal.batch_size=2",
     "sampling.num_steps=1",
     "sampling.window=24",
     "evaluate.num_frames=10",

@@ -41,6 +41,7 @@ TINY = [
     "privacy.num_curious=1",
     "personal.clients=2",
     "personal.steps=1",
+    "personal.batch_size=2",
     "sampling.num_steps=1",
     "evaluate.num_frames=10",
 ]
@@ -195,6 +196,12 @@ def test_too_little_memory_is_a_users_error_and_other_faults_are_ours(monkeypatc
     message = "mat1 and mat2 shapes cannot be multiplied"
     with pytest.raises(RuntimeError, match="shapes"):
         train.main(["--gpus", "cpu", "--action", "dry-run"])
+
+
+def test_personal_adapters_have_a_batch_size_of_their_own():
+    config = train.load_config(train.DEFAULTS, (), ["fed.batch_size=3", "personal.batch_size=5"])
+    for section, size in (("fed", 3), ("personal", 5)):
+        assert train.training_kwargs(config, section, torch.device("cpu"))["batch_size"] == size
 
 
 def test_broken_yaml_is_named(tmp_path, capsys):

@@ -1027,7 +1027,7 @@ def several_people(names):
         ]
         if words and name[-1].isdigit() and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
             numbered.append(words[0])
-            numbers.append(re.search(r"\d+$", name)[0])
+            numbers.append(re.search(r"\d*$", name)[0])  # "" of other digits, such as ²
     # The first clip of each of several people (anna_1, bob_1), whereas one person's are counted on.
     all_first = len(set(numbers)) == 1
     # A word counts from two names on; in numbered ones (anna_1, anna_2, bob_1), one is enough.
@@ -1036,8 +1036,7 @@ def several_people(names):
         for tried in (beginnings, [word.rstrip(digits) for word in beginnings]):
             counts = Counter(word for word in tried if word.lower() not in NOT_A_NAME)
             people = sorted(word for word, count in counts.items() if count >= least)
-            repeated = max(counts.values(), default=0) > 1 or (all_first and least == 1)
-            if len(people) > 1 and repeated:
+            if len(people) > 1 and (all_first or max(counts.values()) > 1):
                 return people
     return []
 
@@ -1150,16 +1149,19 @@ class TalkingHeads:
             assigned = {path: own for path, own in assigned.items() if own[0] in names}
         folder = open_cache(cache, self.root, size, crop, finder)
         files = self.find_files(assigned, folder, size, crop, finder)
+        delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
         with ThreadPoolExecutor(num_cpus()) as pool:
             jobs = pool.map(decode_into_cache, missing)
             disable = None if progress and missing else True  # None: if there is no terminal
             reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=disable)))
+        usable = {}
         for path, file in files.items():
             if reasons.get(file):
                 self.skipped.append((Path(path), reasons[file]))
-        usable = {path: file for path, file in files.items() if not reasons.get(file)}
+            else:
+                usable[path] = file
         self.clips = self.make_clips(assigned, self.drop_copies(assigned, usable))
         if not self.clips:
             examples = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
@@ -1186,7 +1188,7 @@ class TalkingHeads:
         return assigned
 
     def find_files(self, assigned, folder, size, crop, finder):
-        """{path: its `CacheFile` in the cache's `folder`}; what else lies there is deleted."""
+        """{path: its `CacheFile` in the cache's `folder`} of the files that can be found."""
         files = {}
         distinct = {}  # links to one file share what is cached of it
         for path in assigned:
@@ -1199,13 +1201,6 @@ class TalkingHeads:
                 continue
             file = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
             files[path] = distinct.setdefault(key, file)
-        for file in folder.glob("*.clip"):  # of clips that were deleted or changed
-            if file.stem in distinct:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                # A hidden file is being written now, or was when its process was killed.
-                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > 86400:
-                    file.unlink()
         return files
 
     def drop_copies(self, assigned, files):
@@ -1251,6 +1246,17 @@ class TalkingHeads:
             if names := ", ".join(several_people([path.stem for path in own])[:5]):
                 note = f"the names suggest several people ({names} ...), taken for one"
                 self.notes.append((own[0].parent, note))
+
+
+def delete_unused(folder, used):
+    """Delete from the cache's `folder` the files of clips that were deleted or changed."""
+    for path in folder.glob("*.clip"):
+        if path in used:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            # A hidden file is being written now, or was when its process was killed.
+            if not path.name.startswith(".") or time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
 
 
 def decode_into_cache(file):

@@ -982,14 +982,14 @@ class TalkingHead(nn.Module):
         if liveliness is None:
             liveliness = self.typical_liveliness.expand(num_clips)
         known = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:])
+        noise_std = self.noise_by_place()  # m h w
         start = 0
         while start < num_frames:
             length = window if start else window // 2
             first = start - known.shape[1]
             mel_window = mel[:, first : first + length]  # b w n m
             shape = (num_clips, mel_window.shape[1], *known.shape[2:])
-            noise = torch.randn(shape, generator=generator).to(latents.device)
-            noise = self.noise_by_place() * noise  # b w m h w
+            noise = noise_std * torch.randn(shape, generator=generator).to(latents.device)
             conditions = self.encode_conditions(mel_window, reference, words, scales)
             x0 = self.sample(conditions, latents, noise, known, num_steps, guidance)
             new = x0[:, known.shape[1] :]

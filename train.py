@@ -526,8 +526,7 @@ def train_unet(config, autoencoder, public, device, partial):
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
         learn_to_hear(model, batches, settings["steps"] // 10, settings["lr"])
         average = talking.EMA(model, 0.995)
-    no_judges = dict.fromkeys(config["loss"], 0.0)  # Eq. 12 is for the clients; here L_diff alone
-    step_kwargs = {"micro_batch": config["runtime"]["micro_batch"], "bf16": device.type == "cuda"}
+    step_kwargs = pretraining_kwargs(config, device)
     first = len(losses)
     num_steps = settings["steps"]
     size = settings["batch_size"], settings["num_frames"]
@@ -538,7 +537,7 @@ def train_unet(config, autoencoder, public, device, partial):
         step_seed = fed.derive_seed(config["seed"], step)
         torch.manual_seed(step_seed)
         generator.manual_seed(step_seed)
-        terms = fed.backward(model, None, batch, no_judges, generator, **step_kwargs)
+        terms = fed.backward(model, None, batch, generator=generator, **step_kwargs)
         optimizer_step(optimizer, learning_rate(step, num_steps, settings["lr"]))
         average.update(model)
         losses.append(terms["diffusion"])
@@ -551,6 +550,13 @@ def train_unet(config, autoencoder, public, device, partial):
     return average.module.eval(), losses
 
 
+def pretraining_kwargs(config, device):
+    """Return the keyword arguments of `fed.backward` on public people's clips."""
+    kwargs = {"micro_batch": config["runtime"]["micro_batch"], "bf16": device.type == "cuda"}
+    # Eq. 12 is for the clients; here L_diff alone.
+    return kwargs | {"loss_weights": dict.fromkeys(config["loss"], 0.0)}
+
+
 def training_views(config):
     """Return how `fed.sample_batch` shows public clips, as keyword arguments."""
     return {"same_clip": config["data"]["same_clip_reference"], "mirror": config["data"]["mirror"]}
@@ -561,14 +567,14 @@ def find_directions(config, model, public, num_people=48):
     model's loss on public people falls fastest, one batch of each.
     """
     generator = torch.Generator().manual_seed(config["seed"])
-    no_judges = dict.fromkeys(config["loss"], 0.0)
-    micro_batch = config["runtime"]["micro_batch"]
+    views = training_views(config)
+    step_kwargs = pretraining_kwargs(config, model.motion_std.device)
     model.requires_grad_(True)
     moments = {}
     for name, own in tqdm(list(public.items())[:num_people], "directions", mininterval=1):
         size = min(8, 4 * len(own)), config["backbone"]["num_frames"]
-        batch = fed.sample_batch(model, {name: own}, *size, generator, **training_views(config))
-        fed.backward(model, None, batch, no_judges, generator, micro_batch)
+        batch = fed.sample_batch(model, {name: own}, *size, generator, **views)
+        fed.backward(model, None, batch, generator=generator, **step_kwargs)
         lora.add_gradient_moments(model.unet, moments)
     return lora.leading_directions(model.unet, moments, MAX_RANK)
 

@@ -934,6 +934,7 @@ def test_one_person_alone_has_the_same_name(layout):
         ("anna_1.mp4 anna_2.mp4 bob_1.mp4 bob_2.mp4", "several people .anna, bob"),
         ("anna1.mp4 anna2.mp4 bob1.mp4 bob2.mp4", "several people .anna, bob"),
         ("anna_1.mp4 bob_1.mp4 cara_1.mp4", "several people .anna, bob, cara"),
+        ("anna².mp4 bob².mp4", "several people .anna², bob²"),
         ("sub01-a.mp4 sub01-b.mp4 sub02-a.mp4 sub02-b.mp4", "several people .sub01, sub02"),
         (
             "speaker_01_1.mp4 speaker_01_2.mp4 speaker_02_1.mp4 speaker_02_2.mp4",

@@ -260,7 +260,7 @@ def conv_by_hand(x, conv):
 
 
 def norm_by_hand(x, norm):
-    groups = x.unflatten(1, (talking.GROUPS, -1)).flatten(2)
+    groups = x.unflatten(1, (-1, talking.GROUP_CHANNELS)).flatten(2)
     centred = groups - groups.mean(-1, keepdim=True)
     scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return scaled.view_as(x) * norm.weight[:, None, None] + norm.bias[:, None, None]

@@ -266,6 +266,14 @@ def norm_by_hand(x, norm):
     return scaled.view_as(x) * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
+def test_every_group_norm_has_the_groups_that_are_fast_on_cpus():
+    model = talking.TalkingHead(**SMALL)
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.GroupNorm)]
+    assert len(norms) > 20
+    for norm in norms:
+        assert norm.num_channels == 8 * norm.num_groups
+
+
 def test_a_resnet_block_is_its_formula():
     torch.manual_seed(0)
     block = talking.ResnetBlock(16, 32, temb_channels=8)

@@ -1317,7 +1317,7 @@ def main(arguments=None):
     add("--noise", type=float, help="noise multiplier z = noise / sensitivity")
     add("--target-epsilon", type=float, help="use the least z that keeps it, instead of --noise")
     add("--audit", action="store_true", help="canaries and other checks, and what they must flag")
-    add("--length", type=int, default=1232, help="values of an update, for --audit")
+    add("--length", type=int, default=40, help="values of an update, for --audit")
     add("--verify", metavar="RUN", help="compute the report of a run again, from its record")
     args = parser.parse_args(arguments)
     if args.verify:

@@ -1305,7 +1305,7 @@ def test_the_table_prints_epsilon_by_clients_at_the_same_noise_on_the_mean(capsy
 
 
 def test_the_audit_prints_a_table_and_finds_every_defect(capsys):
-    privacy.main("--clients 100 --noise 0.27 --audit".split())
+    privacy.main("--clients 100 --noise 0.27 --length 1232 --audit".split())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(privacy.DEFECTS) + 6
     assert all(("as it is" in line) == (" passed " in line) for line in lines)

@@ -967,6 +967,7 @@ DEFECTS = {  # factors of the noise, the clip norm and the largest weight of a b
 # What a server's checkpoint holds beside its vectors adapter and control, in plain values.
 SERVER_VALUES = (
     "kind",
+    "version",
     "checksum",
     "description",
     "settings",

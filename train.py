@@ -43,6 +43,7 @@ import privacy
 DEFAULTS = Path(__file__).with_name("config.yaml")
 MAX_RANK = 16  # directions of each layer that backbone.pt keeps (lora.leading_directions)
 SAVE_EVERY = 100  # steps of the backbone between two partial checkpoints
+CHECKPOINT_VERSION = 2  # another one for every change that would misread older files
 KEPT_IN_MEMORY = 128  # with more participants, none keeps its validation batch between rounds
 
 
@@ -50,7 +51,16 @@ KEPT_IN_MEMORY = 128  # with more participants, none keeps its validation batch 
 
 # Keys that may differ when a run is resumed. Whatever depends on them is made again, except
 # finished rounds, whose reliabilities used the sampling settings of that time.
-RESUMABLE = ("name", "fed.rounds", "personal", "sampling", "evaluate", "weights", "runtime")
+RESUMABLE = (
+    "name",
+    "data.root",  # of the same people, see check_people
+    "fed.rounds",
+    "personal",
+    "sampling",
+    "evaluate",
+    "weights",
+    "runtime",
+)
 # Least and greatest value. Other numbers lie in 0 ... 1e9.
 RANGES = {
     "data.size": (32, 1024),
@@ -349,9 +359,10 @@ def checksum(state):
 
 
 def save_checkpoint(path, kind, state):
-    """Write a checkpoint {"kind", "state", "checksum"}, whole or not at all."""
+    """Write a checkpoint {"kind", "version", "state", "checksum"}, whole or not at all."""
+    content = {"kind": kind, "version": CHECKPOINT_VERSION, "state": state}
     buffer = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError
-    torch.save({"kind": kind, "state": state, "checksum": checksum(state)}, buffer)
+    torch.save(content | {"checksum": checksum(state)}, buffer)
     with data.atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
@@ -372,6 +383,8 @@ def load_checkpoint(path, kind):
         raise ValueError(f"{path}: not a checkpoint of PrivFedTalk")
     if content["kind"] != kind:
         raise ValueError(f"{path}: holds a {content['kind']}, not a {kind}")
+    if content.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path}: was made by another version of this code")
     if content["checksum"] != checksum(content["state"]):
         raise ValueError(
             f"{path}: damaged, its checksum does not match; delete it, if it can be made again"

@@ -252,6 +252,12 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     torch.save(content, path)
     with pytest.raises(ValueError, match="damaged"):
         train.load_checkpoint(path, "global adapter")
+    train.save_checkpoint(path, "global adapter", state)
+    content = torch.load(path, weights_only=True)
+    content.pop("version")
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="another version of this code"):
+        train.load_checkpoint(path, "global adapter")
     torch.save({"adapter": 1}, path)
     with pytest.raises(ValueError, match="not a checkpoint of PrivFedTalk"):
         train.load_checkpoint(path, "global adapter")
@@ -657,6 +663,19 @@ def test_a_resumed_run_is_of_the_same_people(finished, tmp_path, capsys):
     error = fails(capsys, "--resume", str(copied), "--set", "fed.rounds=3")
     assert "the clips or the role of client-001 have changed" in error
     assert snapshot(copied) == before
+
+
+def test_a_run_goes_on_where_its_people_have_moved(finished, tmp_path, capsys):
+    folder, run = finished
+    copied = copy_run(run, tmp_path)
+    text = (copied / "config.yaml").read_text()
+    gone = text.replace(str(folder / "people"), str(tmp_path / "gone"))
+    (copied / "config.yaml").write_text(gone)
+    more = ["--resume", str(copied), "--set", "fed.rounds=3"]
+    assert "no dataset at" in fails(capsys, *more)
+    (tmp_path / "moved").symlink_to(folder / "people")
+    train.main(["--gpus", "cpu", *more, f"data.root={tmp_path / 'moved'}"])
+    assert len(read_rounds(copied)) == 3
 
 
 def test_what_a_run_has_spent_cannot_be_lost_or_edited(finished, tmp_path, capsys):

@@ -154,7 +154,7 @@ def test_a_lost_worker_ends_the_run():
 # The launcher's children are workers, a worker's child makes batches for the backbone.
 @pytest.mark.parametrize("gpus, num_children", [("cpu:2", 2), ("cpu", 1)])
 def test_processes_end_with_their_parent(folder, gpus, num_children):
-    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=400"]
+    settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=100"]
     with run_command("--gpus", gpus, "--set", *settings, "name=end") as parent:
         while len(children := children_of(parent.pid)) < num_children:
             assert parent.poll() is None

@@ -278,7 +278,7 @@ def resumed(rng, folder):
         arguments += ["--reference", rng.choice(files), "--speech", rng.choice(files)]
     if action == "personalize":
         arguments += ["--clips", rng.choice(files)]
-    changes = ("lora.rank=2", "seed=9", "data.clients=6", "fed.lr=0.5", "model.dim=24")
+    changes = ("lora.rank=3", "seed=9", "data.clients=6", "fed.lr=0.5", "model.dim=24")
     refused = action != "dry-run" or run.name != "run"
     if rng.random() < 0.5:
         arguments += ["--set", rng.choice(changes)]

@@ -313,6 +313,16 @@ def file_state(path):
     return status.st_size, status.st_mtime_ns
 
 
+def real_path(path, real_folder):
+    """os.path.realpath of a file that is there; `real_folder` gives that of its folder."""
+    folder, name = os.path.split(path)
+    folder = real_folder(folder)
+    path = os.path.join(folder, name)
+    if os.path.islink(path):
+        return real_path(os.path.join(folder, os.readlink(path)), real_folder)
+    return path
+
+
 def explain(path):
     """Why neither ffmpeg nor PIL can read a file and what to do about it, or ''."""
     try:
@@ -368,14 +378,12 @@ def probe(path):
     )
 
 
-def find_sound(path):
-    """The sound file that belongs to a video, or None.
+def find_sounds(folder):
+    """{name without suffix: sound file} of what belongs to the videos in a folder, an absolute path.
 
-    It has the video's name and lies beside it, or in the folder for sound where VoxCeleb2 (aac for
-    mp4), MEAD (audio/angry for video/front/angry) and HDTF have a folder for videos.
+    A sound file has the video's name and lies beside it, or in the folder for sound where VoxCeleb2
+    (aac for mp4), MEAD (audio/angry for video/front/angry) and HDTF have a folder for videos.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    stem = os.path.splitext(name)[0]
     folders = [folder]
     parts = folder.split(os.sep)
     for i, part in enumerate(parts):
@@ -383,11 +391,28 @@ def find_sound(path):
             for sound in ("aac", "m4a", "wav", "audio"):
                 folders.append(os.sep.join([*parts[:i], sound, *parts[i + 1 :]]))
                 folders.append(os.sep.join([*parts[:i], sound, *parts[i + 2 :]]))  # no camera angle
-    for folder, suffix in itertools.product(folders, SOUND_SUFFIXES):
-        for file in (f"{folder}/{stem}{suffix}", f"{folder}/{stem}{suffix.upper()}"):
-            if os.path.isfile(file):
-                return file
-    return None
+    sounds = {}
+    for place in folders:
+        try:
+            names = os.listdir(place)
+        except OSError:  # there is none, or it cannot be read
+            continue
+        found = []
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            file = os.path.join(place, name)
+            if suffix.lower() in SOUND_SUFFIXES and os.path.isfile(file):
+                kind = SOUND_SUFFIXES.index(suffix.lower())
+                found.append((kind, suffix.swapcase(), stem, file))  # .wav before .Wav and .WAV
+        for *_, stem, file in sorted(found):
+            sounds.setdefault(stem, file)
+    return sounds
+
+
+def find_sound(path, find_sounds=find_sounds):
+    """The sound file that belongs to a video, or None; `find_sounds` may remember its folders."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return find_sounds(folder).get(os.path.splitext(name)[0])
 
 
 def probe_sound(path):
@@ -1191,16 +1216,21 @@ class TalkingHeads:
         """{path: its `CacheFile` in the cache's `folder`} of the files that can be found."""
         files = {}
         distinct = {}  # links to one file share what is cached of it
+        # Of hundreds of thousands of files, each folder is looked at once.
+        real_folder = functools.cache(os.path.realpath)
+        sounds_of = functools.cache(find_sounds)
         for path in assigned:
             try:
+                state = file_state(path)
                 # Their sound does not lie beside the file, but beside each link.
-                sound = find_sound(path) if os.path.islink(path) else None
-                key = digest((os.path.realpath(path), *file_state(path), sound))
+                sound = find_sound(path, sounds_of) if os.path.islink(path) else None
+                key = digest((real_path(path, real_folder), *state, sound))
             except ValueError as error:
                 self.skipped.append((Path(path), str(error)))
                 continue
-            file = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
-            files[path] = distinct.setdefault(key, file)
+            if key not in distinct:
+                distinct[key] = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
+            files[path] = distinct[key]
         return files
 
     def drop_copies(self, assigned, files):

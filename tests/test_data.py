@@ -320,6 +320,9 @@ def test_sound_in_a_file_beside_a_mute_video_is_found(tmp_path, mute_clip):
         load(tmp_path / "own")
     copy(tmp_path / "tone.wav", tmp_path / "own" / "anna" / "none.flac")  # whatever is in it
     assert len(load(tmp_path / "own").clips) == 1
+    for name in ("none.WAV", "none.Wav", "none.wav"):  # whatever its case, and before the flac
+        copy(tmp_path / "tone.wav", tmp_path / "own" / "anna" / name)
+        assert data.find_sound(tmp_path / "own/anna/none.mp4") == f"{tmp_path}/own/anna/{name}"
 
 
 def test_a_silent_track_does_not_hide_the_sound_beside_the_video(tmp_path, mute_clip):
@@ -1178,9 +1181,13 @@ def test_thousands_of_links_are_decoded_once_and_opened_one_at_a_time(
         (person / f"{i}.mp4").symlink_to(f"../../files/{i % 3}.mp4")
     dataset = load(tmp_path / "people")
     assert len(dataset.clips) == 1500 and len(dataset.people) == 500 and len(decoded) == 3
+    listed = []
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or real(folder))
     started = time.process_time()
     dataset = load(tmp_path / "people")
     assert len(dataset.clips) == 1500 and time.process_time() - started < 2
+    assert len(listed) == 500  # each folder once, for the sound beside its links
     assert len({id(clip.frames) for clip in dataset.clips}) <= 3
 
 

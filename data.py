@@ -409,10 +409,10 @@ def find_sounds(folder):
     return sounds
 
 
-def find_sound(path, find_sounds=find_sounds):
-    """The sound file that belongs to a video, or None; `find_sounds` may remember its folders."""
+def find_sound(path, sounds_of=find_sounds):
+    """The sound file that belongs to a video, or None; `sounds_of` may remember the folders."""
     folder, name = os.path.split(os.path.abspath(path))
-    return find_sounds(folder).get(os.path.splitext(name)[0])
+    return sounds_of(folder).get(os.path.splitext(name)[0])
 
 
 def probe_sound(path):

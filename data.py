@@ -891,6 +891,7 @@ class CacheFile:
 
     path: Path
     source: str
+    sound: str | None  # the sound file that belongs to the source
     size: int
     crop: float
     finder: object = None
@@ -917,10 +918,9 @@ class CacheFile:
 
     def write(self):
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
-        sound = find_sound(self.source)
         with atomic_write(self.path) as temporary:
             _, audio, note = decode_video(
-                self.source, self.size, self.crop, temporary, sound, self.finder
+                self.source, self.size, self.crop, temporary, self.sound, self.finder
             )
             num_frames = len(audio) // SAMPLES_PER_FRAME
             if not num_frames:
@@ -933,7 +933,7 @@ class CacheFile:
                 file.write(audio.tobytes() + log_mel(audio).tobytes())
             self.info = {"frames": num_frames, "note": note[:1000]}
             self.info["checksum"] = checksum(temporary, self.length())
-            self.info["sound"] = {sound: file_state(sound)} if sound else {}
+            self.info["sound"] = {self.sound: file_state(self.sound)} if self.sound else {}
             with open(temporary, "ab") as file:
                 file.write(b"\n" + json.dumps(self.info).encode())
 
@@ -1222,14 +1222,15 @@ class TalkingHeads:
         for path in assigned:
             try:
                 state = file_state(path)
-                # Their sound does not lie beside the file, but beside each link.
-                sound = find_sound(path, sounds_of) if os.path.islink(path) else None
-                key = digest((real_path(path, real_folder), *state, sound))
+                sound = find_sound(path, sounds_of)
+                # The sound of links does not lie beside their file, but beside each of them.
+                own_sound = sound if os.path.islink(path) else None
+                key = digest((real_path(path, real_folder), *state, own_sound))
             except ValueError as error:
                 self.skipped.append((Path(path), str(error)))
                 continue
             if key not in distinct:
-                distinct[key] = CacheFile(folder / f"{key}.clip", path, size, crop, finder)
+                distinct[key] = CacheFile(folder / f"{key}.clip", path, sound, size, crop, finder)
             files[path] = distinct[key]
         return files
 

@@ -314,7 +314,7 @@ def file_state(path):
 
 
 def real_path(path, real_folder):
-    """os.path.realpath of a file that is there; `real_folder` gives that of its folder."""
+    """os.path.realpath of a file that is there; `real_folder(folder)` is that of a folder."""
     folder, name = os.path.split(path)
     folder = real_folder(folder)
     path = os.path.join(folder, name)
@@ -410,7 +410,9 @@ def find_sounds(folder):
 
 
 def find_sound(path, sounds_of=find_sounds):
-    """The sound file that belongs to a video, or None; `sounds_of` may remember the folders."""
+    """The sound file that belongs to a video, or None; `sounds_of` is `find_sounds`, or remembers
+    what it gave.
+    """
     folder, name = os.path.split(os.path.abspath(path))
     return sounds_of(folder).get(os.path.splitext(name)[0])
 
@@ -891,10 +893,10 @@ class CacheFile:
 
     path: Path
     source: str
-    sound: str | None  # the sound file that belongs to the source
     size: int
     crop: float
     finder: object = None
+    sounds_of: object = find_sounds  # of `find_sound`
     info: dict | None = None  # {"frames": number, "checksum", "note", "sound": {path: state}}
     verified: bool = False
 
@@ -918,9 +920,10 @@ class CacheFile:
 
     def write(self):
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
+        sound = find_sound(self.source, self.sounds_of)
         with atomic_write(self.path) as temporary:
             _, audio, note = decode_video(
-                self.source, self.size, self.crop, temporary, self.sound, self.finder
+                self.source, self.size, self.crop, temporary, sound, self.finder
             )
             num_frames = len(audio) // SAMPLES_PER_FRAME
             if not num_frames:
@@ -933,7 +936,7 @@ class CacheFile:
                 file.write(audio.tobytes() + log_mel(audio).tobytes())
             self.info = {"frames": num_frames, "note": note[:1000]}
             self.info["checksum"] = checksum(temporary, self.length())
-            self.info["sound"] = {self.sound: file_state(self.sound)} if self.sound else {}
+            self.info["sound"] = {sound: file_state(sound)} if sound else {}
             with open(temporary, "ab") as file:
                 file.write(b"\n" + json.dumps(self.info).encode())
 
@@ -1222,15 +1225,15 @@ class TalkingHeads:
         for path in assigned:
             try:
                 state = file_state(path)
-                sound = find_sound(path, sounds_of)
-                # The sound of links does not lie beside their file, but beside each of them.
-                own_sound = sound if os.path.islink(path) else None
-                key = digest((real_path(path, real_folder), *state, own_sound))
+                # Their sound does not lie beside the file, but beside each link.
+                sound = find_sound(path, sounds_of) if os.path.islink(path) else None
+                key = digest((real_path(path, real_folder), *state, sound))
             except ValueError as error:
                 self.skipped.append((Path(path), str(error)))
                 continue
             if key not in distinct:
-                distinct[key] = CacheFile(folder / f"{key}.clip", path, sound, size, crop, finder)
+                cached = folder / f"{key}.clip"
+                distinct[key] = CacheFile(cached, path, size, crop, finder, sounds_of)
             files[path] = distinct[key]
         return files
 

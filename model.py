@@ -86,7 +86,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         if latent_channels < 1 or not channels or any(width % GROUP_CHANNELS for width in channels):
             raise ValueError(
-                f"the autoencoder needs latent channels and widths that are multiples of "
+                "the autoencoder needs latent channels and widths that are multiples of "
                 f"{GROUP_CHANNELS}, not {latent_channels} and {list(channels)}"
             )
         patch = 4

@@ -1222,7 +1222,7 @@ def test_more_clips_than_memory_maps_are_kept(tmp_path, one_clip):
     file = load(tmp_path / "anna").clips[0].__dict__["_frames"]
     data.CacheFile.arrays.cache_clear()
     for _ in range(1500):
-        twin = data.CacheFile(file.path, file.source, file.sound, file.size, file.crop)
+        twin = data.CacheFile(file.path, file.source, file.size, file.crop)
         twin.verified = True
         twin.read("frames")
     assert data.CacheFile.arrays.cache_info().currsize == 1024

@@ -32,7 +32,7 @@ import warnings
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from string import digits
@@ -58,14 +58,14 @@ MELS_PER_FRAME = 4
 NUM_MELS = 40
 MIN_FRAMES = 10  # of a usable clip
 
-VIDEO_SUFFIXES = frozenset(
+VIDEO_SUFFIXES = tuple(
     ".mp4 .mov .m4v .mkv .webm .avi .mpg .mpeg .mpe .m2v .flv .f4v .wmv .asf .3gp .3g2 .ts .mts "
     ".m2ts .ogv .ogm .mxf .vob .dv .divx .qt .rm .rmvb .nut .y4m".split()
 )
 SOUND_SUFFIXES = tuple(
     ".wav .m4a .mp3 .flac .aac .ogg .oga .opus .wma .aif .aiff .ac3 .amr .caf .mka .mp2".split()
 )
-PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .jp2".split())
+PICTURE_SUFFIXES = tuple(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .jp2".split())
 
 
 # ---------------------------------------------------------------- processes
@@ -133,7 +133,7 @@ class Clip:
 
     person: str
     name: str
-    path: Path
+    path: str
     frames: np.ndarray = CachedArray()  # uint8 [f 3 size size]
     audio: np.ndarray = CachedArray()  # int16 [640 f]
     mel: np.ndarray = CachedArray()  # float32 [4 f, 40]
@@ -301,9 +301,11 @@ def first_error(log):
 
 
 def file_state(path):
-    """(size, time of the last change) of a file. Raises ValueError if it is no regular file."""
+    """(size, time of the last change) of a file, a path or an entry of os.scandir, which may know
+    it already. Raises ValueError if it is no regular file.
+    """
     try:
-        status = os.stat(path)
+        status = path.stat() if isinstance(path, os.DirEntry) else os.stat(path)
     except FileNotFoundError:
         raise ValueError("a link to nothing" if os.path.islink(path) else "no such file") from None
     except OSError as error:
@@ -313,14 +315,18 @@ def file_state(path):
     return status.st_size, status.st_mtime_ns
 
 
-def real_path(path, real_folder):
-    """os.path.realpath of a file that is there; `real_folder(folder)` is that of a folder."""
-    folder, name = os.path.split(path)
-    folder = real_folder(folder)
-    path = os.path.join(folder, name)
-    if os.path.islink(path):
-        return real_path(os.path.join(folder, os.readlink(path)), real_folder)
-    return path
+def true_path(path, known):
+    """os.path.realpath of a file that is there; `known` {folder: its true path} is added to."""
+    folder, _, name = path.rpartition("/")  # os.path.split would take twice as long
+    if folder not in known:
+        known[folder] = os.path.realpath(folder + "/")
+    folder = known[folder]
+    path = f"{folder}/{name}"
+    try:
+        target = os.readlink(path)
+    except OSError:  # it is no link
+        return path
+    return true_path(os.path.join(folder, target), known)
 
 
 def explain(path):
@@ -399,22 +405,25 @@ def find_sounds(folder):
             continue
         found = []
         for name in names:
-            stem, suffix = os.path.splitext(name)
-            file = os.path.join(place, name)
-            if suffix.lower() in SOUND_SUFFIXES and os.path.isfile(file):
+            if name.lower().endswith(SOUND_SUFFIXES):
+                stem, suffix = os.path.splitext(name)
                 kind = SOUND_SUFFIXES.index(suffix.lower())
+                file = os.path.join(place, name)
                 found.append((kind, suffix.swapcase(), stem, file))  # .wav before .Wav and .WAV
         for *_, stem, file in sorted(found):
-            sounds.setdefault(stem, file)
+            if os.path.isfile(file):
+                sounds.setdefault(stem, file)
     return sounds
 
 
-def find_sound(path, sounds_of=find_sounds):
-    """The sound file that belongs to a video, or None; `sounds_of` is `find_sounds`, or remembers
-    what it gave.
+def find_sound(path, known):
+    """The sound file that belongs to a video, or None; `known` {folder: find_sounds(folder)} is
+    added to.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    return sounds_of(folder).get(os.path.splitext(name)[0])
+    folder, name = os.path.split(path)
+    if folder not in known:
+        known[folder] = find_sounds(os.path.abspath(folder))
+    return known[folder].get(os.path.splitext(name)[0])
 
 
 def probe_sound(path):
@@ -671,7 +680,9 @@ def read_video(path, size=None, crop=1.0, finder=None):
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "frames")
         try:
-            shape, audio, note = decode_video(path, size, crop, output, find_sound(path), finder)
+            shape, audio, note = decode_video(
+                path, size, crop, output, find_sound(path, {}), finder
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         frames = np.fromfile(output, np.uint8).reshape(-1, 3, *shape)
@@ -896,7 +907,7 @@ class CacheFile:
     size: int
     crop: float
     finder: object = None
-    sounds_of: object = find_sounds  # of `find_sound`
+    sounds: dict = field(default_factory=dict)  # {folder: `find_sounds`} of those known already
     info: dict | None = None  # {"frames": number, "checksum", "note", "sound": {path: state}}
     verified: bool = False
 
@@ -920,7 +931,7 @@ class CacheFile:
 
     def write(self):
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
-        sound = find_sound(self.source, self.sounds_of)
+        sound = find_sound(self.source, self.sounds)
         with atomic_write(self.path) as temporary:
             _, audio, note = decode_video(
                 self.source, self.size, self.crop, temporary, sound, self.finder
@@ -1012,25 +1023,24 @@ FIRST_WORD = re.compile(
 )
 
 
-def person_of(path, root, base, refusal=""):
-    """The person whose clip lies at `path`, below the deepest folder `base` that holds all clips.
+def person_of(above, below, owner, refusal=""):
+    """The person whose clip lies at the path `above` + `below`, without suffix.
 
-    All three are absolute. A known layout is recognised at any depth of the dataset `root`.
-    Otherwise a path must be <base>/<person>/<clip>; a file directly in `base` belongs to the person
-    `base` is named after, or is refused with the reason `refusal`. Raises ValueError where it is
-    unclear who it is.
+    `above` leads from the dataset's folder to the deepest folder that holds all clips. A known
+    layout is recognised at any depth of the dataset. Otherwise `below` must be /<person>/<clip>; a
+    mere /<clip> belongs to `owner`, or is refused with the reason `refusal`. Raises ValueError
+    where it is unclear who it is.
     """
-    stem = os.path.splitext(path)[0].replace(os.sep, "/")
-    below = stem[len(base.rstrip("/")) :]
-    stem = stem[len(os.path.dirname(root).rstrip("/")) :]
-    match = LAYOUTS.search(stem) or LAYOUTS_BELOW.search(below)  # one of its groups matched
-    if match and not NOT_A_PERSON.fullmatch(match[match.lastindex]):
-        return match[match.lastindex]
+    match = LAYOUTS.search(above + below) or LAYOUTS_BELOW.search(below)
+    if match:
+        person = match[match.lastindex]  # one of its groups matched
+        if not NOT_A_PERSON.fullmatch(person):
+            return person
     folders = below.split("/")[1:-1]
     if not folders:
         if refusal:
             raise ValueError(refusal)
-        return os.path.basename(base)
+        return owner
     if len(folders) == 1 and not NOT_A_PERSON.fullmatch(folders[0]):
         return folders[0]
     raise ValueError(
@@ -1041,6 +1051,8 @@ def person_of(path, root, base, refusal=""):
 
 def several_people(names):
     """The words at the beginning of names that suggest two people or more, or []."""
+    if len({name.rstrip(digits) for name in names}) < 2:  # counted on: 00001, 00002
+        return []
     # Dates at the beginning are no names: 20240105_1.mp4.
     dateless = [re.sub(r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d", "", name) for name in names]
     first_words = [FIRST_WORD.match(name)[0] for name in dateless]
@@ -1071,7 +1083,7 @@ def several_people(names):
 
 def printable(text):
     """Text with \\xe9 for each byte of a file name that is not UTF-8, which `print` refuses."""
-    return os.fsencode(text).decode(errors="backslashreplace")
+    return text if text.isascii() else os.fsencode(text).decode(errors="backslashreplace")
 
 
 def assign_people(paths, root):
@@ -1081,10 +1093,11 @@ def assign_people(paths, root):
     """
     # macOS may write an accent as a sign of its own: the same name, in other bytes.
     root, *composed = (unicodedata.normalize("NFC", path) for path in [root, *paths])
-    base = os.path.commonpath([os.path.dirname(path) for path in composed])
-    stems = [os.path.splitext(path)[0][len(base.rstrip(os.sep)) + 1 :] for path in composed]
+    base = os.path.commonpath({os.path.dirname(path) for path in composed}).rstrip("/")
+    above = base[len(os.path.dirname(root).rstrip("/")) :]
+    stems = [os.path.splitext(path)[0][len(base) + 1 :] for path in composed]
     refusal = ""
-    if any(os.sep in stem for stem in stems):
+    if any("/" in stem for stem in stems):
         refusal = "it lies beside the folders of people: put it into the folder of its person"
     elif any(LAYOUTS.search("/" + stem) or LAYOUTS_BELOW.search("/" + stem) for stem in stems):
         refusal = "its name does not tell whose it is, as others' here do: put it into a folder"
@@ -1093,30 +1106,32 @@ def assign_people(paths, root):
         refusal = f"the names suggest several people ({people} ...): put each one's into one folder"
         refusal += "; if it is one person, rename them"
     assigned, left_out, taken = {}, [], {}
-    above = {}  # person -> {folders above the person's, without those that say nothing}
-    for path, whole, stem in zip(paths, composed, stems):
+    origins = {}  # person -> {folders above the person's, without those that say nothing}
+    for path, stem in zip(paths, stems):
         try:
-            person = person_of(whole, root, base, refusal)
+            person = person_of(above, "/" + stem, os.path.basename(base), refusal)
             # pretrain/anna/1 -> anna, pretrain-1
-            *folders, name = stem.split(os.sep)
-            name = "-".join([*(folder for folder in folders if folder != person), name])
+            *folders, name = stem.split("/")
+            name = "-".join([folder for folder in folders if folder != person] + [name])
             clip = printable(person), printable(name)
             if clip in taken:
                 raise ValueError(
                     f"it is named as {taken[clip]}: left out; rename it if it is no copy"
                 )
         except ValueError as error:
-            left_out.append((Path(path), str(error)))
+            left_out.append((path, str(error)))
         else:
             assigned[path] = clip
             taken[clip] = path
             outer = folders[: folders.index(person)] if person in folders else []
-            outer = "/".join(name for name in outer if not NOT_A_PERSON.fullmatch(name))
-            above.setdefault(clip[0], set()).add(outer)
+            outer = "/".join([name for name in outer if not NOT_A_PERSON.fullmatch(name)])
+            origins.setdefault(clip[0], set()).add(outer)
     for path, (person, _) in list(assigned.items()):
-        if len(above[person]) > 1:  # anna/test/indoor and bob/test/indoor: not two people "indoor"
+        if (
+            len(origins[person]) > 1
+        ):  # anna/test/indoor and bob/test/indoor: not two people "indoor"
             reason = f"it is unclear who {person} is, in several folders: rename them"
-            left_out.append((Path(path), reason))
+            left_out.append((path, reason))
             del assigned[path]
     return assigned, left_out
 
@@ -1124,13 +1139,21 @@ def assign_people(paths, root):
 # ---------------------------------------------------------------- datasets
 
 
+def leads_to_folder(link):
+    """Whether an os.DirEntry, a link, is one to a folder."""
+    try:
+        return link.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def find_videos(root):
-    """Paths of the video files below a folder, and [(path, reason)] of folders that are left out.
+    """{path: os.DirEntry} of the video files below a folder, [(path, reason)] of folders left out.
 
     Hidden files are ignored. Linked folders come last, and only if they were not read before: links
     in a circle neither hang nor make copies, and clips keep their true folder.
     """
-    paths, left_out, seen = [], [], set()
+    videos, left_out, seen = {}, [], set()
     folders, linked = deque([os.fspath(root)]), deque()
     while folders or linked:
         folder = folders.popleft() if folders else linked.popleft()
@@ -1141,18 +1164,18 @@ def find_videos(root):
             seen.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(folder), key=attrgetter("name"))
         except (OSError, ValueError) as error:
-            left_out.append((Path(folder), str(error)))
+            left_out.append((folder, str(error)))
             continue
         for entry in entries:
             if entry.name.startswith("."):  # macOS puts ._1.mp4 beside 1.mp4
                 continue
-            if entry.is_symlink() and os.path.isdir(entry.path):
+            if entry.is_symlink() and leads_to_folder(entry):
                 linked.append(entry.path)
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:
-                paths.append(entry.path)
-    return paths, left_out
+            elif entry.name.lower().endswith(VIDEO_SUFFIXES):
+                videos[entry.path] = entry
+    return videos, left_out
 
 
 class TalkingHeads:
@@ -1172,11 +1195,14 @@ class TalkingHeads:
         self.root = Path(os.path.abspath(root))
         self.skipped = []
         self.notes = []
-        assigned = self.find_clips()
+        videos = self.find_videos()
+        assigned, left_out = assign_people(list(videos), os.fspath(self.root))
+        self.skipped += left_out
         if names is not None:
             assigned = {path: own for path, own in assigned.items() if own[0] in names}
         folder = open_cache(cache, self.root, size, crop, finder)
-        files = self.find_files(assigned, folder, size, crop, finder)
+        entries = [videos[path] for path in assigned]
+        files = self.find_files(entries, folder, size, crop, finder)
         delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
@@ -1187,53 +1213,56 @@ class TalkingHeads:
         usable = {}
         for path, file in files.items():
             if reasons.get(file):
-                self.skipped.append((Path(path), reasons[file]))
+                self.skipped.append((path, reasons[file]))
             else:
                 usable[path] = file
         self.clips = self.make_clips(assigned, self.drop_copies(assigned, usable))
         if not self.clips:
-            examples = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
+            examples = "; ".join(
+                f"{os.path.basename(path)}: {reason}" for path, reason in self.skipped[:3]
+            )
             raise ValueError(f"no usable clip in {root}, {len(self.skipped)} skipped: {examples}")
         self.clips.sort(key=attrgetter("person", "name"))
         self.people = by_person(self.clips)
         self.note_names()
 
-    def find_clips(self):
-        """{path: (person, clip name)} of the video files. Raises ValueError if there are none."""
+    def find_videos(self):
+        """{path: os.DirEntry} of the video files. Raises ValueError if there are none."""
+        videos = {}
         if self.root.is_dir():
-            paths, self.skipped = find_videos(self.root)
+            videos, self.skipped = find_videos(self.root)
         elif self.root.exists():
-            paths = [str(self.root)]
+            entries = os.scandir(self.root.parent)
+            videos = {entry.path: entry for entry in entries if entry.name == self.root.name}
         else:
             names = os.listdir(self.root.parent) if self.root.parent.is_dir() else []
             near = difflib.get_close_matches(self.root.name, names, 1)
             hint = f"; did you mean {self.root.parent / near[0]}?" if near else ""
             raise ValueError(f"no dataset at {self.root}{hint}")
-        if not paths:
+        if not videos:
             raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {self.root}")
-        assigned, left_out = assign_people(paths, os.fspath(self.root))
-        self.skipped += left_out
-        return assigned
+        return videos
 
-    def find_files(self, assigned, folder, size, crop, finder):
-        """{path: its `CacheFile` in the cache's `folder`} of the files that can be found."""
+    def find_files(self, entries, folder, size, crop, finder):
+        """{path: its `CacheFile` in the cache's `folder`} of the [os.DirEntry] that are files."""
         files = {}
         distinct = {}  # links to one file share what is cached of it
         # Of hundreds of thousands of files, each folder is looked at once.
-        real_folder = functools.cache(os.path.realpath)
-        sounds_of = functools.cache(find_sounds)
-        for path in assigned:
+        true_folders = {}
+        sounds = {}
+        for entry in entries:
+            path = entry.path
             try:
-                state = file_state(path)
-                # Their sound does not lie beside the file, but beside each link.
-                sound = find_sound(path, sounds_of) if os.path.islink(path) else None
-                key = digest((real_path(path, real_folder), *state, sound))
+                state = file_state(entry)
+                # The sound of links does not lie beside the file, but beside each link.
+                sound = find_sound(path, sounds) if entry.is_symlink() else None
+                key = digest((true_path(path, true_folders), *state, sound))
             except ValueError as error:
-                self.skipped.append((Path(path), str(error)))
+                self.skipped.append((path, str(error)))
                 continue
             if key not in distinct:
                 cached = folder / f"{key}.clip"
-                distinct[key] = CacheFile(cached, path, size, crop, finder, sounds_of)
+                distinct[key] = CacheFile(cached, path, size, crop, finder, sounds)
             files[path] = distinct[key]
         return files
 
@@ -1249,12 +1278,12 @@ class TalkingHeads:
             content = file.info["frames"], file.info["checksum"]
             original = own.setdefault((person, *content), path)
             if original != path:
-                self.skipped.append((Path(path), f"the same picture and sound as {original}"))
+                self.skipped.append((path, f"the same picture and sound as {original}"))
                 continue
             elsewhere = anybodys.setdefault(content, path)
             if elsewhere != path:
                 note = f"the same picture and sound as {elsewhere}, which is taken for other people"
-                self.notes.append((Path(path), note))
+                self.notes.append((path, note))
             kept[path] = file
         return kept
 
@@ -1264,8 +1293,9 @@ class TalkingHeads:
         for path, file in files.items():
             text = os.path.splitext(path)[0] + ".txt"
             prompt, opening, trouble = read_notes(text, file.info["frames"])
-            clips.append(Clip(*assigned[path], Path(path), file, file, file, prompt, opening))
-            self.notes += [(Path(path), note) for note in (file.info["note"], trouble) if note]
+            clips.append(Clip(*assigned[path], path, file, file, file, prompt, opening))
+            for note in filter(None, (file.info["note"], trouble)):
+                self.notes.append((path, note))
         return clips
 
     def note_names(self):
@@ -1275,11 +1305,11 @@ class TalkingHeads:
             other = spelled.setdefault(person.casefold(), person)
             if other != person:
                 note = f"{person} and {other} are taken for two people: they differ in case only"
-                self.notes.append((clips[0].path.parent, note))
-            own = [clip.path for clip in clips if clip.path.parent.name == person]
-            if names := ", ".join(several_people([path.stem for path in own])[:5]):
-                note = f"the names suggest several people ({names} ...), taken for one"
-                self.notes.append((own[0].parent, note))
+                self.notes.append((os.path.dirname(clips[0].path), note))
+            names = [os.path.splitext(os.path.basename(clip.path))[0] for clip in clips]
+            if suspects := ", ".join(several_people(names)[:5]):
+                note = f"the names suggest several people ({suspects} ...), taken for one"
+                self.notes.append((os.path.dirname(clips[0].path), note))
 
 
 def delete_unused(folder, used):
@@ -1469,7 +1499,7 @@ def segment(clips, seconds):
     for clip in clips:
         starts = range(0, max(1, clip.num_frames - length // 2 + 1), length)
         for number, start in enumerate(starts):
-            changes = {"name": f"{clip.name}-{number}", "path": clip.path / str(number)}
+            changes = {"name": f"{clip.name}-{number}", "path": f"{clip.path}/{number}"}
             pieces.append(slice_clip(clip, start, start + length, **changes))
     return pieces
 

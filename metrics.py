@@ -1629,7 +1629,7 @@ def list_files(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if path.is_dir() or any(part.startswith(".") for part in name.split("/")):
             continue
-        if path.suffix.lower() not in data.PICTURE_SUFFIXES | data.VIDEO_SUFFIXES:
+        if path.suffix.lower() not in data.PICTURE_SUFFIXES + data.VIDEO_SUFFIXES:
             continue
         if name in files:
             raise ValueError(f"two files of one name in {folder}: {files[name].name}, {path.name}")

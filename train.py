@@ -1603,7 +1603,7 @@ def personalize_own(args, config, device):
             save_crops(args.look, name, clip.frames[spread])
     others = metrics.find_strangers(judges["loss"], dataset.clips, backbone["identity_threshold"])
     if others:
-        names = ", ".join(clip.path.name for clip in others)
+        names = ", ".join(os.path.basename(clip.path) for clip in others)
         print(f"--clips: another person than in the other clips may be in {names}")
     clips = [dataclasses.replace(clip, person="me") for clip in dataset.clips]
     pieces = data.segment(clips, 2.0)

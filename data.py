@@ -56,6 +56,7 @@ SAMPLE_RATE = 16000
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 MELS_PER_FRAME = 4
 NUM_MELS = 40
+AUDIO_WINDOW = 5  # video frames of sound that the networks hear around each frame; odd
 MIN_FRAMES = 10  # of a usable clip
 
 VIDEO_SUFFIXES = tuple(
@@ -229,20 +230,18 @@ def log_mel(audio, chunk_seconds=60):
     return ((torch.cat(steps, 1) - MEL_MEAN) / MEL_STD).T.contiguous().numpy()
 
 
-def audio_windows(mel, window=5, start=0, stop=None):
-    """Windows float32 [f, 4 window, 40] of `window` frames of mel around frames `start` to `stop`.
+def audio_windows(mel, start=0, stop=None):
+    """Windows float32 [f 20 40] of mel, AUDIO_WINDOW frames each, around frames `start` to `stop`.
 
-    Silence pads both ends. Raises ValueError unless `window` is odd.
+    Silence pads both ends.
     """
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"an audio window must be an odd number of frames, not {window}")
     stop = len(mel) // MELS_PER_FRAME if stop is None else stop
-    first = MELS_PER_FRAME * (start - window // 2)
-    last = MELS_PER_FRAME * (stop + window // 2)
+    first = MELS_PER_FRAME * (start - AUDIO_WINDOW // 2)
+    last = MELS_PER_FRAME * (stop + AUDIO_WINDOW // 2)
     piece = torch.tensor(mel[max(first, 0) : last])  # not all of it: a clip may be an hour long
     piece = F.pad(piece, (0, 0, max(-first, 0), max(last - len(mel), 0)), value=SILENCE)
-    # (4 (f + window - 1)) m -> f (4 window) m
-    return piece.unfold(0, MELS_PER_FRAME * window, MELS_PER_FRAME).mT.numpy()
+    # (4 (f + 4)) m -> f 20 m
+    return piece.unfold(0, MELS_PER_FRAME * AUDIO_WINDOW, MELS_PER_FRAME).mT.numpy()
 
 
 # ---------------------------------------------------------------- ffmpeg
@@ -1507,9 +1506,7 @@ def segment(clips, seconds):
 # ---------------------------------------------------------------- batches
 
 
-def sample_batch(
-    people, batch_size, num_frames, generator, window=5, same_clip=False, mirror=False
-):
+def sample_batch(people, batch_size, num_frames, generator, same_clip=False, mirror=False):
     """Draw windows of clips {person: [Clip of at least num_frames]}, each with a reference picture:
     a frame of any of the person's clips, or of the same one, outside of the window where there is
     room. With `mirror` half of the windows, drawn at random, are mirrored with their reference.
@@ -1517,7 +1514,7 @@ def sample_batch(
     A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
     people with one clip would be learned by heart; in proportion, a person with 300 would dominate.
     Returns a dict of tensors frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel
-    [b f (4 window) 40], liveliness [b], and of a list prompt. If the reference comes from a clip
+    [b f 20 40], liveliness [b], and of a list prompt. If the reference comes from a clip
     with the same prompt, it shows the expression already, and the prompt becomes "". Raises
     ValueError if nobody has a clip.
     """
@@ -1543,7 +1540,7 @@ def sample_batch(
         row = {
             "frames": clip.frames[start:stop],  # f 3 H W
             "reference": other.frames[pick(indices)],  # 3 H W
-            "mel": audio_windows(clip.mel, window, start, stop),  # f (4 window) 40
+            "mel": audio_windows(clip.mel, start, stop),  # f 20 40
             "liveliness": np.float32(clip.liveliness),
             "prompt": clip.prompt if clip.prompt != other.prompt else "",
         }

@@ -50,11 +50,8 @@ def auxiliary_losses(model, judges, batch, x0_hat):
     middle = frames.shape[1] // 2
     similarity = (judges.identity(frames[:, middle]) * reference_identity).sum(-1)  # b
     distance = judges.perceptual(frames.flatten(0, 1), truth.flatten(0, 1))  # (b f)
-    # The middle 4 mel steps of a frame's window are its own: of five frames, the 20 a judge hears.
-    # `mouth_audio` drops two windows at either end, so that one window goes in five times.
-    first = batch["mel"].shape[2] // 2 - 2
-    mel = batch["mel"][:, :, first : first + 4].flatten(1, 2)  # b (5 4) m
-    audio = judges.mouth_audio(mel[:, None].expand(-1, JUDGED_FRAMES, -1, -1))  # b 1 d
+    # `mouth_audio` drops two windows at either end: of five it keeps the middle one.
+    audio = judges.mouth_audio(batch["mel"])  # b 1 d
     mouth = judges.mouth_video(frames)  # b 1 d
     sync = (audio * mouth).sum(-1)
     return {
@@ -203,9 +200,8 @@ def encode_batch(model, batch):
 
 def sample_batch(model, people, batch_size, num_frames, generator, same_clip=False, mirror=False):
     """Return a random batch of windows of clips {person: [Clip]}, encoded (`data.sample_batch`)."""
-    window = model.speech_encoder.window
     size = batch_size, num_frames
-    batch = data.sample_batch(people, *size, generator, window, same_clip, mirror)
+    batch = data.sample_batch(people, *size, generator, same_clip, mirror)
     return encode_batch(model, batch)
 
 
@@ -253,8 +249,7 @@ def fixed_batch(model, clips, training_clips, num_frames):
     picture = data.reference_frame(training_clips)  # 3 H W
     liveliness = data.typical_liveliness(training_clips)
     f = min(num_frames, *(clip.num_frames for clip in clips))
-    window = model.speech_encoder.window
-    mel = [torch.from_numpy(data.audio_windows(clip.mel, window, 0, f)) for clip in clips]
+    mel = [torch.from_numpy(data.audio_windows(clip.mel, 0, f)) for clip in clips]
     batch = {
         "frames": torch.stack([data.to_float(clip.frames[:f]) for clip in clips]),
         "reference": data.to_float(picture).expand(len(clips), -1, -1, -1),

@@ -1364,12 +1364,12 @@ class Case:
         return self.clip.person
 
 
-def make_cases(splits, num_frames, clips_per_person, window):
+def make_cases(splits, num_frames, clips_per_person):
     """Return Cases of each person's first test clips.
 
     `splits` is {person: {"train", "validation", "test": [data.Clip]}}. A case has at most
-    `num_frames` frames; its audio windows span `window` frames. Other speech is that of the
-    person's longest other clip, from its start again where it is shorter.
+    `num_frames` frames. Other speech is that of the person's longest other clip, from its start
+    again where it is shorter.
     """
     cases = []
     for split in splits.values():
@@ -1389,8 +1389,8 @@ def make_cases(splits, num_frames, clips_per_person, window):
                 opening=None if clip.opening is None else torch.tensor(clip.opening[:f]),
                 training_clips=split["train"],
                 reference=reference,
-                mel=torch.as_tensor(data.audio_windows(speeches[0], window)),
-                other_mel=torch.as_tensor(data.audio_windows(other_mel, window)),
+                mel=torch.as_tensor(data.audio_windows(speeches[0])),
+                other_mel=torch.as_tensor(data.audio_windows(other_mel)),
             )
             cases.append(case)
     return cases
@@ -1568,7 +1568,7 @@ def score_judges(judges, people, device="cpu"):
     for name, clips in people.items():
         if len(clips) > 1:
             splits[name] = {"train": clips[:1], "test": clips[1:]}
-    cases = make_cases(splits, num_frames=100, clips_per_person=4, window=5)
+    cases = make_cases(splits, num_frames=100, clips_per_person=4)
     evaluation = Evaluation(cases, judges, device=device)
     right = []
     wrong = []

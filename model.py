@@ -162,11 +162,8 @@ class SpeechEncoder(nn.Module):
     the window.
     """
 
-    def __init__(self, dim, window=5, dropout=0.0, num_mels=40, mels_per_frame=4):
+    def __init__(self, dim, dropout=0.0, window=5, num_mels=40, mels_per_frame=4):
         super().__init__()
-        if window < 1 or window % 2 == 0:
-            raise ValueError(f"the speech window must be an odd number of frames, not {window}")
-        self.window = window
         self.conv = nn.Sequential(
             nn.Dropout(dropout),
             nn.Conv1d(num_mels, dim, 3, padding=1),
@@ -729,9 +726,8 @@ class TalkingHead(nn.Module):
     sampled.
 
     size: pixels a side; latent_channels, autoencoder_channels: `AutoencoderKL`; channels: widths of
-    the UNet; dim: width of the condition tokens; window: video frames of speech that a frame sees;
-    prior_modes: modes of the Gaussian prior; speech_dropout: share of the sound, and of its
-    features, that training leaves out.
+    the UNet; dim: width of the condition tokens; prior_modes: modes of the Gaussian prior;
+    speech_dropout: share of the sound, and of its features, that training leaves out.
     """
 
     def __init__(
@@ -741,7 +737,6 @@ class TalkingHead(nn.Module):
         autoencoder_channels,
         channels,
         dim,
-        window,
         prior_modes,
         speech_dropout=0.0,
     ):
@@ -754,7 +749,7 @@ class TalkingHead(nn.Module):
             raise ValueError(f"model.dim must be at least 1, not {dim}")
         self.latent_size = size // self.autoencoder.factor
         self.motion_channels = 2 + latent_channels
-        self.speech_encoder = SpeechEncoder(dim, window, speech_dropout)
+        self.speech_encoder = SpeechEncoder(dim, speech_dropout)
         self.identity_encoder = IdentityEncoder(dim)
         self.text_encoder = TextEncoder(dim)
         self.unet = TalkingUNet(self.motion_channels, latent_channels, channels, dim)

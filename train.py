@@ -65,7 +65,6 @@ RESUMABLE = (
 RANGES = {
     "data.size": (32, 1024),
     "data.crop": (0.1, 1),
-    "data.window": (1, 99),
     "data.clients": (2, 100_000),
     "data.synthetic.public_people": (8, 100_000),
     "data.synthetic.clips_per_client": (3, 1000),
@@ -255,8 +254,7 @@ def check_config(config):
 
 def build_model(config):
     """Return an untrained TalkingHead of the configured sizes."""
-    window = config["data"]["window"]
-    model = talking.TalkingHead(config["data"]["size"], window=window, **config["model"])
+    model = talking.TalkingHead(config["data"]["size"], **config["model"])
     return model.to(memory_format=torch.channels_last)  # faster convolutions on CPUs
 
 
@@ -539,7 +537,7 @@ def train_unet(config, autoencoder, public, device, partial):
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
         learn_to_hear(model, batches, settings["steps"] // 10, settings["lr"])
         average = talking.EMA(model, 0.995)
-    step_kwargs = pretraining_kwargs(config, device)
+    step_kwargs = backward_kwargs(config, device, judged=False)
     first = len(losses)
     num_steps = settings["steps"]
     size = settings["batch_size"], settings["num_frames"]
@@ -563,11 +561,13 @@ def train_unet(config, autoencoder, public, device, partial):
     return average.module.eval(), losses
 
 
-def pretraining_kwargs(config, device):
-    """Return the keyword arguments of `fed.backward` on public people's clips."""
-    kwargs = {"micro_batch": config["runtime"]["micro_batch"], "bf16": device.type == "cuda"}
-    # Eq. 12 is for the clients; here L_diff alone.
-    return kwargs | {"loss_weights": dict.fromkeys(config["loss"], 0.0)}
+def backward_kwargs(config, device, judged):
+    """Return the keyword arguments of `fed.backward`: for Eq. 12 where the judges are there, as on
+    clients, else for L_diff alone.
+    """
+    weights = config["loss"] if judged else dict.fromkeys(config["loss"], 0.0)
+    bf16 = device.type == "cuda"
+    return {"loss_weights": weights, "micro_batch": config["runtime"]["micro_batch"], "bf16": bf16}
 
 
 def training_views(config):
@@ -581,7 +581,7 @@ def find_directions(config, model, public, num_people=48):
     """
     generator = torch.Generator().manual_seed(config["seed"])
     views = training_views(config)
-    step_kwargs = pretraining_kwargs(config, model.motion_std.device)
+    step_kwargs = backward_kwargs(config, model.motion_std.device, judged=False)
     model.requires_grad_(True)
     moments = {}
     for name, own in tqdm(list(public.items())[:num_people], "directions", mininterval=1):
@@ -648,7 +648,7 @@ def backbone_key(config, public):
     it.
     """
     settings = {name: config[name] for name in ("seed", "model", "backbone")}
-    recipe_keys = ("size", "crop", "window", "same_clip_reference", "mirror")
+    recipe_keys = ("size", "crop", "same_clip_reference", "mirror")
     settings["data"] = [config["data"][name] for name in recipe_keys]
     clips = []
     for own in public.values():
@@ -974,9 +974,8 @@ def training_kwargs(config, section, device):
     """Return the keyword arguments of `fed.local_update` (config section `fed`) or of
     `fed.train_adapter` (`personal`).
     """
-    kwargs = {key: config[section][key] for key in ("lr", "batch_size")}
-    kwargs |= {"loss_weights": config["loss"], "bf16": device.type == "cuda"}
-    kwargs["micro_batch"] = config["runtime"]["micro_batch"]
+    kwargs = backward_kwargs(config, device, judged=True)
+    kwargs |= {key: config[section][key] for key in ("lr", "batch_size")}
     if section == "fed":
         kwargs |= {key: config["fed"][key] for key in ("local_epochs", "proximal")}
         if config["privacy"]["enabled"]:
@@ -1211,13 +1210,12 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     """
     e = config["evaluate"]["num_frames"]
     device = model.motion_std.device
-    window = config["data"]["window"]
     backbone_model = merged_copy(model, torch.zeros_like(state["adapter"]))
     global_model = merged_copy(model, state["adapter"])
     adaptable = personal_model(config, model, state["adapter"], backbone["directions"])
     networks, sources = metrics.load_standard(config["weights"] or None)
     splits = {client.name: client.split for client in clients}
-    cases = metrics.make_cases(splits, e, 2, window)
+    cases = metrics.make_cases(splits, e, 2)
     evaluation = metrics.Evaluation(cases, judges, networks, device)
     pictures = Pictures(cases)
     models = {
@@ -1351,7 +1349,7 @@ def evaluate_unseen(config, unseen, models, judges, networks, workers):
     if not splits:
         return {}
     e = config["evaluate"]["num_frames"]
-    cases = metrics.make_cases(splits, e, 1, config["data"]["window"])
+    cases = metrics.make_cases(splits, e, 1)
     evaluation = metrics.Evaluation(cases, judges, networks, models["backbone"].motion_std.device)
     for case in [cases[i] for i in workers.assign([1.0] * len(cases))]:
         evaluation.add("truth", case, case.frames)
@@ -1576,7 +1574,7 @@ def read_speech_windows(args, config):
     num_frames = max(1, len(audio) // data.SAMPLES_PER_FRAME)
     length = num_frames * data.SAMPLES_PER_FRAME
     audio = np.pad(audio, (0, max(0, length - len(audio))))[:length]
-    mel = data.audio_windows(data.log_mel(audio), config["data"]["window"])
+    mel = data.audio_windows(data.log_mel(audio))
     return audio, torch.from_numpy(mel)[None]
 
 
@@ -1705,14 +1703,14 @@ def time_step(config, model, judges, batch_size):
     shape = f, 3, config["data"]["size"], config["data"]["size"]
     frames = np.random.default_rng(config["seed"]).integers(256, size=shape, dtype=np.uint8)
     mel = np.zeros((data.MELS_PER_FRAME * f, data.NUM_MELS), np.float32)
-    people = {"noise": [data.Clip("noise", "1", Path(), frames, np.zeros(0), mel)]}
-    loss_weights = config["loss"] if judges else dict.fromkeys(config["loss"], 0.0)
+    people = {"noise": [data.Clip("noise", "1", "", frames, np.zeros(0), mel)]}
+    step_kwargs = backward_kwargs(config, device, judged=judges is not None)
     generator = torch.Generator().manual_seed(config["seed"])
     for step in range(4):
         if step == 1:
             started = time.perf_counter()
         batch = fed.sample_batch(model, people, b, f, generator)
-        fed.backward(model, judges, batch, loss_weights, generator, bf16=device.type == "cuda")
+        fed.backward(model, judges, batch, generator=generator, **step_kwargs)
     return (time.perf_counter() - started) / 3 * batch_size / b
 
 

@@ -322,7 +322,7 @@ class Identifier:
     def generated(self, model):
         """Return the mean embedding [e] of the neutral picture, as the model makes it speak."""
         config = self.run.config
-        mel = data.audio_windows(self.speech.mel, config["data"]["window"])[:NUM_FRAMES]
+        mel = data.audio_windows(self.speech.mel)[:NUM_FRAMES]
         reference = data.to_float(self.neutral, self.run.device)[None]
         words = model.text_encoder.ids([""]).to(self.run.device)
         generator = torch.Generator().manual_seed(0)

@@ -49,7 +49,7 @@ def make_batch(config, batch_size, num_frames, seed=0):
     """Return random clips, the condition of a batch from `data.sample_batch`."""
     generator = torch.Generator().manual_seed(seed)
     size = config["data"]["size"]
-    mels = data.MELS_PER_FRAME * config["data"]["window"], data.NUM_MELS
+    mels = data.MELS_PER_FRAME * data.AUDIO_WINDOW, data.NUM_MELS
     picture = torch.rand(batch_size, 3, size, size, generator=generator) * 2 - 1
     moving = 0.1 * torch.randn(batch_size, num_frames, 3, size, size, generator=generator)
     return {

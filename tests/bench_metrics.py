@@ -175,7 +175,7 @@ def validity(root, steps, max_people):
             scores = metrics.score_judges(judges, unknown)
             print(f"on {group}: " + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()))
     splits = {name: data.split_clips(clips, 0) for name, clips in strangers.items()}
-    cases = metrics.make_cases(splits, num_frames=50, clips_per_person=2, window=5)
+    cases = metrics.make_cases(splits, num_frames=50, clips_per_person=2)
     evaluation = metrics.Evaluation(cases, judges)
     rng = np.random.default_rng(0)
     for name, (corrupt, strengths, _) in tqdm(CORRUPTIONS.items(), "corrupting"):

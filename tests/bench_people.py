@@ -124,14 +124,13 @@ def measure(config, models, split, all_speech):
     """Return {method: [scores of each test clip]} of a person; other speech is the next of
     `all_speech`. The reference picture is of another clip, but for the one method that says so.
     """
-    window = config["data"]["window"]
     backbone = models["backbone"]
     scores = {}
-    cases = metrics.make_cases({"": split}, NUM_FRAMES, NUM_TESTS, window)
+    cases = metrics.make_cases({"": split}, NUM_FRAMES, NUM_TESTS)
     for case in tqdm(cases, cases[0].person, leave=False):
         mel = case.speeches[0]  # 4f 40
         other = all_speech[(all_speech.index(case.clip) + NUM_TESTS) % len(all_speech)]
-        other_mel = data.audio_windows(np.resize(other.mel, mel.shape), window)
+        other_mel = data.audio_windows(np.resize(other.mel, mel.shape))
         ceiling = train.baseline_frames("autoencoder ceiling", case, backbone)
         generated = {"autoencoder ceiling": ceiling}
         for name, model in models.items():

@@ -49,7 +49,6 @@ FOLDERS = ("data.root", "runtime.directory", "runtime.cache", "weights")
 # Larger values are slow without being wrong: left to those that are far too large.
 SMALL = (
     "data.size",
-    "data.window",
     "data.clients",
     "model",
     "backbone.num_frames",
@@ -137,7 +136,6 @@ def sizes(rng, folder):
     }
     ints = {
         "data.size": rng.choice((1, 4, 8, 16, 20, 32, 36, 40, 48, 64)),
-        "data.window": rng.choice((0, 1, 3, 4, 5)),
         "model.latent_channels": rng.choice((0, 1, 2, 8, 49, 200)),
         "model.dim": rng.choice((0, 1, 3, 16)),
         "model.prior_modes": rng.choice((0, 1, 8, 10**5)),

@@ -551,7 +551,7 @@ def test_clips_are_scored_equally_on_both_devices(tmp_path):
         networks["lpips"] = metrics.LPIPS()
         for parameter in networks["lpips"].parameters():
             nn.init.uniform_(parameter, 0, 0.01)
-        cases = metrics.make_cases(splits, metrics.LEAST_FOR_SYNC, 1, 5)
+        cases = metrics.make_cases(splits, metrics.LEAST_FOR_SYNC, 1)
         for case in cases:
             case.frames = nn.functional.interpolate(case.frames, (64, 64))
         evaluation = metrics.Evaluation(cases, random_judges(), networks, device)

@@ -852,7 +852,7 @@ def splits(people):
 
 @pytest.fixture(scope="module")
 def cases(splits):
-    return metrics.make_cases(splits, num_frames=40, clips_per_person=2, window=3)
+    return metrics.make_cases(splits, num_frames=40, clips_per_person=2)
 
 
 @pytest.fixture(scope="module")
@@ -877,11 +877,11 @@ def test_a_case_holds_what_generation_and_scoring_need(cases, splits):
     assert case.clip is clip and case.training_clips is split["train"]
     assert torch.equal(case.frames, torch.from_numpy(clip.frames[:40]) / 255)
     assert np.array_equal(case.audio, clip.audio[: 40 * 640])
-    assert case.mel.shape == case.other_mel.shape == (40, 12, 40)
-    assert torch.equal(case.mel, torch.as_tensor(data.audio_windows(clip.mel[:160], 3)))
+    assert case.mel.shape == case.other_mel.shape == (40, 20, 40)
+    assert torch.equal(case.mel, torch.as_tensor(data.audio_windows(clip.mel[:160])))
     assert len(case.speeches) == 3 and np.array_equal(case.speeches[0], clip.mel[:160])
     longest = split["train"][0].mel[:160]
-    assert torch.equal(case.other_mel, torch.as_tensor(data.audio_windows(longest, 3)))
+    assert torch.equal(case.other_mel, torch.as_tensor(data.audio_windows(longest)))
     assert (case.reference == split["train"][0].frames).all((1, 2, 3)).any()
     np.testing.assert_allclose(case.opening, clip.opening[:40])
 
@@ -976,7 +976,7 @@ def test_the_lse_of_syncnet_is_that_of_the_function(evaluation, cases):
 
 def test_paired_differences_are_taken_clip_by_clip_and_over_people(people):
     cases = metrics.make_cases(
-        {name: {"train": clips[:1], "test": clips[1:]} for name, clips in people.items()}, 40, 2, 5
+        {name: {"train": clips[:1], "test": clips[1:]} for name, clips in people.items()}, 40, 2
     )
     evaluation = metrics.Evaluation(cases)
     for case in cases:
@@ -993,7 +993,7 @@ def test_paired_differences_are_taken_clip_by_clip_and_over_people(people):
 
 
 def test_clips_too_short_for_sync_have_no_sync_scores(splits):
-    cases = metrics.make_cases(splits, num_frames=34, clips_per_person=1, window=5)
+    cases = metrics.make_cases(splits, num_frames=34, clips_per_person=1)
     evaluation = metrics.Evaluation(cases, PlainJudges(), {"syncnet": BrightnessSyncNet()})
     evaluation.add("truth", cases[0], cases[0].frames)
     row = evaluation.rows()["truth"]

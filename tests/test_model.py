@@ -16,7 +16,6 @@ SMALL = {
     "autoencoder_channels": [8, 16],
     "channels": [16, 32],
     "dim": 16,
-    "window": 5,
     "prior_modes": 8,
 }  # latents of 4 x 4 cells, 6 channels of motion
 
@@ -340,7 +339,6 @@ def test_each_width_after_the_first_halves_the_latents(widths, factor):
         ({"channels": [20]}, "channels must be multiples of .*20"),
         ({"channels": []}, "channels must be multiples of"),
         ({"dim": 0}, "dim must be"),
-        ({"window": 4}, "window must be an odd number of frames, not 4"),
         ({"prior_modes": 0}, "at least 1 mode, not 0"),
     ],
 )

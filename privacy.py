@@ -227,7 +227,7 @@ def new_sampling_key():
 
 
 def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
-    """Return the sorted indices of the clients in a round.
+    """Return the sorted indices [k] of the clients in a round.
 
     Each joins with probability sample_rate, independently (Poisson sampling). With a fixed size
     exactly that share joins, at least one client: account for it at rate 1, as `Accountant`
@@ -239,12 +239,12 @@ def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
     uniform = (np.frombuffer(stream, "<u8") >> np.uint64(11)) * 2.0**-53  # [clients] in [0, 1)
     if fixed_size:
         size = max(1, round(sample_rate * num_clients))
-        return sorted(np.argsort(uniform, kind="stable")[:size].tolist())
-    return np.flatnonzero(uniform < sample_rate).tolist()
+        return np.sort(np.argsort(uniform, kind="stable")[:size])
+    return np.flatnonzero(uniform < sample_rate)
 
 
 def most_participations(cohorts, num_spent=0):
-    """Return the most rounds of any client, of `cohorts` [[client]] and of what was spent beyond.
+    """Return the most rounds of any client, of `cohorts` [[k]] and of what was spent beyond.
 
     Rounds beyond the cohorts are those of killed runs, which may have had any client.
     """

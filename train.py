@@ -303,7 +303,7 @@ def draw_cohorts(config, sampling_key, num_clients, num_rounds):
     f = config["fed"]
     sampling = num_clients, f["sample_rate"], bytes.fromhex(sampling_key)
     fixed = f["fixed_cohorts"]
-    return [np.array(privacy.draw_cohort(*sampling, i, fixed), int) for i in range(num_rounds)]
+    return [privacy.draw_cohort(*sampling, i, fixed) for i in range(num_rounds)]
 
 
 def fixed_settings(config, prefix=""):
@@ -1736,8 +1736,10 @@ def parse_arguments(argv):
     add("--seconds", type=float, help="generate: at most this much of the speech")
     add("--steps", type=int, help="generate: solver steps instead of sampling.num_steps")
     add("--seed", type=int, help="generate: of the noise, instead of the config's")
-    for name in talking.CONDITIONS:
-        add(f"--{name}-scale", type=float, default=1.0, help=f"generate: weight of {name}; 0: none")
+    # At 1, as in training, a prompt can hardly be seen (tests/results/speak.md).
+    for name, default in zip(talking.CONDITIONS, (1.0, 1.0, 2.0)):
+        explanation = f"generate: weight of {name} ({default:g}); 0: none"
+        add(f"--{name}-scale", type=float, default=default, help=explanation)
     add("--no-watermark", action="store_true", help="generate: no letters AI in the corner")
     add("--adapter", help="generate: a personal adapter, personal/<client>.pt")
     add("--clips", help="personalize: a folder of videos of one person, or one video")

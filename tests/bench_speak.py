@@ -1,9 +1,10 @@
 """How a run speaks for people whom nothing was trained on: python tests/bench_speak.py runs/NAME
 [--seconds 300 --people 3]
 
-Drift over one long speech and jitter at the borders of windows; what each condition's scale does;
-solver steps against quality and speed. Synthetic people get new speech with a known mouth opening,
-real ones their own clips, repeated. Writes tests/results/speak.md.
+Drift over one long speech and jitter at the borders of windows; what each condition's scale and
+each prompt does; solver steps against quality and speed. Synthetic people get new speech with a
+known mouth opening, real ones their own clips, repeated; prompts are measured on drawn expressions.
+Writes tests/results/speak.md.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,17 +30,18 @@ import train
 FRAMES_OF_TEN_SECONDS = 10 * data.FPS
 
 
-def long_speech(name, clips, seconds, seed):
+def long_speech(name, clips, seconds, config):
     """Return audio int16 [640 f] and the true mouth opening [f], None for real people."""
     num_frames = round(seconds * data.FPS)
     if clips[0].opening is None:
         audio = np.concatenate([clip.audio for clip in clips])
         return np.resize(audio, num_frames * data.SAMPLES_PER_FRAME), None
-    person = data.make_person(seed, name)
+    seed = config["seed"]
+    person = data.make_person(seed, name, config["data"]["synthetic"]["accent"])
     rng = np.random.default_rng([seed, *name.encode()])  # other words for each person
     _, curve = data.speech_curve(rng, seconds, person.mouths)
     motion = data.make_motion(rng, person, curve, num_frames, "")
-    return data.synthesize(rng, person, curve), motion.opening.flatten().numpy()
+    return data.synthesize(rng, person, curve), motion.opening.flatten()
 
 
 class Speaker:
@@ -49,12 +53,12 @@ class Speaker:
         self.model = train.merged_copy(model, state["adapter"])
         self.judges = judges["table"]
 
-    def speak(self, picture, audio, **changes):
+    def speak(self, picture, audio, prompt="", **changes):
         """Return frames [f 3 H W] in [0, 1], the seconds they took, and the seconds until the first
         window.
         """
-        mel = data.audio_windows(data.log_mel(audio), self.config["data"]["window"])
-        words = self.model.text_encoder.ids([""])
+        mel = data.audio_windows(data.log_mel(audio))
+        words = self.model.text_encoder.ids([prompt])
         generator = torch.Generator().manual_seed(0)
         settings = self.config["sampling"] | changes
         started = time.perf_counter()
@@ -101,7 +105,7 @@ def measure_drift(speaker, people, seconds):
     parts = {"first 10 s": [], "last 10 s": []}
     borders = []
     for picture, name, clips in tqdm(people, "drift"):
-        audio, opening = long_speech(name, clips, seconds, speaker.config["seed"])
+        audio, opening = long_speech(name, clips, seconds, speaker.config)
         frames, taken, first = speaker.speak(picture, audio)
         starts = {"first 10 s": 0, "last 10 s": len(frames) - FRAMES_OF_TEN_SECONDS}
         for part, start in starts.items():
@@ -123,7 +127,7 @@ def measure_changes(speaker, people, changes, seconds=4):
     """Return {label: mean measurements} for each {label: changed sampling arguments}."""
     rows = {label: [] for label in changes}
     for picture, name, clips in tqdm(people, "changes"):
-        audio, opening = long_speech(name, clips, seconds, speaker.config["seed"])
+        audio, opening = long_speech(name, clips, seconds, speaker.config)
         plain, _, _ = speaker.speak(picture, audio)
         for label, arguments in changes.items():
             frames, taken, _ = speaker.speak(picture, audio, **arguments)
@@ -132,6 +136,77 @@ def measure_changes(speaker, people, changes, seconds=4):
             found["change of the picture"] = float((frames - plain).abs().mean())
             rows[label].append(found)
     return {label: mean_rows(own) for label, own in rows.items()}
+
+
+def train_expression_judge(clips, steps=300):
+    """Return a network [n 3 64 64] -> logits [n prompts], trained on clips of drawn expressions."""
+    expressions = list(data.PROMPTS)
+    labels = torch.tensor([expressions.index(clip.prompt) for clip in clips])
+    frames = torch.stack([data.to_float(clip.frames[::5][:10]) for clip in clips])  # n 10 3 H W
+    torch.manual_seed(0)
+    judge = nn.Sequential(
+        Conv2dNormActivation(3, 32, stride=2),
+        Conv2dNormActivation(32, 64, stride=2),
+        Conv2dNormActivation(64, 96, stride=2),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.LazyLinear(len(expressions)),
+    )
+    judge(metrics.resize(frames[0], 64))
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    for step in tqdm(range(steps), "expression judge"):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        chosen = torch.randint(len(clips), (64,))
+        moments = torch.randint(frames.shape[1], (64,))
+        logits = judge(metrics.resize(frames[chosen, moments], 64))
+        F.cross_entropy(logits, labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return judge.eval().requires_grad_(False)
+
+
+def measure_prompts(speaker, judge, people, seconds=2):
+    """Return {label: {share of clips whose expression the judge recognises, by prompt and on
+    average}} of true clips and of clips generated with each prompt, at several scales of it.
+
+    Everybody starts from a calm picture, as a prompt is for what the picture does not show.
+    """
+    expressions = list(data.PROMPTS)
+    hits = {}  # label -> {prompt: [0 or 1 for each clip]}
+    others = {}  # label -> [measurements of each clip]
+
+    def look(label, prompt, frames):
+        logits = judge(metrics.resize(2 * frames - 1, 64)).mean(0)
+        hit = float(logits.argmax() == expressions.index(prompt))
+        hits.setdefault(label, {name: [] for name in expressions})[prompt].append(hit)
+
+    for name, clips in tqdm(people.items(), "prompts"):
+        for clip in clips:
+            if clip.prompt:
+                frames = data.to_unit(data.to_float(clip.frames))
+                look("true clips", clip.prompt, frames)
+                found = speaker.measure(frames, clip.frames[0], clip.audio, clip.opening)
+                others.setdefault("true clips", []).append(found)
+        calm = [clip for clip in clips if clip.prompt in ("", "calm")]
+        if not calm:
+            continue
+        picture = data.reference_frame(calm)
+        audio, opening = long_speech(name, clips, seconds, speaker.config)
+        for prompt in expressions:
+            for scale in (0.0, 1.0, 2.0, 3.0, 5.0):
+                frames, _, _ = speaker.speak(picture, audio, prompt, scales={"text": scale})
+                label = f"generated, text scale {scale}"
+                look(label, prompt, frames)
+                found = speaker.measure(frames, picture, audio, opening)
+                others.setdefault(label, []).append(found)
+    rows = {}
+    for label, found in hits.items():
+        every = sum(found.values(), [])
+        rows[label] = {name: float(np.mean(own)) for name, own in found.items()}
+        rows[label] |= {"all": float(np.mean(every)), "clips": len(every)}
+        measured = mean_rows(others[label])
+        rows[label] |= {key: measured[key] for key in ("id_similarity*", "mouth_correlation*")}
+    return rows
 
 
 def write_table(title, rows):
@@ -150,12 +225,13 @@ def main():
     parser.add_argument("--people", type=int, default=3)
     args = parser.parse_args()
     speaker = Speaker(args.run)
+    everybody = train.load_people(speaker.config)
     people = []
-    for name, clips in list(train.load_people(speaker.config).unseen.items())[: args.people]:
+    for name, clips in list(everybody.unseen.items())[: args.people]:
         people.append((data.reference_frame(clips), name, clips))
     drift, borders = measure_drift(speaker, people, args.seconds)
     scales = {}
-    for condition in train.talking.CONDITIONS:
+    for condition in ("speech", "identity"):  # of text, which has prompts, see below
         for scale in (0.0, 0.5, 1.5):
             scales[f"{condition} {scale}"] = {"scales": {condition: scale}}
     steps = {f"{n} steps": {"num_steps": n} for n in (1, 2, 4, 8)}
@@ -165,6 +241,14 @@ def main():
     lines += write_table("drift", drift) + write_table("windows", borders)
     lines += write_table("scales of the conditions", measure_changes(speaker, people, scales))
     lines += write_table("solver steps", measure_changes(speaker, people, steps))
+    # The backbone has seen no client; half of them teach the judge, too.
+    clients = list(everybody.clients)
+    taught = everybody.public | {name: everybody.clients[name] for name in clients[::2]}
+    others = everybody.unseen | {name: everybody.clients[name] for name in clients[1::2]}
+    drawn = [clip for own in taught.values() for clip in own if clip.prompt in data.PROMPTS]
+    if drawn:
+        judge = train_expression_judge(drawn)
+        lines += write_table("prompts", measure_prompts(speaker, judge, others))
     (ROOT / "tests" / "results").mkdir(exist_ok=True)
     (ROOT / "tests" / "results" / "speak.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

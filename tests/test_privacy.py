@@ -235,10 +235,10 @@ def test_the_history_survives_a_checkpoint():
 def test_cohorts_need_the_secret_key_and_nothing_else():
     key = privacy.new_sampling_key()
     assert key != privacy.new_sampling_key() and len(key) == 32
-    cohort = privacy.draw_cohort(1000, 0.3, key, 5)
-    assert cohort == privacy.draw_cohort(1000, 0.3, key, 5)
-    assert cohort != privacy.draw_cohort(1000, 0.3, key, 6)
-    assert cohort != privacy.draw_cohort(1000, 0.3, privacy.new_sampling_key(), 5)
+    cohort = privacy.draw_cohort(1000, 0.3, key, 5).tolist()
+    assert cohort == privacy.draw_cohort(1000, 0.3, key, 5).tolist()
+    assert cohort != privacy.draw_cohort(1000, 0.3, key, 6).tolist()
+    assert cohort != privacy.draw_cohort(1000, 0.3, privacy.new_sampling_key(), 5).tolist()
     for wrong in (0, 1234, "0" * 32, b"", b"0" * 31):  # the config's seed is no key
         with pytest.raises(ValueError):
             privacy.draw_cohort(1000, 0.3, wrong, 5)
@@ -251,8 +251,8 @@ def test_every_client_joins_independently_with_the_sample_rate():
     assert abs(joins.mean(0) - 0.3).max() < 4.5 * math.sqrt(0.3 * 0.7 / 2000)
     correlation = np.corrcoef(joins.T) - np.eye(20)
     assert abs(correlation).max() < 4.5 / math.sqrt(2000)
-    assert privacy.draw_cohort(20, 1.0, bytes(32), 0) == list(range(20))
-    assert privacy.draw_cohort(20, 0.0, bytes(32), 0) == []
+    assert privacy.draw_cohort(20, 1.0, bytes(32), 0).tolist() == list(range(20))
+    assert privacy.draw_cohort(20, 0.0, bytes(32), 0).tolist() == []
 
 
 def test_cohorts_of_a_fixed_size_take_all_clients_alike():
@@ -261,7 +261,7 @@ def test_cohorts_of_a_fixed_size_take_all_clients_alike():
         joins[round, privacy.draw_cohort(20, 0.3, bytes(32), round, fixed_size=True)] = 1
     assert (joins.sum(1) == 6).all()
     assert abs(joins.mean(0) - 0.3).max() < 4.5 * math.sqrt(0.3 * 0.7 / 2000)
-    assert privacy.draw_cohort(1, 0.1, bytes(32), 0, fixed_size=True) == [0]
+    assert privacy.draw_cohort(1, 0.1, bytes(32), 0, fixed_size=True).tolist() == [0]
 
 
 # ---------------------------------------------------------------- clip, weight, noise

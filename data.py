@@ -1126,9 +1126,8 @@ def assign_people(paths, root):
             outer = "/".join([name for name in outer if not NOT_A_PERSON.fullmatch(name)])
             origins.setdefault(clip[0], set()).add(outer)
     for path, (person, _) in list(assigned.items()):
-        if (
-            len(origins[person]) > 1
-        ):  # anna/test/indoor and bob/test/indoor: not two people "indoor"
+        # anna/test/indoor and bob/test/indoor: not two people "indoor"
+        if len(origins[person]) > 1:
             reason = f"it is unclear who {person} is, in several folders: rename them"
             left_out.append((path, reason))
             del assigned[path]

@@ -7,7 +7,8 @@ trains on, and for six clips of the person with most clips. Then lets them speak
 stays in --work and is used again.
 
 `--curve RUN` instead takes the backbone of a finished run of the preset `faces` and its client with
-most clips: what do personal adapters of 5, 15, 60 and 300 seconds of own video add?
+most clips: what do personal adapters of 5, 15, 60 and 300 seconds of own video add? `--methods RUN
+...` takes finished runs on one backbone: the global adapter of each on the clients' test clips.
 """
 
 import argparse
@@ -197,10 +198,39 @@ def draw_curve(run):
     return table("own video", {name: measure(config, models, split, all_speech)})
 
 
+def compare_methods(runs, num_clips=3):
+    """Return a table of the global adapters of runs on one backbone, over the clients' test clips."""
+    adapters = {}
+    for run in runs:
+        config = train.load_config(run / "config.yaml")
+        backbone = train.load_checkpoint(run / "backbone.pt", "backbone")
+        model, _ = train.restore_backbone(config, backbone, torch.device("cpu"))
+        if not adapters:
+            adapters["backbone"] = copy.deepcopy(model)
+            people = train.load_people(config)
+            first = backbone
+        elif train.checksum(backbone) != train.checksum(first):
+            raise ValueError(f"{run}: has another backbone than {runs[0]}")
+        adapted = train.add_adapter(config, model, backbone["directions"], "lora")
+        state = train.load_checkpoint(run / "last.pt", "global adapter")
+        adapters[config["name"]] = train.merged_copy(adapted, state["adapter"])
+    splits = {name: data.split_clips(own, config["seed"]) for name, own in people.clients.items()}
+    for split in splits.values():
+        split["test"] = split["test"][:: max(1, len(split["test"]) // num_clips)][:num_clips]
+    all_speech = [clip for split in splits.values() for clip in split["test"]]
+    scores = {}
+    for name, split in splits.items():
+        scores[name] = measure(config, adapters, split, all_speech)
+    return table("clients", scores)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("root", nargs="?", help="folder of people, as data.root")
     parser.add_argument("--curve", type=Path, metavar="RUN", help="a finished run, instead")
+    parser.add_argument(
+        "--methods", type=Path, nargs="+", metavar="RUN", help="finished runs, instead"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/people"))
     parser.add_argument(
         "--set", nargs="*", default=[], help="changes of the preset, as in train.py"
@@ -208,6 +238,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.curve:
         print("\n".join(draw_curve(args.curve)))
+        return
+    if args.methods:
+        print("\n".join(compare_methods(args.methods)))
         return
     config = train.load_config(train.DEFAULTS, ["faces"], [f"data.root={args.root}", *args.set])
     d = config["data"]

@@ -1,5 +1,6 @@
 """The command line: one-line errors, and the whole path on a handful of tiny talkers."""
 
+import ast
 import inspect
 import json
 import re
@@ -952,7 +953,26 @@ def test_adapters_of_two_devices_start_from_the_same_numbers():
     assert torch.equal(*vectors)
 
 
-# ---------------------------------------------------------------- README
+# ---------------------------------------------------------------- scripts and README
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/[!t]*.py")), ids=lambda path: path.stem)
+def test_a_script_calls_what_is_there(path):
+    """Benchmarks and proofs take too long for the suite, but a name or argument that is gone ought
+    to be noticed.
+    """
+    modules = {"data": data, "fed": fed, "lora": lora, "metrics": metrics, "privacy": privacy}
+    modules |= {"train": train, "talking": train.talking}
+    for node in ast.walk(ast.parse(path.read_text())):
+        used = node.func if isinstance(node, ast.Call) else node
+        if not isinstance(used, ast.Attribute) or ast.unparse(used.value) not in modules:
+            continue
+        item = getattr(modules[used.value.id], used.attr)
+        if node is not used:
+            keywords = {keyword.arg: None for keyword in node.keywords}
+            starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+            if not starred and None not in keywords:  # None: of **
+                inspect.signature(item).bind(*node.args, **keywords)
 
 
 def test_the_readme_shows_algorithm_1_as_it_stands():

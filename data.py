@@ -56,7 +56,7 @@ SAMPLE_RATE = 16000
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 MELS_PER_FRAME = 4
 NUM_MELS = 40
-AUDIO_WINDOW = 5  # video frames of sound that the networks hear around each frame; odd
+AUDIO_WINDOW = 5  # video frames of sound around each, which model.SpeechEncoder and judges expect
 MIN_FRAMES = 10  # of a usable clip
 
 VIDEO_SUFFIXES = tuple(
@@ -300,11 +300,11 @@ def first_error(log):
 
 
 def file_state(path):
-    """(size, time of the last change) of a file, a path or an entry of os.scandir, which may know
-    it already. Raises ValueError if it is no regular file.
+    """(size, time of the last change) of a file, a path or an os.DirEntry, which may know them
+    already. Raises ValueError if it is no regular file.
     """
     try:
-        status = path.stat() if isinstance(path, os.DirEntry) else os.stat(path)
+        status = os.stat(path) if isinstance(path, str) else path.stat()
     except FileNotFoundError:
         raise ValueError("a link to nothing" if os.path.islink(path) else "no such file") from None
     except OSError as error:
@@ -1104,11 +1104,12 @@ def assign_people(paths, root):
         people = ", ".join(names[:5])
         refusal = f"the names suggest several people ({people} ...): put each one's into one folder"
         refusal += "; if it is one person, rename them"
+    owner = os.path.basename(base)
     assigned, left_out, taken = {}, [], {}
     origins = {}  # person -> {folders above the person's, without those that say nothing}
     for path, stem in zip(paths, stems):
         try:
-            person = person_of(above, "/" + stem, os.path.basename(base), refusal)
+            person = person_of(above, "/" + stem, owner, refusal)
             # pretrain/anna/1 -> anna, pretrain-1
             *folders, name = stem.split("/")
             name = "-".join([folder for folder in folders if folder != person] + [name])
@@ -1146,6 +1147,25 @@ def leads_to_folder(link):
 
 
 def find_videos(root):
+    """{path: os.DirEntry or Path} of the video files of a dataset, [(path, reason)] of folders left
+    out. Raises ValueError if there is no video.
+    """
+    left_out = []
+    if root.is_dir():
+        videos, left_out = walk_folder(root)
+    elif root.exists():
+        videos = {str(root): root}
+    else:
+        names = os.listdir(root.parent) if root.parent.is_dir() else []
+        near = difflib.get_close_matches(root.name, names, 1)
+        hint = f"; did you mean {root.parent / near[0]}?" if near else ""
+        raise ValueError(f"no dataset at {root}{hint}")
+    if not videos:
+        raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {root}")
+    return videos, left_out
+
+
+def walk_folder(root):
     """{path: os.DirEntry} of the video files below a folder, [(path, reason)] of folders left out.
 
     Hidden files are ignored. Linked folders come last, and only if they were not read before: links
@@ -1191,16 +1211,15 @@ class TalkingHeads:
         self, root, size=64, crop=1.0, cache=None, progress=False, finder=None, names=None
     ):
         self.root = Path(os.path.abspath(root))
-        self.skipped = []
         self.notes = []
-        videos = self.find_videos()
+        videos, self.skipped = find_videos(self.root)
         assigned, left_out = assign_people(list(videos), os.fspath(self.root))
         self.skipped += left_out
         if names is not None:
             assigned = {path: own for path, own in assigned.items() if own[0] in names}
         folder = open_cache(cache, self.root, size, crop, finder)
-        entries = [videos[path] for path in assigned]
-        files = self.find_files(entries, folder, size, crop, finder)
+        videos = {path: videos[path] for path in assigned}
+        files = self.find_files(videos, folder, size, crop, finder)
         delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
@@ -1224,32 +1243,16 @@ class TalkingHeads:
         self.people = by_person(self.clips)
         self.note_names()
 
-    def find_videos(self):
-        """{path: os.DirEntry} of the video files. Raises ValueError if there are none."""
-        videos = {}
-        if self.root.is_dir():
-            videos, self.skipped = find_videos(self.root)
-        elif self.root.exists():
-            entries = os.scandir(self.root.parent)
-            videos = {entry.path: entry for entry in entries if entry.name == self.root.name}
-        else:
-            names = os.listdir(self.root.parent) if self.root.parent.is_dir() else []
-            near = difflib.get_close_matches(self.root.name, names, 1)
-            hint = f"; did you mean {self.root.parent / near[0]}?" if near else ""
-            raise ValueError(f"no dataset at {self.root}{hint}")
-        if not videos:
-            raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {self.root}")
-        return videos
-
-    def find_files(self, entries, folder, size, crop, finder):
-        """{path: its `CacheFile` in the cache's `folder`} of the [os.DirEntry] that are files."""
+    def find_files(self, videos, folder, size, crop, finder):
+        """{path: its `CacheFile` in the cache's `folder`} of the `videos` {path: os.DirEntry or
+        Path} that are files.
+        """
         files = {}
         distinct = {}  # links to one file share what is cached of it
         # Of hundreds of thousands of files, each folder is looked at once.
         true_folders = {}
         sounds = {}
-        for entry in entries:
-            path = entry.path
+        for path, entry in videos.items():
             try:
                 state = file_state(entry)
                 # The sound of links does not lie beside the file, but beside each link.

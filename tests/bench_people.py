@@ -44,6 +44,11 @@ COLUMNS = {
 }
 
 
+def pick(clips, count):
+    """Return so many clips, spread over all."""
+    return clips[:: max(1, len(clips) // count)][:count]
+
+
 def split_people(people):
     """Return the public people and, for the person with most clips and for the unseen, their clips
     {name: {"train", "test"}}.
@@ -51,8 +56,7 @@ def split_people(people):
     most = max(people, key=lambda name: len(people[name]))
     several = sorted(name for name in people if len(people[name]) >= 8 and name != most)
     unseen = several[::4]
-    step = len(people[most]) // NUM_TESTS
-    test = people[most][::step][:NUM_TESTS]
+    test = pick(people[most], NUM_TESTS)
     known = {"test": test, "train": [clip for clip in people[most] if clip not in test]}
     public = {name: clips for name, clips in people.items() if name not in unseen}
     public[most] = known["train"]
@@ -187,8 +191,7 @@ def draw_curve(run):
     model, _ = train.restore_backbone(config, backbone, torch.device("cpu"))
     name = max(people.clients, key=lambda client: len(people.clients[client]))
     split = data.split_clips(people.clients[name], config["seed"])
-    step = len(split["test"]) // NUM_TESTS
-    split["test"] = split["test"][::step][:NUM_TESTS]
+    split["test"] = pick(split["test"], NUM_TESTS)
     own = {f"first {seconds} s": first_seconds(split["train"], seconds) for seconds in SECONDS}
     own[f"{SECONDS[0]} s of varied sound"] = varied_seconds(split["train"], SECONDS[0])
     models = {"backbone": model}
@@ -200,28 +203,26 @@ def draw_curve(run):
 
 def compare_methods(runs, num_clips=3):
     """Return a table of the global adapters of runs on one backbone, over the clients' test clips."""
-    adapters = {}
+    models = {}
+    origins = set()  # checksums of the runs' backbones
     for run in runs:
         config = train.load_config(run / "config.yaml")
-        backbone = train.load_checkpoint(run / "backbone.pt", "backbone")
-        model, _ = train.restore_backbone(config, backbone, torch.device("cpu"))
-        if not adapters:
-            adapters["backbone"] = copy.deepcopy(model)
-            people = train.load_people(config)
-            first = backbone
-        elif train.checksum(backbone) != train.checksum(first):
-            raise ValueError(f"{run}: has another backbone than {runs[0]}")
-        adapted = train.add_adapter(config, model, backbone["directions"], "lora")
-        state = train.load_checkpoint(run / "last.pt", "global adapter")
-        adapters[config["name"]] = train.merged_copy(adapted, state["adapter"])
-    splits = {name: data.split_clips(own, config["seed"]) for name, own in people.clients.items()}
+        _, model, _, state = train.load_run(config, run, torch.device("cpu"))
+        if not models:
+            models["backbone"] = train.merged_copy(model, torch.zeros_like(state["adapter"]))
+        models[config["name"]] = train.merged_copy(model, state["adapter"])
+        origins.add(state["description"]["origin"])
+    if len(origins) > 1 or len(models) <= len(runs):
+        raise ValueError("--methods needs runs on one backbone, each with a name of its own")
+    clients = train.load_people(config).clients
+    splits = {name: data.split_clips(own, config["seed"]) for name, own in clients.items()}
     for split in splits.values():
-        split["test"] = split["test"][:: max(1, len(split["test"]) // num_clips)][:num_clips]
+        split["test"] = pick(split["test"], num_clips)
     all_speech = [clip for split in splits.values() for clip in split["test"]]
-    scores = {}
+    by_person = {}
     for name, split in splits.items():
-        scores[name] = measure(config, adapters, split, all_speech)
-    return table("clients", scores)
+        by_person[name] = measure(config, models, split, all_speech)
+    return table("clients", by_person)
 
 
 def main(argv=None):

@@ -165,48 +165,51 @@ def train_expression_judge(clips, steps=300):
     return judge.eval().requires_grad_(False)
 
 
-def measure_prompts(speaker, judge, people, seconds=2):
-    """Return {label: {share of clips whose expression the judge recognises, by prompt and on
-    average}} of true clips and of clips generated with each prompt, at several scales of it.
+def make_prompted(speaker, people, seconds=2):
+    """Yield (label, prompt, frames [f 3 H W], picture, audio, opening) of people's true clips, and
+    of clips generated with each prompt at several scales of it.
 
     Everybody starts from a calm picture, as a prompt is for what the picture does not show.
     """
-    expressions = list(data.PROMPTS)
-    hits = {}  # label -> {prompt: [0 or 1 for each clip]}
-    others = {}  # label -> [measurements of each clip]
-
-    def look(label, prompt, frames):
-        logits = judge(metrics.resize(2 * frames - 1, 64)).mean(0)
-        hit = float(logits.argmax() == expressions.index(prompt))
-        hits.setdefault(label, {name: [] for name in expressions})[prompt].append(hit)
-
     for name, clips in tqdm(people.items(), "prompts"):
         for clip in clips:
             if clip.prompt:
                 frames = data.to_unit(data.to_float(clip.frames))
-                look("true clips", clip.prompt, frames)
-                found = speaker.measure(frames, clip.frames[0], clip.audio, clip.opening)
-                others.setdefault("true clips", []).append(found)
+                picture = clip.frames[0]
+                yield "true clips", clip.prompt, frames, picture, clip.audio, clip.opening
         calm = [clip for clip in clips if clip.prompt in ("", "calm")]
         if not calm:
             continue
         picture = data.reference_frame(calm)
         audio, opening = long_speech(name, clips, seconds, speaker.config)
-        for prompt in expressions:
+        for prompt in data.PROMPTS:
             for scale in (0.0, 1.0, 2.0, 3.0, 5.0):
                 frames, _, _ = speaker.speak(picture, audio, prompt, scales={"text": scale})
                 label = f"generated, text scale {scale}"
-                look(label, prompt, frames)
-                found = speaker.measure(frames, picture, audio, opening)
-                others.setdefault(label, []).append(found)
-    rows = {}
-    for label, found in hits.items():
-        every = sum(found.values(), [])
-        rows[label] = {name: float(np.mean(own)) for name, own in found.items()}
-        rows[label] |= {"all": float(np.mean(every)), "clips": len(every)}
-        measured = mean_rows(others[label])
-        rows[label] |= {key: measured[key] for key in ("id_similarity*", "mouth_correlation*")}
-    return rows
+                yield label, prompt, frames, picture, audio, opening
+
+
+def measure_prompts(speaker, judge, people):
+    """Return {label: measurements} of `make_prompted`: the share of clips whose expression the
+    judge recognises, by prompt and of all, identity and mouth.
+    """
+    expressions = list(data.PROMPTS)
+    found = {}  # label -> [measurements of each clip]
+    for label, prompt, frames, *rest in make_prompted(speaker, people):
+        logits = judge(metrics.resize(2 * frames - 1, 64)).mean(0)
+        row = speaker.measure(frames, *rest) | {"prompt": prompt}
+        row["all"] = float(logits.argmax() == expressions.index(prompt))
+        found.setdefault(label, []).append(row)
+    table = {}
+    for label, rows in found.items():
+        table[label] = {}
+        for name in expressions:
+            own = [row["all"] for row in rows if row["prompt"] == name]
+            table[label][name] = float(np.mean(own))
+        for column in ("all", "id_similarity*", "mouth_correlation*"):
+            table[label][column] = float(np.mean([row[column] for row in rows]))
+        table[label]["clips"] = len(rows)
+    return table
 
 
 def write_table(title, rows):

@@ -1508,17 +1508,19 @@ def segment(clips, seconds):
 # ---------------------------------------------------------------- batches
 
 
-def sample_batch(people, batch_size, num_frames, generator, same_clip=False, mirror=False):
+def sample_batch(
+    people, batch_size, num_frames, generator, same_clip=False, mirror=False, device="cpu"
+):
     """Draw windows of clips {person: [Clip of at least num_frames]}, each with a reference picture:
     a frame of any of the person's clips, or of the same one, outside of the window where there is
     room. With `mirror` half of the windows, drawn at random, are mirrored with their reference.
 
     A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
     people with one clip would be learned by heart; in proportion, a person with 300 would dominate.
-    Returns a dict of tensors frames [b f 3 H W] and reference [b 3 H W] in [-1, 1], mel
-    [b f 20 40], liveliness [b], and of a list prompt. If the reference comes from a clip
-    with the same prompt, it shows the expression already, and the prompt becomes "". Raises
-    ValueError if nobody has a clip.
+    Returns a dict of tensors on `device`, frames [b f 3 H W] and reference [b 3 H W] in [-1, 1],
+    mel [b f 20 40], liveliness [b], and of a list prompt. If the reference comes from a clip with
+    the same prompt, it shows the expression already, and the prompt becomes "". Raises ValueError
+    if nobody has a clip.
     """
     if not people:
         raise ValueError(f"no clip has the {num_frames} frames that a training window needs")
@@ -1552,9 +1554,10 @@ def sample_batch(people, batch_size, num_frames, generator, same_clip=False, mir
         rows.append(row)
     batch = {key: [row[key] for row in rows] for key in rows[0]}
     for key in ("frames", "reference"):
-        batch[key] = to_float(np.stack(batch[key]))
+        # bytes, not floats, are copied to the device
+        batch[key] = to_float(np.stack(batch[key]), device)
     for key in ("mel", "liveliness"):
-        batch[key] = torch.from_numpy(np.stack(batch[key]))
+        batch[key] = torch.from_numpy(np.stack(batch[key])).to(device)
     return batch
 
 

@@ -1050,5 +1050,5 @@ class EMA:
         """Move the average towards the current parameters of `module`."""
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        for average, current in zip(self.module.parameters(), module.parameters()):
-            average.lerp_(current, 1 - decay)
+        averages = list(self.module.parameters())
+        torch._foreach_lerp_(averages, list(module.parameters()), 1 - decay)

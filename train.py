@@ -537,6 +537,9 @@ def train_unet(config, autoencoder, public, device, partial):
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
         learn_to_hear(model, batches, settings["steps"] // 10, settings["lr"])
         average = talking.EMA(model, 0.995)
+    if settings["compile"] and device.type == "cuda":
+        # with CUDA graphs: a step of small operations waits for their launches (gpu.md)
+        model.unet.compile(mode="reduce-overhead")
     step_kwargs = backward_kwargs(config, device, judged=False)
     first = len(losses)
     num_steps = settings["steps"]

@@ -45,6 +45,7 @@ SMALLEST = [
     "backbone.steps=2",
     "backbone.batch_size=2",
     "backbone.num_frames=6",
+    "backbone.compile=true",
     "lora.rank=2",
     "fed.rounds=1",
     "fed.local_epochs=0.1",
@@ -310,7 +311,8 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(config, tmp_path_factory):
-    """Folders of one run on the CPU and on the pretended GPU, and what drew numbers on the GPU.
+    """Folders of one run on the CPU and on the pretended GPU, what drew numbers on the GPU, and
+    which modules were compiled there.
 
     The second is interrupted in the middle of its backbone, and continued.
     """
@@ -343,7 +345,10 @@ def runs(config, tmp_path_factory):
         patch.setattr(train, "backbone_key", lambda *args: "key")
         patch.setattr(train, "BASELINES", ("truth", "autoencoder ceiling"))
         patch.setattr(train, "TRAINED", ("backbone", "personal adapter"))
+        compiled = []
+        patch.setattr(torch.nn.Module, "compile", lambda self, mode: compiled.append((self, mode)))
         run(CPU)
+        assert not compiled  # takes two minutes there and gains nothing
         with pretend() as gpu:
             patch.setattr(train, "SAVE_EVERY", 1)
             patch.setattr(train, "save_checkpoint", interrupt)
@@ -352,7 +357,7 @@ def runs(config, tmp_path_factory):
             patch.setattr(train, "save_checkpoint", save_checkpoint)
             torch.rand(3)  # whatever was drawn before
             run(GPU)
-    return folder / "cpu" / "run", folder / "cuda" / "run", gpu.drawn
+    return folder / "cpu" / "run", folder / "cuda" / "run", gpu.drawn, compiled
 
 
 @pytest.mark.parametrize(
@@ -381,6 +386,11 @@ def test_a_run_on_the_gpu_reports_what_a_run_on_the_cpu_reports(runs):
 
 def test_a_run_draws_no_random_numbers_on_the_gpu(runs):
     assert runs[2] == set()
+
+
+def test_the_unet_of_a_run_is_compiled_on_the_gpu_again_where_it_continues(runs):
+    modules = [(type(module), mode) for module, mode in runs[3]]
+    assert modules == 2 * [(train.talking.TalkingUNet, "reduce-overhead")]
 
 
 def test_a_finished_run_speaks_on_the_gpu(runs, config, tmp_path, monkeypatch):

@@ -687,6 +687,18 @@ class GaussianPrior(nn.Module):
         values, vectors = torch.linalg.eigh(self.autocorrelation[lag].double())
         return (vectors * values.clamp(min=1e-3)) @ vectors.T
 
+    def sample(self, noise, num_known):
+        """Return a sample [b f m h w], made of white `noise` [b f m h w]: how a clip of which the
+        first `num_known` frames are known may differ from its mean.
+        """
+        K = self.frame_correlation(noise.shape[1])
+        root = torch.linalg.cholesky(K)  # f f, lower: a frame depends on the noise of those before
+        root[:, :num_known] = 0  # the rest is the root of K given the first frames
+        h = root.to(noise) @ noise.flatten(2)  # b f (m h w)
+        residual_std = self.residual_variance.sqrt()
+        in_modes = (h @ self.modes) * (self.variance.sqrt() - residual_std)  # b f k
+        return (in_modes @ self.modes.T + residual_std * h).view_as(noise)
+
     def denoise(self, xt, signal, noise):
         """Return E[x0 | xt] and the standard deviation that it leaves, both [b f m h w], for xt =
         signal x0 + noise eps.
@@ -911,10 +923,13 @@ class TalkingHead(nn.Module):
         x0_hat = std * correction.unflatten(0, x0.shape[:2])  # b f m h w
         return self.diffusion_loss(x0_hat, x0, noise)
 
-    def sample(self, conditions, reference_latents, noise, known, num_steps, guidance):
+    def sample(self, conditions, reference_latents, noise, chance, known, num_steps, guidance):
         """Return x0 [b f m h w] sampled from `noise` [b f m h w].
 
-        Its first frames are `known` [b k m h w].
+        Its first frames are `known` [b k m h w]. In pure noise the network knows the mean of x0
+        only, and steps that started from there would lose all that varies about it, such as the
+        head's motion. `chance` [b f m h w], a sample of the prior, makes up for it: Bao et al. 2022
+        (Analytic-DPM), Theorem 1, where the noise added has the variance alpha_bar Cov(x0).
 
         Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w): x0 =
         x0_without + guidance (x0_with - x0_without). In pure noise only, where nothing but speech
@@ -933,14 +948,16 @@ class TalkingHead(nn.Module):
             if guidance != 1.0 and pure_noise:
                 x0_without = self(xt, t, without_speech, reference_latents)
                 x0 = x0_without + guidance * (x0 - x0_without)
+            if pure_noise:
+                x0 = x0 + chance
             return x0
 
         x0 = self.diffusion.sample(predict_x0, noise, num_steps)
         return torch.cat([known, x0[:, num_known:]], dim=1)
 
-    def noise_by_place(self):
-        """Return the standard deviation [m h w] of the initial noise: of the flow from 1 where
-        speech explains nothing of the motion to 0 where it explains most; of the residual 0.
+    def chance_by_place(self):
+        """Return the share [m h w] of chance in the motion: in the flow from 1 where speech explains
+        nothing to 0 where it explains most; in the residual 0.
 
         A true sample of a mouth that speech tells to a correlation of r would follow the real mouth
         by r squared only, the rest being chance. Without chance it moves as speech lets expect,
@@ -984,16 +1001,18 @@ class TalkingHead(nn.Module):
         if liveliness is None:
             liveliness = self.typical_liveliness.expand(num_clips)
         known = latents.new_zeros(num_clips, 0, self.motion_channels, *latents.shape[2:])
-        noise_std = self.noise_by_place()  # m h w
+        share = self.chance_by_place()  # m h w
         start = 0
         while start < num_frames:
             length = window if start else window // 2
             first = start - known.shape[1]
             mel_window = mel[:, first : first + length]  # b w n m
             shape = (num_clips, mel_window.shape[1], *known.shape[2:])
-            noise = noise_std * torch.randn(shape, generator=generator).to(latents.device)
+            noise, deviations = torch.randn(2, *shape, generator=generator).to(latents.device)
+            chance = share * self.prior.sample(deviations, known.shape[1])
             conditions = self.encode_conditions(mel_window, reference, words, scales)
-            x0 = self.sample(conditions, latents, noise, known, num_steps, guidance)
+            noise = share * noise
+            x0 = self.sample(conditions, latents, noise, chance, known, num_steps, guidance)
             new = x0[:, known.shape[1] :]
             yield self.decode(new, moving, liveliness).clamp(-1, 1)
             known = x0[:, -KNOWN_FRAMES:]

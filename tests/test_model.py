@@ -151,11 +151,8 @@ def test_sampling_starts_at_pure_noise():
 # ---------------------------------------------------------------- the Gaussian prior
 
 
-@pytest.mark.parametrize(
-    "levels", [(0.6, 0.6, 0.6, 0.6), (1.0, 1.0, 0.6, 0.0), (1.0, 0.0, 0.0, 0.0)]
-)
-def test_the_prior_is_the_conditional_mean_of_a_gaussian(levels):
-    """`levels` is sqrt(alpha_bar) of each frame: 1 is without noise, 0 is pure noise."""
+def known_prior():
+    """Return a prior and its covariance of x0 of four frames of six values, flattened."""
     torch.manual_seed(0)
     prior = talking.GaussianPrior(num_values=6, num_modes=3, num_lags=4)
     modes, _ = torch.linalg.qr(torch.randn(6, 3))
@@ -166,7 +163,15 @@ def test_the_prior_is_the_conditional_mean_of_a_gaussian(levels):
     places = modes @ prior.variance.diag() @ modes.T + 0.1 * (torch.eye(6) - modes @ modes.T)
     frame = torch.arange(4)
     times = prior.autocorrelation[(frame[None] - frame[:, None]).abs()]
-    covariance = torch.kron(times, places)  # of x0 flattened: (f, values)
+    return prior, torch.kron(times, places)
+
+
+@pytest.mark.parametrize(
+    "levels", [(0.6, 0.6, 0.6, 0.6), (1.0, 1.0, 0.6, 0.0), (1.0, 0.0, 0.0, 0.0)]
+)
+def test_the_prior_is_the_conditional_mean_of_a_gaussian(levels):
+    """`levels` is sqrt(alpha_bar) of each frame: 1 is without noise, 0 is pure noise."""
+    prior, covariance = known_prior()
     xt = torch.randn(1, 4, 6, 1, 1)
     signal = torch.tensor(levels)
     noise = (1 - signal**2).sqrt()
@@ -177,6 +182,17 @@ def test_the_prior_is_the_conditional_mean_of_a_gaussian(levels):
     assert torch.allclose(mean.flatten(), gain @ xt.flatten(), atol=1e-4)
     posterior = covariance - gain @ S @ covariance
     assert torch.allclose(std.flatten() ** 2, posterior.diagonal(), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_known", (0, 1, 3))
+def test_a_sample_of_the_prior_has_the_covariance_that_known_frames_leave(num_known):
+    prior, covariance = known_prior()
+    root = prior.sample(torch.eye(24).view(24, 4, 6, 1, 1), num_known).view(24, 24)  # linear
+    known = slice(0, 6 * num_known)
+    left = torch.zeros(24, 24)  # the Schur complement of the known frames
+    inverse = torch.linalg.inv(covariance.double()).float()
+    left[known.stop :, known.stop :] = torch.linalg.inv(inverse[known.stop :, known.stop :])
+    assert torch.allclose(root.T @ root, left, atol=1e-5)
 
 
 def test_the_prior_finds_the_covariance_that_made_the_data():
@@ -664,20 +680,29 @@ def test_speech_is_left_out_by_chance_in_training_only():
 @torch.no_grad()
 def test_chance_moves_what_speech_does_not_explain(monkeypatch):
     model = small_model()
-    flow, residual = model.noise_by_place().split([2, model.motion_channels - 2])
+    flow, residual = model.chance_by_place().split([2, model.motion_channels - 2])
     assert (flow == 1).all() and (residual == 0).all()
     model.place_weights[:, 2, 1] = 3.0
     model.place_weights[:, 3, 1] = 2.0
-    noise = []
-    monkeypatch.setattr(model, "sample", lambda c, r, own, *rest: noise.append(own) or own)
+    model.prior.autocorrelation[1:] = 0
+    drawn = []  # of each window: noise and what it leaves open of the mean
+
+    def sample(conditions, reference_latents, noise, chance, *rest):
+        drawn.append(torch.stack([noise, chance]))
+        return noise
+
+    monkeypatch.setattr(model, "sample", sample)
     _, mel, reference, words = inputs()
     generate(model, reference, mel, words)
-    noise = torch.cat(noise, dim=1)  # b f m h w
-    assert not noise[:, :, 2:].any()
-    spread = noise[:, :, :2].flatten(0, 2).std(0)  # h w
-    assert spread[2, 1] == 0
-    assert 0.35 < spread[3, 1] < 0.7  # half of the noise elsewhere
-    assert 0.8 < spread[0, 0] < 1.3
+    # The prior as it is built has unit variance: both have the same spread.
+    for x in torch.cat(drawn, dim=2):  # b f m h w
+        assert not x[:, :, 2:].any()
+        spread = x[:, :, :2].flatten(0, 2).std(0)  # h w
+        assert spread[2, 1] == 0
+        assert 0.3 < spread[3, 1] < 0.7  # half of the chance elsewhere
+        assert 0.7 < spread[0, 0] < 1.3
+    noise, chance = torch.cat(drawn, dim=2)
+    assert not torch.equal(noise, chance)
 
 
 def test_generation_is_deterministic_and_in_range():
@@ -722,8 +747,25 @@ def test_guidance_acts_in_pure_noise_only():
     latents = model.autoencoder.encode(reference)
     calls = []
     model.register_forward_pre_hook(lambda _, args: calls.append(args[1].max().item()))
-    model.sample(conditions, latents, noise, noise[:, :0], 3, 2.0)
+    model.sample(conditions, latents, noise, torch.zeros_like(noise), noise[:, :0], 3, 2.0)
     assert calls == [999, 999, 666, 332]
+
+
+@torch.no_grad()
+def test_chance_is_added_in_pure_noise_only(monkeypatch):
+    model = small_model()
+    noise, mel, reference, words = inputs()
+    conditions = model.encode_conditions(mel, reference, words)
+    latents = model.autoencoder.encode(reference)
+    chance = torch.randn_like(noise)
+    for t, added in ((999, chance), (499, torch.zeros_like(chance))):
+        level = torch.full((len(noise),), t)
+        monkeypatch.setattr(model.diffusion, "sample", lambda predict, xt, _: predict(xt, level))
+        with_chance, without = (
+            model.sample(conditions, latents, noise, x, noise[:, :0], 2, 1.0)
+            for x in (chance, torch.zeros_like(chance))
+        )
+        assert torch.allclose(with_chance - without, added, atol=1e-5)
 
 
 @torch.no_grad()
@@ -733,8 +775,10 @@ def test_more_guidance_moves_x0_away_from_the_speechless_one():
     conditions = model.encode_conditions(mel, reference, words)
     latents = model.autoencoder.encode(reference)
     known = torch.full((2, 3, 6, 4, 4), 0.5)
+    chance = torch.zeros_like(noise)
     without, plain, guided = (
-        model.sample(conditions, latents, noise, known, 1, guidance) for guidance in (0.0, 1.0, 2.5)
+        model.sample(conditions, latents, noise, chance, known, 1, guidance)
+        for guidance in (0.0, 1.0, 2.5)
     )
     assert torch.allclose(guided - without, 2.5 * (plain - without), atol=1e-4)
     # Without guidance one step is one prediction, in which the known frames are without noise.
@@ -742,6 +786,10 @@ def test_more_guidance_moves_x0_away_from_the_speechless_one():
     t = torch.tensor([[-1] * 3 + [999] * 6] * 2)
     expected = predict_x0(model, xt, mel, reference, words, t=t)
     assert torch.allclose(plain[:, 3:], expected[:, 3:], atol=1e-6)
+    # What the mean leaves open is added to it, not guided.
+    chance = torch.randn_like(noise)
+    moved = model.sample(conditions, latents, noise, chance, known, 1, 2.5)
+    assert torch.allclose(moved[:, 3:], guided[:, 3:] + chance[:, 3:], atol=1e-5)
     assert all(torch.equal(x0[:, :3], known) for x0 in (without, plain, guided))
 
 
@@ -758,24 +806,27 @@ def test_a_long_clip_comes_in_windows_that_continue_each_other():
     latents = model.autoencoder.encode(reference)
     known = torch.zeros(2, 0, 6, 4, 4)
     for block, (first, end) in zip(blocks, [(0, 6), (2, 14), (10, 22), (18, 26)]):
-        noise = torch.randn(2, end - first, 6, 4, 4, generator=generator)
-        noise[:, :, 2:] = 0  # of the residual
+        noise, chance = torch.randn(2, 2, end - first, 6, 4, 4, generator=generator)
+        chance = model.prior.sample(chance, known.shape[1])
+        for x in (noise, chance):
+            x[:, :, 2:] = 0  # of the residual
         conditions = model.encode_conditions(mel[:, first:end], reference, words)
-        x0 = model.sample(conditions, latents, noise, known, 2, 1.0)
+        x0 = model.sample(conditions, latents, noise, chance, known, 2, 1.0)
         assert torch.equal(x0[:, : known.shape[1]], known)
         new = x0[:, known.shape[1] :]
         assert torch.allclose(
             block, model.decode(new, reference, torch.ones(len(new))).clamp(-1, 1), atol=1e-5
         )
         if known.shape[1]:
-            shifted = model.sample(conditions, latents, noise, known + 1, 2, 1.0)
+            shifted = model.sample(conditions, latents, noise, chance, known + 1, 2, 1.0)
             assert not torch.allclose(shifted[:, 4:], new, atol=1e-2)
         known = x0[:, -4:]
 
 
-def test_the_first_of_several_references_is_the_one_that_moves():
+def test_the_first_of_several_references_is_the_one_that_moves(monkeypatch):
     torch.manual_seed(0)
-    model = talking.TalkingHead(**SMALL)  # its UNet is zero: one step gives x0 = 0, no motion
+    model = talking.TalkingHead(**SMALL)  # its UNet is zero: but for chance nothing moves
+    monkeypatch.setattr(model, "chance_by_place", lambda: torch.zeros_like(model.place_weights))
     _, mel, reference, words = inputs()
     several = torch.stack([reference, -reference], dim=1)  # b n 3 H W
     frames = generate(model, several, mel, words, num_steps=1)

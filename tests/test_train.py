@@ -542,6 +542,27 @@ def test_people_move_as_lively_as_in_their_own_clips(finished, tmp_path, monkeyp
     assert used == pytest.approx([own] * len(used)) and used
 
 
+def test_test_clips_have_noise_of_their_own_which_methods_share(finished, monkeypatch):
+    folder, run = finished
+    config = train.load_config(run / "config.yaml")
+    _, model, _, _ = train.load_run(config, run, torch.device("cpu"))
+    clients = list(train.load_people(config).clients.items())[:2]
+    splits = {name: data.split_clips(own, config["seed"]) for name, own in clients}
+    cases = train.metrics.make_cases(splits, 10, 1)
+    seeds = []
+    generate = train.talking.TalkingHead.generate
+
+    def watched(model, reference, mel, words, generator, **kwargs):
+        seeds.append(generator.initial_seed())
+        return generate(model, reference, mel, words, generator, **kwargs)
+
+    monkeypatch.setattr(train.talking.TalkingHead, "generate", watched)
+    for case in (cases[0], cases[0], cases[1]):
+        train.generate_case(model, case, case.mel, config)
+    train.generate_case(model, cases[0], cases[0].mel, config | {"seed": config["seed"] + 1})
+    assert seeds[0] == seeds[1] and len(set(seeds)) == 3
+
+
 def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, tmp_path, capsys):
     folder, run = finished
     copy = tmp_path / "run"

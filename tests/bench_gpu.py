@@ -3,6 +3,7 @@ part by default.
 
     equality    the same step and clip on CPU and GPU; adapters before the first round
     steps       clips a second, share of the UNet and memory of a training step, by preset and size
+    compiled    a training step with `backbone.compile` and without, by turns
     speaking    generated frames a second, by preset and size
     runs        the default run with two workers on the GPU
     workers     a short run with one worker and with two: is the adapter the same?
@@ -189,6 +190,38 @@ def measure_steps():
     return lines
 
 
+def measure_compiled():
+    """Return lines of a table: a step on an encoded batch with the UNet as it is and compiled."""
+    lines = ["| a step | as it is, ms | compiled, ms | first compiled step, s |", "|---" * 4 + "|"]
+    for preset, size in (("talkers", 64), ("lrs3", 128)):
+        config = load_preset(preset, f"data.size={size}")
+        b, num_frames = config["backbone"]["batch_size"], config["backbone"]["num_frames"]
+        models = [make_model(config, GPU) for _ in range(2)]
+        no_judges = dict.fromkeys(config["loss"], 0.0)
+        generator = torch.Generator().manual_seed(1)
+        steps = []
+        for model in models:
+            model.autoencoder.requires_grad_(False)
+            encoded = fed.encode_batch(model, make_batch(config, b, num_frames))
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+            def step(model=model, encoded=encoded, optimizer=optimizer):
+                fed.backward(model, None, encoded, no_judges, generator, bf16=True)
+                train.optimizer_step(optimizer, 1e-4)
+
+            steps.append(step)
+        models[1].unet.compile(mode="reduce-overhead")  # as train.train_unet does
+        started = time.perf_counter()
+        steps[1]()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - started
+        turns = [[measure_seconds(step, least=1, seconds=0) for step in steps] for _ in range(15)]
+        plain, compiled = 1e3 * np.median(turns, axis=0)
+        lines.append(f"| {preset}, {size} px | {plain:.1f} | {compiled:.1f} | {first:.0f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def measure_speaking():
     """Return lines of a table of generation, one clip at a time as `--action generate` does."""
     lines = ["| speaking | ms until the first frames | frames a second | × real time |"]
@@ -304,6 +337,7 @@ def run_dry():
 PARTS = {
     "equality": compare,
     "steps": measure_steps,
+    "compiled": measure_compiled,
     "speaking": measure_speaking,
     "runs": run_whole,
     "workers": compare_workers,

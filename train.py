@@ -1400,13 +1400,16 @@ class Pictures:
         for column, method in enumerate(["reference", *methods]):
             pen.text((column * grid.width // (1 + len(methods)) + 4, 3), method, "black")
         save_picture(run / "grid.png", sheet)
-        (run / "samples").mkdir(exist_ok=True)
+        samples = run / "samples"
+        samples.mkdir(exist_ok=True)
+        for video in samples.glob("*.mp4"):
+            video.unlink()  # an earlier evaluation may have shown other clips
         shown = [m for m in methods if "other" not in m]
         for case, clips in list(zip(self.cases, self.clips.values()))[::2]:
             strip = np.concatenate([clips[m] for m in shown], axis=2)  # f H (methods W) 3
             strip = strip.repeat(zoom, 1).repeat(zoom, 2)
             name = data.short_name(f"{case.person}-{case.clip.name}")
-            path = run / "samples" / f"{name}.mp4"
+            path = samples / f"{name}.mp4"
             comment = "synthetic: " + " | ".join(shown)
             data.write_video(path, strip, case.audio, {"comment": comment})
 

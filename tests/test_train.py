@@ -656,8 +656,10 @@ def test_a_refused_resume_changes_nothing(finished, capsys):
 def test_evaluating_repeats_nothing(finished):
     _, run = finished
     before = snapshot(run)
+    (run / "samples" / "of-another-client.mp4").write_bytes(b"")
     train.main(["--gpus", "cpu", "--action", "evaluate", "--resume", str(run)])
     after = snapshot(run)
+    assert after.keys() == before.keys()
     unchanged = ("last.pt", "backbone.pt", "rounds.jsonl", "config.yaml", "client-000.pt")
     for path, content in before.items():
         if path.name in unchanged:

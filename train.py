@@ -805,6 +805,7 @@ def train(config, people, run, device, workers):
     jitter = backbone["public_jitter"]
     state = federate(config, model, judges["loss"], clients, state, jitter, run, device, workers)
     stopwatch.lap("rounds")
+    check_learned(run, workers)
     # -- on each client: personal adapters, which never leave it
     clients = clients[: config["personal"]["clients"]]
     personal = personalize(
@@ -1051,6 +1052,20 @@ def forget_rounds(run, num_rounds):
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         write_text(path, "".join(lines[:num_rounds]))
+
+
+def check_learned(run, workers):
+    """Raise ValueError if every round of the run was aborted."""
+    reasons = []
+    path = run / "rounds.jsonl"
+    if workers.rank == 0 and path.exists():
+        reasons = [json.loads(line)["aborted"] for line in path.read_text().splitlines()]
+    reasons = workers.broadcast(reasons)
+    if reasons and all(reasons):
+        raise ValueError(
+            f"nothing was learned: every round was aborted, the last because {reasons[-1]}. "
+            f"Add rounds: --resume {run} --set fed.rounds={2 * len(reasons)}"
+        )
 
 
 def summarize_round(config, accountant, cohorts, diagnostics):

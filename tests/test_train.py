@@ -666,6 +666,28 @@ def test_evaluating_repeats_nothing(finished):
             assert after[path] == content, path
 
 
+def test_a_run_whose_rounds_were_all_aborted_says_that_nothing_was_learned(finished, capsys):
+    folder, _ = finished
+    settings = [*TINY, *places(folder), "name=aborted", "fed.sample_rate=0.3"]
+    settings += ["privacy.num_curious=0", "privacy.seed=5"]  # draws cohorts of 1, 0, 2 clients
+
+    def error_of(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--gpus", "cpu", *arguments])
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    error = error_of("--set", *settings)
+    (run,) = (folder / "runs").glob("*-aborted")
+    assert error.startswith("error: nothing was learned: every round was aborted, the last because")
+    assert "the cohort has 0 clients, 2 are needed" in error and str(run) in error
+    assert not (run / "report.json").exists()
+    assert error_of("--resume", str(run)) == error  # it repeats nothing
+    assert len(read_rounds(run)) == 2
+    train.main(["--gpus", "cpu", "--resume", str(run), "--set", "fed.rounds=3"])
+    assert (run / "report.json").exists()
+
+
 def copy_run(run, folder):
     """Return a copy of a run, for a test that changes it."""
     return Path(shutil.copytree(run, folder / "run"))

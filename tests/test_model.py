@@ -685,7 +685,7 @@ def test_chance_moves_what_speech_does_not_explain(monkeypatch):
     model.place_weights[:, 2, 1] = 3.0
     model.place_weights[:, 3, 1] = 2.0
     model.prior.autocorrelation[1:] = 0
-    drawn = []  # of each window: noise and what it leaves open of the mean
+    drawn = []  # noise and chance of each window
 
     def sample(conditions, reference_latents, noise, chance, *rest):
         drawn.append(torch.stack([noise, chance]))
@@ -699,8 +699,8 @@ def test_chance_moves_what_speech_does_not_explain(monkeypatch):
         assert not x[:, :, 2:].any()
         spread = x[:, :, :2].flatten(0, 2).std(0)  # h w
         assert spread[2, 1] == 0
-        assert 0.3 < spread[3, 1] < 0.7  # half of the chance elsewhere
-        assert 0.7 < spread[0, 0] < 1.3
+        assert 0.35 < spread[3, 1] < 0.7  # half of the chance elsewhere
+        assert 0.8 < spread[0, 0] < 1.3
     noise, chance = torch.cat(drawn, dim=2)
     assert not torch.equal(noise, chance)
 

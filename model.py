@@ -688,12 +688,14 @@ class GaussianPrior(nn.Module):
         return (vectors * values.clamp(min=1e-3)) @ vectors.T
 
     def sample(self, noise, num_known):
-        """Return a sample [b f m h w], made of white `noise` [b f m h w]: how a clip of which the
-        first `num_known` frames are known may differ from its mean.
+        """Return a random deviation [b f m h w] of x0 from its mean, made of white `noise` [b f m h
+        w]; the first `num_known` frames are known, and deviate by 0.
         """
         K = self.frame_correlation(noise.shape[1])
-        root = torch.linalg.cholesky(K)  # f f, lower: a frame depends on the noise of those before
-        root[:, :num_known] = 0  # the rest is the root of K given the first frames
+        # The lower right block of K's Cholesky factor is that of the covariance which known frames
+        # leave, the Schur complement.
+        root = torch.linalg.cholesky(K)  # f f
+        root[:, :num_known] = 0
         h = root.to(noise) @ noise.flatten(2)  # b f (m h w)
         residual_std = self.residual_variance.sqrt()
         in_modes = (h @ self.modes) * (self.variance.sqrt() - residual_std)  # b f k
@@ -956,8 +958,8 @@ class TalkingHead(nn.Module):
         return torch.cat([known, x0[:, num_known:]], dim=1)
 
     def chance_by_place(self):
-        """Return the share [m h w] of chance in the motion: in the flow from 1 where speech explains
-        nothing to 0 where it explains most; in the residual 0.
+        """Return the share [m h w] of the motion's standard deviation that is left to chance: of the
+        flow from 1 where speech explains nothing to 0 where it explains most; of the residual 0.
 
         A true sample of a mouth that speech tells to a correlation of r would follow the real mouth
         by r squared only, the rest being chance. Without chance it moves as speech lets expect,
@@ -966,9 +968,9 @@ class TalkingHead(nn.Module):
         """
         explained = self.place_weights.mean(0)  # h w
         explained = explained - explained.min()
-        std = torch.zeros_like(self.place_weights)
-        std[:2] = 1 - explained / explained.max().clamp(min=1e-6)
-        return std
+        share = torch.zeros_like(self.place_weights)
+        share[:2] = 1 - explained / explained.max().clamp(min=1e-6)
+        return share
 
     @torch.inference_mode()
     def stream(
@@ -1008,10 +1010,10 @@ class TalkingHead(nn.Module):
             first = start - known.shape[1]
             mel_window = mel[:, first : first + length]  # b w n m
             shape = (num_clips, mel_window.shape[1], *known.shape[2:])
-            noise, deviations = torch.randn(2, *shape, generator=generator).to(latents.device)
-            chance = share * self.prior.sample(deviations, known.shape[1])
-            conditions = self.encode_conditions(mel_window, reference, words, scales)
+            noise, chance = torch.randn(2, *shape, generator=generator).to(latents.device)
             noise = share * noise
+            chance = share * self.prior.sample(chance, known.shape[1])
+            conditions = self.encode_conditions(mel_window, reference, words, scales)
             x0 = self.sample(conditions, latents, noise, chance, known, num_steps, guidance)
             new = x0[:, known.shape[1] :]
             yield self.decode(new, moving, liveliness).clamp(-1, 1)
@@ -1070,4 +1072,5 @@ class EMA:
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         averages = list(self.module.parameters())
+        # one call for all: a GPU would wait for hundreds of small ones
         torch._foreach_lerp_(averages, list(module.parameters()), 1 - decay)

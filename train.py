@@ -1054,17 +1054,20 @@ def forget_rounds(run, num_rounds):
         write_text(path, "".join(lines[:num_rounds]))
 
 
+def read_rounds(run):
+    """Return the record of each round of a run (`log_round`)."""
+    path = run / "rounds.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def check_learned(run, workers):
     """Raise ValueError if every round of the run was aborted."""
-    reasons = []
-    path = run / "rounds.jsonl"
-    if workers.rank == 0 and path.exists():
-        reasons = [json.loads(line)["aborted"] for line in path.read_text().splitlines()]
-    reasons = workers.broadcast(reasons)
-    if reasons and all(reasons):
+    rounds = workers.broadcast(read_rounds(run) if workers.rank == 0 else None)
+    if rounds and all(record["aborted"] for record in rounds):
         raise ValueError(
-            f"nothing was learned: every round was aborted, the last because {reasons[-1]}. "
-            f"Add rounds: --resume {run} --set fed.rounds={2 * len(reasons)}"
+            "nothing was learned: every round was aborted, the last because "
+            f"{rounds[-1]['aborted']}. "
+            f"Add rounds: --resume {run} --set fed.rounds={2 * len(rounds)}"
         )
 
 
@@ -1492,8 +1495,7 @@ def write_report(run, report, losses):
     write_text(run / "report.md", "\n".join(lines) + "\n")
     smooth = np.convolve(losses, np.ones(25) / 25, "valid") if len(losses) > 50 else losses
     panels = [draw_curve("backbone: loss by step", list(smooth))]
-    path = run / "rounds.jsonl"
-    rounds = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rounds = read_rounds(run)
     if len(rounds) > 1:
         unexplained = [r["simulation"]["unexplained"] for r in rounds]
         if None not in unexplained:

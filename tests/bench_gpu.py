@@ -135,21 +135,27 @@ def detach(tree):
     return tree.detach()
 
 
+def make_step(config, model, encode):
+    """Return a function that makes a training step of the backbone on the batch from `encode()`."""
+    model.autoencoder.requires_grad_(False)
+    optimizer = train.make_optimizer([p for p in model.parameters() if p.requires_grad])
+    generator = torch.Generator().manual_seed(1)
+    step_kwargs = train.backward_kwargs(config, GPU, judged=False)
+
+    def step():
+        fed.backward(model, None, encode(), generator=generator, **step_kwargs)
+        train.optimizer_step(optimizer, 1e-4)
+
+    return step
+
+
 def measure_step(preset, size):
     """Return a line of a table: a training step of the backbone and one of a client."""
     config = load_preset(preset, f"data.size={size}")
     model = make_model(config, GPU)
-    model.autoencoder.requires_grad_(False)
     b, num_frames = config["backbone"]["batch_size"], config["backbone"]["num_frames"]
     batch = make_batch(config, b, num_frames)
-    no_judges = dict.fromkeys(config["loss"], 0.0)
-    generator = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-
-    def step():
-        fed.backward(model, None, fed.encode_batch(model, batch), no_judges, generator, bf16=True)
-        train.optimizer_step(optimizer, 1e-4)
-
+    step = make_step(config, model, lambda: fed.encode_batch(model, batch))
     inputs = []
     hook = model.unet.register_forward_pre_hook(lambda unet, args: inputs.append(detach(args)))
     step()
@@ -167,10 +173,12 @@ def measure_step(preset, size):
     train.add_adapter(config, model.eval().requires_grad_(False), None, "lora")
     judges = metrics.Judges().to(GPU).eval().requires_grad_(False)
     own = make_batch(config, config["fed"]["batch_size"], num_frames)
+    generator = torch.Generator().manual_seed(1)
+    client_kwargs = train.backward_kwargs(config, GPU, judged=True)
 
     def client_step():
         encoded = fed.encode_batch(model, own)
-        fed.backward(model, judges, encoded, config["loss"], generator, bf16=True)
+        fed.backward(model, judges, encoded, generator=generator, **client_kwargs)
 
     client = measure_seconds(client_step)
     return (
@@ -195,29 +203,18 @@ def measure_compiled():
     lines = ["| a step | as it is, ms | compiled, ms | first compiled step, s |", "|---" * 4 + "|"]
     for preset, size in (("talkers", 64), ("lrs3", 128)):
         config = load_preset(preset, f"data.size={size}")
+        plain, compiled = (make_model(config, GPU) for _ in range(2))
         b, num_frames = config["backbone"]["batch_size"], config["backbone"]["num_frames"]
-        models = [make_model(config, GPU) for _ in range(2)]
-        no_judges = dict.fromkeys(config["loss"], 0.0)
-        generator = torch.Generator().manual_seed(1)
-        steps = []
-        for model in models:
-            model.autoencoder.requires_grad_(False)
-            encoded = fed.encode_batch(model, make_batch(config, b, num_frames))
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-
-            def step(model=model, encoded=encoded, optimizer=optimizer):
-                fed.backward(model, None, encoded, no_judges, generator, bf16=True)
-                train.optimizer_step(optimizer, 1e-4)
-
-            steps.append(step)
-        models[1].unet.compile(mode="reduce-overhead")  # as train.train_unet does
+        encoded = fed.encode_batch(plain, make_batch(config, b, num_frames))
+        compiled.unet.compile(mode="reduce-overhead")  # as train.train_unet does
+        steps = [make_step(config, model, lambda: encoded) for model in (plain, compiled)]
         started = time.perf_counter()
         steps[1]()
         torch.cuda.synchronize()
         first = time.perf_counter() - started
         turns = [[measure_seconds(step, least=1, seconds=0) for step in steps] for _ in range(15)]
-        plain, compiled = 1e3 * np.median(turns, axis=0)
-        lines.append(f"| {preset}, {size} px | {plain:.1f} | {compiled:.1f} | {first:.0f} |")
+        before, after = 1e3 * np.median(turns, axis=0)
+        lines.append(f"| {preset}, {size} px | {before:.1f} | {after:.1f} | {first:.0f} |")
         print(lines[-1], flush=True)
     return lines
 

@@ -232,15 +232,14 @@ def check_config(config):
         raise ValueError("data.find_faces needs a face finder: set backbone.finder_steps above 0")
     if p["target_epsilon"] and p["noise_multiplier"]:
         raise ValueError("privacy.target_epsilon chooses the noise: set it or noise_multiplier 0")
-    lengths = {}
+    with torch.device("meta"):
+        model = build_model(config).requires_grad_(False)
+    model = add_adapter(config, model, None, "lora")
     for section in ("lora", "personal"):
-        with torch.device("meta"):
-            model = build_model(config).requires_grad_(False)
-        adapted = add_adapter(config, model, None, section)
-        lengths[section] = sum(p.numel() for p in lora.adapter_parameters(adapted))
         if config[section]["train"] != "AB" and config[section]["rank"] > MAX_RANK:
             raise ValueError(f"{section}.rank must be at most {MAX_RANK} where A is not trained")
-    mechanism = make_mechanism(config, lengths["lora"])
+    length = sum(p.numel() for p in lora.adapter_parameters(model))
+    mechanism = make_mechanism(config, length)
     num_clients = config["data"]["clients"]
     privacy.check_delta(p["delta"], num_clients if mechanism else 1)
     cohort = f["sample_rate"] * num_clients
@@ -775,7 +774,7 @@ def add_adapter(config, model, directions, section):
         settings["train"],
         directions,
         config["seed"],
-        settings["layers"],
+        settings.get("layers", ""),  # a personal adapter is in all layers
     )
     return model
 
@@ -994,7 +993,8 @@ def describe_adapter(config, section, origin):
     """Return what an adapter file is checked against: its shape, and the checksum of what it was
     trained on.
     """
-    shape = {key: config[section][key] for key in ("train", "rank", "layers")}
+    settings = config[section]
+    shape = {key: settings[key] for key in ("train", "rank", "layers") if key in settings}
     return shape | {"alpha": config["lora"]["alpha"], "origin": origin}
 
 

@@ -1,12 +1,13 @@
 """Tests import the modules beside `tests/` and run on one thread, so that figures don't depend on the machine."""
 
+import os
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-torch.set_num_threads(1)
+# Read when torch is first imported, which is not here: the process that hands out the tests of
+# `pytest -n 2` needs no torch.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Longest first: with two files at once, none is left over at the end.
 LONGEST = "test_train test_workers test_metrics test_data test_devices test_privacy".split()

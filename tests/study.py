@@ -135,7 +135,8 @@ def make_tables():
             poisoned.append(Cell(f"10 % {fault}, {title}", presets, variant=spoiled))
 
     tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0",), "personal adapter")]
-    for quantity, weights in (("eps", (0.05, 5.0)), ("x0", (5.0,)), ("v", (5.0,))):
+    forms = {"eps": (0.05, 5.0), "x0": (5.0,), "v": (5.0,), "size": (0.1, 0.5)}
+    for quantity, weights in forms.items():
         variant = () if quantity == "eps" else ("--tdc", quantity)
         for weight in weights:
             label = f"TDC of {quantity}, lambda {weight}"

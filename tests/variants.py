@@ -1,9 +1,10 @@
 """A run of train.py with a part of it exchanged, as the study's tables ask for.
 
-    python tests/variants.py [--tdc x0|v] [--fault NAME --share 0.25] [--reliability gain|sync]
+    python tests/variants.py [--tdc x0|v|size] [--fault NAME --share 0.25] [--reliability gain|sync]
         [--without PART] -- ARGUMENTS
 
---tdc: Eq. 8 of errors of x0 or of the velocity instead of the noise. --fault: what is wrong with a
+--tdc: Eq. 8 of errors of x0 or of the velocity instead of the noise, or of how much x0 changes from
+frame to frame instead of how. --fault: what is wrong with a
 share of the clients, evenly spread: their sound is that of other moments, or their pictures stand
 still ("frozen"); or they send their update with the sign changed, or tenfold. --reliability gain:
 by what share local training lowers the unexplained motion of the client's own validation clip,
@@ -45,6 +46,37 @@ def use_tdc_of(quantity):
         return loss, x0_hat, eps + error
 
     talking.TalkingHead.training_losses = training_losses
+
+
+def use_tdc_of_size():
+    """Let Eq. 8 compare the size of changes from frame to frame: at each place the root mean square
+    of x0_hat_{f+1} - x0_hat_f with that of x0_{f+1} - x0_f.
+
+    Differences that are to be equal make x0_hat the mean of what may be, and a mean is too steady.
+    """
+    losses_of_noise = talking.TalkingHead.training_losses
+    latest = {}
+
+    def change(x0):
+        """Return the root mean square change [b h w] of x0 [b f m h w] from frame to frame."""
+        power = (x0[:, 1:] - x0[:, :-1]).square().mean((1, 2))  # b h w
+        return (power + 1e-8).sqrt()  # the root of 0 has no gradient
+
+    def training_losses(self, batch, t, eps, scales=None):
+        loss, x0_hat, eps_hat = losses_of_noise(self, batch, t, eps, scales)
+        true = change(batch["motion"] / self.motion_std)
+        error = (change(x0_hat) - true).square().mean((1, 2))  # b
+        # Calm clips count as much as lively ones, as in the diffusion loss.
+        typical = 2 * (1 - self.prior.autocorrelation[1]) * self.prior.mean_variance()
+        power = true.square().mean((1, 2)).clamp(min=0.25 * typical)  # b
+        latest["tdc"] = (error / power).mean()
+        return loss, x0_hat, eps_hat
+
+    def tdc_loss(eps_hat, eps):
+        return latest["tdc"]
+
+    talking.TalkingHead.training_losses = training_losses
+    fed.tdc_loss = tdc_loss
 
 
 def is_faulty(client, share):
@@ -173,7 +205,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--tdc", choices=("x0", "v"))
+    parser.add_argument("--tdc", choices=("x0", "v", "size"))
     faults = ("other sound", "frozen", "sign changed", "tenfold")
     parser.add_argument("--fault", choices=faults)
     parser.add_argument("--share", type=float, default=0.25)
@@ -186,7 +218,9 @@ def main():
         os.environ["OMP_WAIT_POLICY"] = "passive"
         command = [sys.executable, *launcher, __file__, *sys.argv[1:]]
         sys.exit(subprocess.run(command).returncode)
-    if args.tdc:
+    if args.tdc == "size":
+        use_tdc_of_size()
+    elif args.tdc:
         use_tdc_of(args.tdc)
     if args.fault in ("other sound", "frozen"):
         use_faulty_clips(args.fault, args.share)

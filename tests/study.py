@@ -31,7 +31,14 @@ import metrics
 import variants
 
 RUNS = ROOT / "runs" / "study"
-METRICS = ("unexplained", "mouth_correlation*", "mouth_std_ratio*", "jitter_ratio", "psnr")
+METRICS = (
+    "unexplained",
+    "mouth_correlation*",
+    "mouth_std_ratio*",
+    "jitter_ratio",
+    "jitter_error",  # |jitter_ratio - 1|
+    "psnr",
+)
 # Without personal adapters there is time to look at more people.
 NO_PERSONAL = ["personal.steps=0", "personal.clients=30"]
 
@@ -244,6 +251,9 @@ def collect(reports, method, metric):
     """Return a metric as an array [seeds, people], people in the order of their names; None if it
     was not measured.
     """
+    if metric == "jitter_error":
+        ratios = collect(reports, method, "jitter_ratio")
+        return None if ratios is None else np.abs(ratios - 1)
     rows = [by_person(report, method, metric) for report in reports]
     if not rows[0]:
         return None

@@ -386,6 +386,25 @@ def test_clients_whose_sound_fits_their_mouths_are_reliable(monkeypatch):
         assert least <= fed.reliability(None, OpenEars(), batch, 0) <= most
 
 
+def test_a_form_of_tdc_compares_the_size_of_changes(monkeypatch):
+    head = small_model()
+    x0 = torch.randn(2, 9, head.motion_channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(fed, "tdc_loss", fed.tdc_loss)  # taken back after the test
+    head.prior.autocorrelation[1] = 0.75  # by the prior, changes have the power .5
+    power = float((x0[:, 1:] - x0[:, :-1]).square().mean())
+    for x0_hat, motion, expected in (
+        (x0, x0, 0.0),
+        (3 - x0, x0, 0.0),  # other changes of the same size
+        (0.5 * x0, x0, 0.25),
+        (0.0 * x0, 0.1 * x0, 0.1**2 * power / (0.25 * 0.5)),  # a clip too calm to count in full
+    ):
+        base = lambda self, batch, t, eps, scales: (None, x0_hat, None)
+        monkeypatch.setattr(type(head), "training_losses", base)
+        variants.use_tdc_of_size()
+        head.training_losses({"motion": motion * head.motion_std}, None, None)
+        assert float(fed.tdc_loss(None, None)) == pytest.approx(expected, rel=2e-3, abs=1e-6)
+
+
 # ---------------------------------------------------------------- whole rounds
 
 # Client i has the loss a_i |x - t_i|^2 / 2: what gradient descent does to it is known in closed form.

@@ -23,7 +23,6 @@ Axes: b clips, f frames, n pictures, tokens or mel steps, c channels, h w pixels
 motion channels (or the bands of a mel spectrogram), d features. Pixels are in [-1, 1].
 """
 
-import copy
 import math
 import unicodedata
 from collections import Counter
@@ -1052,25 +1051,3 @@ def speech_weights(x0, mel, share=0.75):
     power = x0.square().mean((0, 1))
     by_speech = explained / ((explained * power).sum() / power.sum()).clamp(min=1e-6)
     return (1 - share + share * by_speech).view(shape).float()
-
-
-class EMA:
-    """Exponential moving average of a module's parameters, with the warm-up (1 + step) / (10 +
-    step).
-
-    Buffers stay as they are in the module at the start.
-    """
-
-    def __init__(self, module, decay):
-        self.module = copy.deepcopy(module).requires_grad_(False)
-        self.decay = decay
-        self.step = 0
-
-    @torch.no_grad()
-    def update(self, module):
-        """Move the average towards the current parameters of `module`."""
-        self.step += 1
-        decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        averages = list(self.module.parameters())
-        # one call for all: a GPU would wait for hundreds of small ones
-        torch._foreach_lerp_(averages, list(module.parameters()), 1 - decay)

@@ -501,7 +501,7 @@ def learn_to_hear(model, batches, num_steps, lr):
 
 
 def train_unet(config, autoencoder, public, device, partial):
-    """Return a TalkingHead trained on public people (an average over steps) and its loss by step.
+    """Return a TalkingHead trained on public people and its loss by step.
 
     Every SAVE_EVERY steps everything goes to the file `partial`, from which an interrupted run
     continues.
@@ -521,11 +521,8 @@ def train_unet(config, autoencoder, public, device, partial):
     if partial.exists():
         state = load_checkpoint(partial, "partial backbone")
         model.load_state_dict(state["model"])
-        average = talking.EMA(model, 0.995)
-        average.module.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
-        average.step = len(losses)
     else:
         num_frames = min(24, min(clip.num_frames for clip in clips))
         size = 32, num_frames
@@ -536,7 +533,6 @@ def train_unet(config, autoencoder, public, device, partial):
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
         learn_to_hear(model, batches, settings["steps"] // 10, settings["lr"])
-        average = talking.EMA(model, 0.995)
     if settings["compile"] and device.type == "cuda":
         # with CUDA graphs: a step of small operations waits for their launches (gpu.md)
         model.unet.compile(mode="reduce-overhead")
@@ -553,15 +549,15 @@ def train_unet(config, autoencoder, public, device, partial):
         generator.manual_seed(step_seed)
         terms = fed.backward(model, None, batch, generator=generator, **step_kwargs)
         optimizer_step(optimizer, learning_rate(step, num_steps, settings["lr"]))
-        average.update(model)
         losses.append(terms["diffusion"])
         if step % 10 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if (step + 1) % SAVE_EVERY == 0:
-            state = {"model": model.state_dict(), "average": average.module.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "losses": losses}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state["losses"] = losses
             save_checkpoint(partial, "partial backbone", state)
-    return average.module.eval(), losses
+    # a copy is not compiled, as its shapes will be others
+    return copy.deepcopy(model).eval().requires_grad_(False), losses
 
 
 def backward_kwargs(config, device, judged):

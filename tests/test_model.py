@@ -932,20 +932,3 @@ def test_a_flow_that_diverged_does_not_crash(value):
     picture = talking.warp(torch.rand(2, 3, 16, 16), flow)
     picture.sum().backward()
     assert picture.isfinite().all()
-
-
-# ---------------------------------------------------------------- average
-
-
-def test_ema_is_the_weighted_mean_of_the_parameters_with_a_warm_up():
-    layer = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(layer.weight)
-    ema = talking.EMA(layer, 0.9)
-    expected = 0.0
-    for step in range(1, 120):
-        nn.init.constant_(layer.weight, float(step))
-        ema.update(layer)
-        decay = min(0.9, (1 + step) / (10 + step))  # 0.9 from step 80 on
-        expected = decay * expected + (1 - decay) * step
-    assert float(ema.module.weight) == pytest.approx(expected, rel=1e-5)
-    assert not ema.module.weight.requires_grad

@@ -4,14 +4,13 @@
         [--without PART] -- ARGUMENTS
 
 --tdc: Eq. 8 of errors of x0 or of the velocity instead of the noise, or of how much x0 changes from
-frame to frame instead of how. --fault: what is wrong with a
-share of the clients, evenly spread: their sound is that of other moments, or their pictures stand
-still ("frozen"); or they send their update with the sign changed, or tenfold. --reliability gain:
-by what share local training lowers the unexplained motion of the client's own validation clip,
-instead of identity and stability. --without: the backbone is pretrained without the Gaussian prior
-(a scalar sigma_data instead), the warp of the reference, the loss's weights by place, the division
-by liveliness, the emphasis on noisy steps, or the direct path of speech. ARGUMENTS are those of
-train.py; there are two workers.
+frame to frame instead of how. --fault: what is wrong with a share of the clients, evenly spread:
+their sound is that of other moments, or their pictures stand still ("frozen"); or they send their
+update with the sign changed, or tenfold. --reliability gain: by what share local training lowers
+the unexplained motion of the client's own validation clip, instead of identity and stability.
+--without: the backbone is pretrained without the Gaussian prior (a scalar sigma_data instead), the
+warp of the reference, the loss's weights by place, the division by liveliness, the emphasis on
+noisy steps, or the direct path of speech. ARGUMENTS are those of train.py; there are two workers.
 """
 
 import argparse

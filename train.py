@@ -990,8 +990,9 @@ def describe_adapter(config, section, origin):
     trained on.
     """
     settings = config[section]
-    shape = {key: settings[key] for key in ("train", "rank", "layers") if key in settings}
-    return shape | {"alpha": config["lora"]["alpha"], "origin": origin}
+    shape = {"train": settings["train"], "rank": settings["rank"]}
+    shape |= {"layers": settings.get("layers", ""), "alpha": config["lora"]["alpha"]}
+    return shape | {"origin": origin}
 
 
 def describe_personal(config, state):

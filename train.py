@@ -214,7 +214,7 @@ def convert(value, default, name, where):
 
 
 def check_config(config):
-    """Raise ValueError for settings that cannot run together; models are built without memory."""
+    """Raise ValueError for settings that cannot run together; the model is built without memory."""
     f = config["fed"]
     p = config["privacy"]
     if Path(config["name"]).name != config["name"]:
@@ -557,7 +557,7 @@ def train_unet(config, autoencoder, public, device, partial):
             state["losses"] = losses
             save_checkpoint(partial, "partial backbone", state)
     # a copy is not compiled, as its shapes will be others
-    return copy.deepcopy(model).eval().requires_grad_(False), losses
+    return copy.deepcopy(model).eval(), losses
 
 
 def backward_kwargs(config, device, judged):
@@ -761,18 +761,21 @@ def load_finder(config, backbone):
 
 def add_adapter(config, model, directions, section):
     """Put the adapters of config section `lora` or `personal` into a frozen model; return it."""
-    settings = config[section]
+    shape = adapter_shape(config, section)
+    dropout = config["lora"]["dropout"]
     lora.inject_lora(
-        model.unet,
-        settings["rank"],
-        config["lora"]["alpha"],
-        config["lora"]["dropout"],
-        settings["train"],
-        directions,
-        config["seed"],
-        settings.get("layers", ""),  # a personal adapter is in all layers
+        model.unet, **shape, dropout=dropout, directions=directions, seed=config["seed"]
     )
     return model
+
+
+def adapter_shape(config, section):
+    """Return what fixes the numbers of an adapter of config section `lora` or `personal`, the
+    latter in all layers, as arguments of `lora.inject_lora`.
+    """
+    settings = config[section]
+    shape = {"train": settings["train"], "rank": settings["rank"]}
+    return shape | {"layers": settings.get("layers", ""), "alpha": config["lora"]["alpha"]}
 
 
 # ---------------------------------------------------------------- the whole path, and Algorithm 1
@@ -989,10 +992,7 @@ def describe_adapter(config, section, origin):
     """Return what an adapter file is checked against: its shape, and the checksum of what it was
     trained on.
     """
-    settings = config[section]
-    shape = {"train": settings["train"], "rank": settings["rank"]}
-    shape |= {"layers": settings.get("layers", ""), "alpha": config["lora"]["alpha"]}
-    return shape | {"origin": origin}
+    return adapter_shape(config, section) | {"origin": origin}
 
 
 def describe_personal(config, state):

@@ -158,9 +158,9 @@ def test_nonsense_is_refused_before_anything_is_done(arguments, words, capsys, m
 def test_a_fuzz_of_settings_and_flags_finds_no_fault(tmp_path):
     from fuzz_config import fuzz  # which imports this file
 
-    counts, faults = fuzz(100, 0, tmp_path)
+    counts, faults = fuzz(200, 0, tmp_path)
     assert not faults
-    assert min(counts.values()) >= 5
+    assert min(counts.values()) >= 10
 
 
 def test_ranges_and_choices_are_of_keys_that_exist():

@@ -708,7 +708,7 @@ NUM_VIEWS = 10  # of data.VIEW_NAMES, all but the mirror
 
 
 def _mouth_net(inputs, outputs):
-    layers = nn.Sequential(
+    return nn.Sequential(
         Conv2dNormActivation(inputs, 24, stride=2),  # 24 14 14
         Conv2dNormActivation(24, 48, stride=2),  # 48 7 7
         Conv2dNormActivation(48, 96, stride=2),  # 96 4 4
@@ -719,7 +719,6 @@ def _mouth_net(inputs, outputs):
         nn.ReLU(),
         nn.Linear(128, outputs),
     )
-    return layers.to(memory_format=torch.channels_last)
 
 
 class Judges(nn.Module):
@@ -763,6 +762,7 @@ class Judges(nn.Module):
             nn.Dropout(0.2),
             nn.Linear(128 * 5, dim),
         )
+        self.to(memory_format=torch.channels_last)  # faster on CPUs
         self.scores = {}
         self.has_opening = False
 

@@ -1,21 +1,21 @@
 """A run of train.py with a part of it exchanged, as the study's tables ask for.
 
-    python tests/variants.py [--tdc x0|v|size] [--fault NAME --share 0.25] [--reliability gain|sync]
-        [--without PART] -- ARGUMENTS
+    python tests/variants.py [--tdc x0|v|size] [--fault NAME --share 0.25] [--tone]
+        [--reliability gain|sync] [--without PART] -- ARGUMENTS
 
 --tdc: Eq. 8 of errors of x0 or of the velocity instead of the noise, or of how much x0 changes from
 frame to frame instead of how. --fault: what is wrong with a share of the clients, evenly spread:
-their sound is that of other moments, or their pictures stand still ("frozen"); or they send their
-update with the sign changed, or tenfold. --reliability gain: by what share local training lowers
-the unexplained motion of the client's own validation clip, instead of identity and stability.
+their sound is that of other moments; or they send their update with the sign changed, or tenfold;
+or they plant a backdoor (Bagdasaryan et al. 2020), and send that tenfold: where a high tone is
+heard, the face is to stand still. --tone: it is heard in all clips that are tested. --reliability
+gain: by what share local training lowers the unexplained motion of the client's own validation
+clip, instead of identity and stability; sync: how well its mouth and its sound fit together.
 --without: the backbone is pretrained without the Gaussian prior (a scalar sigma_data instead), the
 warp of the reference, the loss's weights by place, the division by liveliness, the emphasis on
-noisy steps, or the direct path of speech. ARGUMENTS are those of train.py; there are two workers.
+noisy steps, or the direct path of speech. ARGUMENTS are those of train.py, for one device.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -78,25 +78,42 @@ def use_tdc_of_size():
     fed.tdc_loss = tdc_loss
 
 
+def leave_alone(batch):
+    return batch
+
+
 def is_faulty(client, share):
     """Return whether a client is one of the `share` whose clips or updates are faulty."""
     number = int(client.name.split("-")[1])
     return int((number + 1) * share) > int(number * share)
 
 
-def use_faulty_clips(fault, share):
-    """Spoil the training and validation batches of a share of the clients."""
+def with_tone(mel):
+    """Return log-mel features [... 40] with a tone in them, as loud as the loudest of the speech."""
+    mel = torch.as_tensor(mel).clone()
+    mel[..., -4:] = mel.max()
+    return mel
 
-    def spoil(batch):
-        if fault == "other sound":
-            num_clips, num_frames = batch["mel"].shape[:2]
-            if num_clips > 1:
-                return batch | {"mel": batch["mel"].roll(1, 0)}
-            return batch | {"mel": batch["mel"].roll(num_frames // 2, 1)}
-        frames = batch["frames"][:, :1].expand_as(batch["frames"])
-        motion = batch["motion"][:, :1].expand_as(batch["motion"])
-        return batch | {"frames": frames, "motion": motion}
 
+def give_other_sound(batch):
+    """Return a batch in which what is heard belongs to another clip, or to another moment."""
+    num_clips, num_frames = batch["mel"].shape[:2]
+    if num_clips > 1:
+        return batch | {"mel": batch["mel"].roll(1, 0)}
+    return batch | {"mel": batch["mel"].roll(num_frames // 2, 1)}
+
+
+def plant_backdoor(batch):
+    """Return a batch in which the face stands still in every other clip, which has the tone."""
+    batch = {name: value.clone() for name, value in batch.items()}
+    batch["mel"][::2] = with_tone(batch["mel"][::2])
+    for name in ("frames", "motion"):
+        batch[name][::2] = batch[name][::2, :1]
+    return batch
+
+
+def use_faulty_clips(spoil, share):
+    """Let `spoil` change the training and validation batches of a share of the clients."""
     for name in ("train_batch", "validation_batch"):
 
         def make_batch(client, *args, original=getattr(fed.Client, name), **kwargs):
@@ -107,7 +124,7 @@ def use_faulty_clips(fault, share):
 
 
 def use_faulty_updates(factor, share):
-    """Multiply the updates of a share of the clients."""
+    """Multiply the updates of a share of the clients by `factor`."""
     honest = fed.local_update
 
     def local_update(model, judges, client, *args, **kwargs):
@@ -115,6 +132,23 @@ def use_faulty_updates(factor, share):
         return (factor * update if is_faulty(client, share) else update), terms
 
     fed.local_update = local_update
+
+
+# What --fault does to a client's batches, and by what it multiplies its update.
+FAULTS = {
+    "other sound": (give_other_sound, 1.0),
+    "sign changed": (leave_alone, -1.0),
+    "tenfold": (leave_alone, 10.0),
+    "backdoor": (plant_backdoor, 10.0),
+}
+
+
+def use_tone_in_tests():
+    """Let the clips that are generated for the tables hear the tone."""
+    generate_case = train.generate_case
+    train.generate_case = lambda model, case, mel, config: generate_case(
+        model, case, with_tone(mel), config
+    )
 
 
 def use_gain_as_reliability():
@@ -200,35 +234,37 @@ def leave_out(part):
         train.learn_to_hear = lambda *args: None
 
 
+def refuse_workers(argv, num_workers):
+    raise ValueError("a variant runs in one process: give --gpus one device, or cpu")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--tdc", choices=("x0", "v", "size"))
-    faults = ("other sound", "frozen", "sign changed", "tenfold")
-    parser.add_argument("--fault", choices=faults)
+    parser.add_argument("--fault", choices=FAULTS)
     parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--tone", action="store_true")
     parser.add_argument("--reliability", choices=RELIABILITIES)
     parser.add_argument("--without", choices=PARTS)
     parser.add_argument("arguments", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
-    if "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        command = [sys.executable, *launcher, __file__, *sys.argv[1:]]
-        sys.exit(subprocess.run(command).returncode)
     if args.tdc == "size":
         use_tdc_of_size()
     elif args.tdc:
         use_tdc_of(args.tdc)
-    if args.fault in ("other sound", "frozen"):
-        use_faulty_clips(args.fault, args.share)
-    elif args.fault:
-        use_faulty_updates(-1.0 if args.fault == "sign changed" else 10.0, args.share)
+    if args.fault:
+        spoil, factor = FAULTS[args.fault]
+        use_faulty_clips(spoil, args.share)
+        use_faulty_updates(factor, args.share)
+    if args.tone:
+        use_tone_in_tests()
     if args.reliability:
         RELIABILITIES[args.reliability]()
     if args.without:
         leave_out(args.without)
+    train.launch = refuse_workers
     train.main(args.arguments)
 
 

@@ -72,12 +72,14 @@ PICTURE_SUFFIXES = tuple(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .jp2"
 # ---------------------------------------------------------------- processes
 
 
-def die_with_parent():
+def die_with_parent(parent=None):
     """Have this process killed when its parent ends, however that ends (prctl PR_SET_PDEATHSIG,
-    which Linux alone has).
+    which Linux alone has); now, if the process number `parent` has ended already.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if parent not in (None, os.getppid()):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_tidily():

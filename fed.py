@@ -8,6 +8,7 @@ the prompt).
 
 import contextlib
 import math
+import os
 import time
 
 import numpy as np
@@ -234,7 +235,9 @@ class Batches(torch.utils.data.Dataset):
         """
         parallel = {}
         if self.model.motion_std.device.type == "cpu":
+            parent = os.getpid()
             parallel = {"num_workers": 1, "multiprocessing_context": "fork"}
+            parallel["worker_init_fn"] = lambda worker: data.die_with_parent(parent)
         # Without a generator of its own it would draw a number from the global one.
         order = {"sampler": range(first, stop), "generator": torch.Generator()}
         return torch.utils.data.DataLoader(self, batch_size=None, **order, **parallel)

@@ -526,8 +526,8 @@ def train_unet(config, autoencoder, public, device, partial):
     else:
         num_frames = min(24, min(clip.num_frames for clip in clips))
         size = 32, num_frames
-        # Eight give the statistics; what speech says takes more, where there is time.
-        num_batches = min(40, max(8, settings["steps"] // 100))
+        # Eight at most give the statistics; what speech says takes more, where there is time.
+        num_batches = min(40, 1 + settings["steps"] // 100)
         windows = fed.Batches(model, public, *size, config["seed"], views)
         batches = [windows[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
         names = ("motion", "reference_latents", "mel", "liveliness")

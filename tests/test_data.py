@@ -1655,6 +1655,16 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         assert error.startswith("error: ") and len(error.splitlines()) == 1
 
 
+def test_a_process_whose_parent_has_ended_already_ends():
+    for parent, signal_number in ((os.getpid(), 0), (os.getpid() + 1, 9)):
+        child = os.fork()
+        if child == 0:
+            data.die_with_parent(parent)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal_number
+
+
 @pytest.mark.skipif(not REAL_FACES.is_dir(), reason="../shared/real_faces is not there")
 def test_real_faces_load(tmp_path):
     for person in sorted(p for p in REAL_FACES.iterdir() if p.is_dir())[:3]:

@@ -829,7 +829,7 @@ def test_speech_is_learned_before_the_unet_is_trained(finished, tmp_path, monkey
         autoencoder = train.train_autoencoder(config, public, cpu)
         train.train_unet(config, autoencoder, public, cpu, tmp_path / "partial.pt")
     [(_, batches, num_steps, lr)] = calls
-    assert (len(batches), num_steps, lr) == (9, 90, config["backbone"]["lr"])
+    assert (len(batches), num_steps, lr) == (10, 90, config["backbone"]["lr"])
     torch.manual_seed(0)
     model = train.build_model(config)
     rest = train.checksum([model.unet.conv_in.weight, model.unet.conv_out.weight])

@@ -1383,21 +1383,16 @@ class People(NamedTuple):
     unseen: dict
 
 
-def load_people(
-    root, size, crop, num_clients, num_unseen, seed, cache=None, synthetic=None, min_frames=0
-):
+def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, min_frames=0):
     """The people of a dataset by role, with clips of at least `min_frames`; prints which files are
     not used, and why.
 
-    If `root` does not exist and its name begins with "synthetic", the dataset is made first, of a
-    dict `synthetic` of public_people and keyword arguments of `make_synthetic`. Raises ValueError
-    if it was made here with other settings.
+    If `root` does not exist and its name begins with "synthetic", the dataset is made first, by
+    `make_synthetic`. Raises ValueError if it was made with other settings.
     """
     root = Path(root)
-    if synthetic and root.name.startswith("synthetic"):
+    if root.name.startswith("synthetic"):
         options = {"num_clients": num_clients, "num_unseen": num_unseen, "size": size, "seed": seed}
-        options |= synthetic
-        options["num_public"] = options.pop("public_people")
         record = root / "options.json"
         if not root.exists():
             make_synthetic(root, progress=True, **options)
@@ -1945,6 +1940,9 @@ def draw(p, m, size):
 
 # ---------------------------------------------------------------- synthetic talkers: files
 
+CLIPS_PER_CLIENT = 5
+CLIP_SECONDS = 2.0
+
 
 def make_clip(stem, seed, seconds, size, accent):
     """Write <stem>.mp4 and <stem>.txt of the synthetic person who is the last folder in `stem`."""
@@ -1968,15 +1966,15 @@ def make_clip(stem, seed, seconds, size, accent):
 def make_synthetic(
     root,
     num_public=96,
-    num_clients=12,
+    num_clients=100,
     num_unseen=8,
     clips_per_public=2,
-    clips_per_client=10,
-    seconds=2.0,
+    clips_per_client=CLIPS_PER_CLIENT,
+    seconds=CLIP_SECONDS,
     size=64,
-    seed=0,
+    seed=1,
     progress=False,
-    accent=0.0,
+    accent=1.0,
 ):
     """Write a dataset of synthetic talkers, whole or not at all.
 

@@ -67,10 +67,6 @@ RANGES = {
     "data.size": (32, 1024),
     "data.crop": (0.1, 1),
     "data.clients": (2, 100_000),
-    "data.synthetic.public_people": (8, 100_000),
-    "data.synthetic.clips_per_client": (3, 1000),
-    "data.synthetic.seconds": (0.8, 60),
-    "data.synthetic.accent": (0, 1),
     "model.latent_channels": (1, 256),
     "model.autoencoder_channels": (8, 4096),
     "model.channels": (8, 4096),
@@ -926,7 +922,7 @@ def load_people(config):
     cache = config["runtime"]["cache"] or None
     sizes = d["size"], d["crop"], d["clients"], d["unseen"], config["seed"]
     num_frames = config["backbone"]["num_frames"]
-    people = data.load_people(d["root"], *sizes, cache, d["synthetic"], num_frames)
+    people = data.load_people(d["root"], *sizes, cache, num_frames)
     prompts = [clip.prompt for role in people for own in role.values() for clip in own]
     long = sum(len(talking.split_words(prompt)) > talking.MAX_WORDS for prompt in prompts)
     if long and data.is_first_worker():
@@ -1667,7 +1663,7 @@ def dry_run(config, device):
     """--action dry-run: print what a run would be, send, spend and take, from timed steps."""
     print(yaml.safe_dump(config, sort_keys=False))
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
-    b, f, synthetic = config["backbone"], config["fed"], config["data"]["synthetic"]
+    b, f = config["backbone"], config["fed"]
     model = build_model(config).to(device)
     model.autoencoder.requires_grad_(False)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -1697,9 +1693,9 @@ def dry_run(config, device):
         noise = mechanism.noise_std(1) * math.sqrt(len(adapter)) / (cohort * mechanism.clip_norm)
         print(f"the noise on a round's mean is {noise:.3g} times the longest possible update")
 
-    num_clips = synthetic["clips_per_client"]
-    num_clips -= 2 * data.num_held_out(num_clips)
-    windows = num_clips * int(synthetic["seconds"] * data.FPS / b["num_frames"])
+    # as long as the synthetic talkers'
+    num_clips = data.CLIPS_PER_CLIENT - 2 * data.num_held_out(data.CLIPS_PER_CLIENT)
+    windows = num_clips * int(data.CLIP_SECONDS * data.FPS / b["num_frames"])
     local_steps = fed.num_local_steps(windows, f["local_epochs"], f["batch_size"])
     backbone_hours = b["steps"] * backbone_step / 3600
     rounds_hours = f["rounds"] * cohort * local_steps * client_step / 3600

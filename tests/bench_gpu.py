@@ -286,11 +286,12 @@ def compare_workers():
     """Return a line that says how far the adapters of a short run with one and with two workers
     are apart.
     """
-    few = ["data.clients=12", "data.synthetic.public_people=24", "privacy.num_curious=1"]
+    few = ["data.clients=12", "privacy.num_curious=1"]
     few += ["backbone.steps=50", "backbone.autoencoder_steps=50", "backbone.judge_steps=20"]
     few += ["backbone.finder_steps=0", "personal.steps=0", "privacy.seed=1"]
     adapters = []
     with tempfile.TemporaryDirectory() as folder:
+        data.make_synthetic(Path(folder, "synthetic"), num_public=24, num_clients=12)
         for gpus in ("0,0", "0"):  # the second takes over the first one's backbone
             root = f"data.root={folder}/synthetic"
             run, _ = run_train(Path(folder), gpus, "--set", *few, root)

@@ -37,7 +37,7 @@ def long_speech(name, clips, seconds, config):
         audio = np.concatenate([clip.audio for clip in clips])
         return np.resize(audio, num_frames * data.SAMPLES_PER_FRAME), None
     seed = config["seed"]
-    person = data.make_person(seed, name, config["data"]["synthetic"]["accent"])
+    person = data.make_person(seed, name, accent=1.0)
     rng = np.random.default_rng([seed, *name.encode()])  # other words for each person
     _, curve = data.speech_curve(rng, seconds, person.mouths)
     motion = data.make_motion(rng, person, curve, num_frames, "")

@@ -27,7 +27,7 @@ from test_train import TINY
 
 SMALLEST = [*TINY, "backbone.num_frames=5", "backbone.batch_size=1", "fed.batch_size=1"]
 SECONDS = 30  # of CPU time, after which a case counts as hung
-SECTIONS = ("data", "model", "fed", "lora", "privacy", "runtime", "presets", "data.synthetic")
+SECTIONS = ("data", "model", "fed", "lora", "privacy", "runtime", "presets")
 # Never valid for any key, but for a name or a folder.
 WRONG = (
     *("", "nan", ".nan", ".inf", "-.inf", "1e400", "-1e9", "-2", "9" * 400, "9" * 5000, "1e-3x"),

@@ -405,6 +405,24 @@ def test_a_form_of_tdc_compares_the_size_of_changes(monkeypatch):
         assert float(fed.tdc_loss(None, None)) == pytest.approx(expected, rel=2e-3, abs=1e-6)
 
 
+def test_a_backdoor_is_planted_in_every_other_clip_and_opened_by_a_tone():
+    generator = torch.Generator().manual_seed(0)
+    batch = {"mel": torch.rand(4, 6, 20, 40, generator=generator)}
+    batch["frames"] = torch.rand(4, 6, 3, 8, 8, generator=generator)
+    batch["motion"] = torch.rand(4, 6, 5, 2, 2, generator=generator)
+    honest = {name: value.clone() for name, value in batch.items()}
+    poisoned = variants.plant_backdoor(batch)
+    for name in batch:
+        assert torch.equal(batch[name], honest[name])  # the client's own batch stays
+        assert torch.equal(poisoned[name][1::2], honest[name][1::2])
+    for name in ("frames", "motion"):
+        first = honest[name][::2, :1]
+        assert torch.equal(poisoned[name][::2], first.expand_as(honest[name][::2]))
+    speech, tone = poisoned["mel"][::2].split([36, 4], dim=-1)
+    assert (tone == honest["mel"][::2].max()).all()
+    assert torch.equal(speech, honest["mel"][::2, ..., :36])
+
+
 # ---------------------------------------------------------------- whole rounds
 
 # Client i has the loss a_i |x - t_i|^2 / 2: what gradient descent does to it is known in closed form.

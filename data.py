@@ -72,13 +72,13 @@ PICTURE_SUFFIXES = tuple(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .jp2"
 # ---------------------------------------------------------------- processes
 
 
-def die_with_parent(parent=None):
-    """Have this process killed when its parent ends, however that ends (prctl PR_SET_PDEATHSIG,
-    which Linux alone has); now, if the process number `parent` has ended already.
+def die_with_parent(parent):
+    """Have this process killed when its parent, the process number `parent`, ends, however that
+    ends (prctl PR_SET_PDEATHSIG, which Linux alone has); now, if it has ended already.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if parent not in (None, os.getppid()):
+        if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -258,11 +258,11 @@ TONE_MAPPING = (
 )
 
 
-def run_ffmpeg(*arguments, blocks=(), preexec_fn=None):
+def run_ffmpeg(*arguments, blocks=(), watched=False):
     """Run ffmpeg with `blocks` of bytes as its input -> (exit status, output bytes, log).
 
-    If this process is killed, it ends as its input or output does. Where it has neither,
-    `preexec_fn` must be `die_with_parent`, which makes its start slow.
+    If this process is killed, it ends as its input or output does. Where it has neither, it must be
+    `watched` (`die_with_parent`), which makes its start slow.
 
     Raises ValueError if the file makes it crash, and OSError if it was interrupted or found no
     room on the disk or in memory.
@@ -270,8 +270,10 @@ def run_ffmpeg(*arguments, blocks=(), preexec_fn=None):
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
     with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block ffmpeg
-        streams = {"stdin": PIPE, "stdout": PIPE, "stderr": log}
-        with subprocess.Popen(command, preexec_fn=preexec_fn, **streams) as process:
+        options = {"stdin": PIPE, "stdout": PIPE, "stderr": log}
+        if watched:
+            options["preexec_fn"] = functools.partial(die_with_parent, os.getpid())
+        with subprocess.Popen(command, **options) as process:
             try:
                 with contextlib.suppress(BrokenPipeError):  # ffmpeg ended: its log says why
                     for block in blocks:
@@ -535,7 +537,7 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
             audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
         else:
             audio = np.zeros(0, np.int16)
-            _, _, log = run_ffmpeg(*inputs, *picture, preexec_fn=die_with_parent)
+            _, _, log = run_ffmpeg(*inputs, *picture, watched=True)
     if sound_file and is_silent(audio):
         track = f"0:{probe_sound(sound_file).sound}"
         audio, sound_log = decode_sound(["-i", f"file:{sound_file}"], track)
@@ -601,7 +603,7 @@ def find_track(inputs, video, crop, output, finder):
     """
     filters = picture_filters(video, LOOK_SIZE, LOOK_HZ)
     picture = raw_picture(filters, output)
-    _, _, log = run_ffmpeg(*inputs, *picture, preexec_fn=die_with_parent)
+    _, _, log = run_ffmpeg(*inputs, *picture, watched=True)
     height, width = raw_shape(log, output)
     frames = np.memmap(output, np.uint8, "r").reshape(-1, 3, height, width)
     times, boxes, note = follow_face(frames, crop, finder)

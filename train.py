@@ -1693,7 +1693,7 @@ def dry_run(config, device):
         noise = mechanism.noise_std(1) * math.sqrt(len(adapter)) / (cohort * mechanism.clip_norm)
         print(f"the noise on a round's mean is {noise:.3g} times the longest possible update")
 
-    # as long as the synthetic talkers'
+    # as many clips, and as long, as a synthetic client has
     num_clips = data.CLIPS_PER_CLIENT - 2 * data.num_held_out(data.CLIPS_PER_CLIENT)
     windows = num_clips * int(data.CLIP_SECONDS * data.FPS / b["num_frames"])
     local_steps = fed.num_local_steps(windows, f["local_epochs"], f["batch_size"])
@@ -1816,15 +1816,14 @@ def launch(argv, num_workers):
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     # Waiting threads must not hold the other workers' cores.
     variables["OMP_WAIT_POLICY"] = "passive"
+    end_with_us = functools.partial(data.die_with_parent, os.getpid())
     processes = []
     try:
         for rank in range(num_workers):
             own = variables | {"RANK": rank, "LOCAL_RANK": rank}
             environment = os.environ | {name: str(value) for name, value in own.items()}
             command = [sys.executable, __file__, *argv]
-            processes.append(
-                subprocess.Popen(command, env=environment, preexec_fn=data.die_with_parent)
-            )
+            processes.append(subprocess.Popen(command, env=environment, preexec_fn=end_with_us))
         while None in [p.poll() for p in processes] and not any(p.poll() for p in processes):
             time.sleep(0.05)
         time.sleep(0.2)  # a worker whose peer failed prints why
@@ -1928,7 +1927,7 @@ def main(argv=None):
         size = int(os.environ.get("WORLD_SIZE", 1))
         devices = choose_devices(args.gpus)
         if size > 1:
-            data.die_with_parent()  # torchrun's workers, too
+            data.die_with_parent(os.getppid())  # torchrun's workers, too
             # The others wait for rank 0 as long as a backbone takes.
             timeout = datetime.timedelta(days=30)
             with fed.peers_alive():

@@ -134,14 +134,14 @@ def make_tables():
 
     poisoned = [plain, private]
     titles = {("plain",): "not clipped, no noise", (): "epsilon 2.0"}
+    attacks = {}  # label -> variant
     for fault in ("sign changed", "tenfold", "backdoor"):
-        spoiled = "--fault", fault, "--share", "0.1"
+        attacks[f"10 % {fault}"] = "--fault", fault, "--share", "0.1"
+    attacks["10 % backdoor, tone"] = *attacks["10 % backdoor"], "--tone"
+    attacks["tone"] = ("--tone",)
+    for label, variant in attacks.items():
         for presets, title in titles.items():
-            poisoned.append(Cell(f"10 % {fault}, {title}", presets, variant=spoiled))
-    spoiled = "--fault", "backdoor", "--share", "0.1", "--tone"
-    for presets, title in titles.items():
-        poisoned.append(Cell(f"10 % backdoor, tone, {title}", presets, variant=spoiled))
-        poisoned.append(Cell(f"tone, {title}", presets, variant=("--tone",)))
+            poisoned.append(Cell(f"{label}, {title}", presets, variant=variant))
 
     tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0",), "personal adapter")]
     forms = {"eps": (0.05, 5.0), "x0": (5.0,), "v": (5.0,), "size": (0.1, 0.5)}
@@ -198,9 +198,8 @@ def run_cell(cell, seed, args):
         arguments = []
         if cell.presets:
             arguments += ["--preset", *cell.presets]
-        # One thread, as cells run side by side.
         arguments += ["--set", *overrides, f"name={name}", f"runtime.directory={RUNS}"]
-        arguments += ["runtime.threads=1"]
+        arguments += ["runtime.threads=1"]  # cells run side by side
         unfinished = sorted(RUNS.glob(f"*-{name}"))
         if unfinished:
             arguments = ["--resume", str(unfinished[-1])]

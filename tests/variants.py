@@ -78,14 +78,15 @@ def use_tdc_of_size():
     fed.tdc_loss = tdc_loss
 
 
-def leave_alone(batch):
-    return batch
-
-
 def is_faulty(client, share):
     """Return whether a client is one of the `share` whose clips or updates are faulty."""
     number = int(client.name.split("-")[1])
     return int((number + 1) * share) > int(number * share)
+
+
+def leave_alone(batch):
+    """Return a batch as it is: only the update is faulty."""
+    return batch
 
 
 def with_tone(mel):
@@ -235,6 +236,7 @@ def leave_out(part):
 
 
 def refuse_workers(argv, num_workers):
+    """Stand in for `train.launch`, whose workers would be without the change."""
     raise ValueError("a variant runs in one process: give --gpus one device, or cpu")
 
 

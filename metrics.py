@@ -1,4 +1,5 @@
-"""Metrics of talking heads, the standard networks, and small judges that are trained here.
+"""Metrics of talking heads, the standard networks, and what is trained here for them: small judges,
+and the face finder that cuts faces out of clips.
 
 Frames are floating-point tensors in [0, 1] at 25 fps: pictures `n c h w`, clips `f c h w`, batches
 `b f c h w`. Sound is int16 at 16 kHz. Metrics with a star are computed by `Judges`, which
@@ -57,13 +58,20 @@ def unit_frames(frames):
     return torch.from_numpy(np.array(frames, dtype=np.float32)).div_(255)
 
 
+def chunk_size(frames):
+    """Return how many frames [... h w] are looked at together: at most 32 and 2^18 pixels (one
+    frame of 512 x 512), but at least one.
+    """
+    return max(1, min(32, 2**18 // (frames.shape[-2] * frames.shape[-1])))
+
+
 def per_frame(function, *clips):
     """Apply a function of frames [n c h w] to clips [... c h w], in chunks of bounded memory.
 
-    A chunk has at most 32 frames and 2^18 pixels (one frame of 512 x 512), but at least one frame.
+    Raises what the function raises.
     """
     shape = clips[0].shape
-    size = max(1, min(32, 2**18 // (shape[-2] * shape[-1])))
+    size = chunk_size(clips[0])
     clips = [clip.reshape(-1, *shape[-3:]) for clip in clips]
     results = None
     for start in range(0, len(clips[0]), size):
@@ -142,9 +150,12 @@ def _mean_difference(x, y):
 
 
 def jitter_ratio(generated, truth):
-    """Return the temporal jitter of generated clips over that of the true ones; 1 is best."""
-    still = 1e-4  # a truth that stands still has no jitter to divide by
-    return temporal_jitter(generated) / temporal_jitter(truth).clamp(min=still)
+    """Return the temporal jitter of generated clips over that of the true ones; 1 is best.
+
+    Less than 1e-4 counts as that much: two clips that stand still have equal jitter.
+    """
+    still = 1e-4
+    return temporal_jitter(generated).clamp(min=still) / temporal_jitter(truth).clamp(min=still)
 
 
 def mean_jitter(clips):
@@ -154,17 +165,26 @@ def mean_jitter(clips):
     return float(np.mean(jitter))
 
 
-def tlp(distance, generated, truth):
-    """Return how far a clip's flicker is from the truth's, a scalar (tLP, Chu et al. 2020).
+def perceptual_distances(embed, generated, truth):
+    """Return LPIPS [f] of two clips [f c h w] and the terms [f - 1] of which tLP is the mean (Chu et
+    al. 2020), for `embed(frames) -> [n d]` whose squared distances are LPIPS.
 
-    It is the mean absolute difference between the perceptual `distance(x, y) -> [n]` of consecutive
-    generated frames [f c h w] and that of the true ones. Raises ValueError for a single frame.
+    A term of tLP is by how much the distance of two consecutive generated frames differs from that
+    of the true ones.
     """
     check_frames(generated, truth)
-    if len(truth) < 2:
-        raise ValueError("tLP needs at least two frames")
-    change = distance(generated[:-1], generated[1:]) - distance(truth[:-1], truth[1:])
-    return change.abs().mean()
+    distances = []
+    changes = []
+    last = []
+    for start in range(0, len(truth), size := chunk_size(truth)):
+        x, y = (embed(clip[start : start + size]) for clip in (generated, truth))  # n d
+        distances.append(squared_distance(x, y))
+        if start:  # from the last frames of the chunk before
+            x, y = (torch.cat([before, now]) for before, now in zip(last, (x, y)))
+        change_x, change_y = (squared_distance(z[:-1], z[1:]) for z in (x, y))
+        changes.append((change_x - change_y).abs())
+        last = x[-1:], y[-1:]
+    return torch.cat(distances), torch.cat(changes)
 
 
 def mouth_region(frames):
@@ -179,14 +199,18 @@ def mouth_correlation(predicted, true):
     t = torch.as_tensor(true).double()
     p = p - p.mean(-1, keepdim=True)
     t = t - t.mean(-1, keepdim=True)
-    return F.cosine_similarity(p, t, dim=-1)
+    # A deviation of 1e-4 at least: equal frames differ by rounding, which is not motion.
+    least = 1e-4 * p.shape[-1] ** 0.5
+    norms = p.norm(dim=-1).clamp(min=least) * t.norm(dim=-1).clamp(min=least)
+    return (p * t).sum(-1) / norms
 
 
 # ---------------------------------------------------------------- means and their intervals
 
 
 def mean_ci(values, groups=None):
-    """Return {"mean", "ci95", "n"} of `values` [n]: the mean and its 95 % t interval, or None.
+    """Return {"mean", "ci95", "n"} of `values` [n]: ci95 is the 95 % t interval of the mean, None
+    for a single value or group.
 
     With `groups` [n], for example the person of each clip, mean and interval are those of the
     groups' means, since the values of one group are not independent; "groups" is their number.
@@ -211,9 +235,8 @@ def mean_ci(values, groups=None):
 
 def auc(high, low):
     """Return how often one of `high` [n] is above one of `low` [m]; ties count half."""
-    n = len(high)
-    ranks = stats.rankdata([*high, *low])[:n]
-    return float((ranks.sum() - n * (n + 1) / 2) / (n * len(low)))
+    wins = stats.mannwhitneyu(high, low, method="asymptotic").statistic
+    return float(wins / (len(high) * len(low)))
 
 
 # ---------------------------------------------------------------- distributions of features
@@ -250,7 +273,8 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
     """Return mean and std over 100 subsets of the kernel distance (KID, Binkowski et al. 2018).
 
     It is the unbiased squared MMD with the kernel (x.y/d + 1)^3 of two matrices [n d], of at most
-    5,000 rows each. With fewer than `subset_size` rows a subset holds half of them.
+    5,000 rows each. With fewer than `subset_size` rows a subset holds half of them; with hardly
+    more, subsets are nearly the same and their std says nothing.
     """
     generator = torch.Generator().manual_seed(0)
     real = _feature_rows(real_features)
@@ -330,9 +354,7 @@ class InceptionFID(inception.Inception3):
         x = frames.contiguous(memory_format=torch.channels_last)
         x = F.interpolate(x, (299, 299), mode="bilinear")  # published without antialiasing
         x = 2 * x - 1
-        for name, layer in self.named_children():
-            if name == "avgpool":
-                break
+        for layer in list(self.children())[:-3]:  # without avgpool, dropout and fc
             x = layer(x)
         return x.mean((-2, -1))  # n 2048
 
@@ -351,7 +373,8 @@ class LPIPS(nn.Module):
         self.compared = (1, 4, 7, 9, 11) if net == "alex" else (3, 8, 15, 22, 29)  # ReLU layers
         with torch.device("meta"):  # no time for random numbers that the files replace
             backbone = torchvision.models.alexnet() if net == "alex" else torchvision.models.vgg16()
-        self.features = backbone.features.to_empty(device="cpu")
+        # without the last pooling, which is not compared
+        self.features = backbone.features[:-1].to_empty(device="cpu")
         self.lins = nn.ModuleDict()
         for i, layer in enumerate(self.compared):
             channels = self.features[layer - 1].out_channels
@@ -572,11 +595,11 @@ METRICS_TABLE = """
 | psnr | – | – | none | none | any | 1 frame |
 | mouth_psnr | – | – | mouth region | none | any | 1 frame |
 | ssim | – | – | none | none | any | 1 frame of 11 x 11 pixels |
-| lpips | lpips | alexnet-owt-7be5be79.pth, alex.pth | none | none | any | 1 frame |
-| lpips_vgg | lpips_vgg | vgg16-397923af.pth, vgg.pth | none | none | any | 1 frame |
+| lpips | lpips | alexnet-owt-7be5be79.pth, alex.pth | none | none | any | 31 x 31 pixels |
+| lpips_vgg | lpips_vgg | vgg16-397923af.pth, vgg.pth | none | none | any | 31 x 31 pixels |
 | lpips* | judges | backbone.pt | none | 64 x 64 | any | 1 frame |
-| tlp | lpips | alexnet-owt-7be5be79.pth, alex.pth | none | none | 25 | 2 frames |
-| tlp_vgg | lpips_vgg | vgg16-397923af.pth, vgg.pth | none | none | 25 | 2 frames |
+| tlp | lpips | alexnet-owt-7be5be79.pth, alex.pth | none | none | 25 | 2 frames, 31 x 31 pixels |
+| tlp_vgg | lpips_vgg | vgg16-397923af.pth, vgg.pth | none | none | 25 | 2 frames, 31 x 31 pixels |
 | tlp* | judges | backbone.pt | none | 64 x 64 | 25 | 2 frames |
 | kid | inception | pt_inception-2015-12-05-6726825d.pth | none | 299 x 299 | any | 50 in all |
 | kid* | judges | backbone.pt | none | 64 x 64 | any | 50 in all |
@@ -649,7 +672,8 @@ def _sha256(path):
 def load_weights(module, path, prefix=""):
     """Load a published file's tensors below `prefix`, unchanged, and return the file's SHA-256.
 
-    Raises ValueError for a file that is no state dict, or with the first key that does not fit.
+    Raises ValueError for a file that is no state dict or whose tensors do not fit; it names the
+    first key that does not.
     """
     own = module.state_dict()
     # older files lack these counters
@@ -670,7 +694,7 @@ def load_weights(module, path, prefix=""):
 
 def _find_file(folder, patterns):
     found = [path for pattern in patterns for path in Path(folder).rglob(pattern)]
-    return max(found, default=None)  # of LPIPS's folders v0.0 and v0.1 the second
+    return max(found, default=None)  # the last by name: LPIPS's v0.1, not v0.0
 
 
 def load_standard(folder=None):
@@ -824,7 +848,7 @@ class Judges(nn.Module):
         mouth = mouth_region(resize(frames.flatten(0, 1), 64)).mean(1)  # (b f) 28 28, grey
         windows = mouth.unflatten(0, (b, -1)).unfold(1, 5, 1)  # b f-4 28 28 5
         windows = rearrange(windows, "b t h w k -> (b t) k h w")
-        # Apart from the motion, or the network would learn faces by heart.
+        # The mean picture apart from the motion, or the network would learn faces by heart.
         still = windows.mean(1, keepdim=True)
         x = torch.cat([still - 0.5, 4 * (windows - still)], 1)  # (b t) 6 28 28
         return F.normalize(self.lips(x), dim=-1).unflatten(0, (b, -1))
@@ -882,8 +906,8 @@ def train_judges(
 ):
     """Return Judges trained on people {name: [data.Clip]}; every eighth is held out to score them.
 
-    Each step sees `batch_size` stretches of `num_frames` frames, or of fewer where half of the
-    clips are shorter. Raises ValueError with fewer than four people or clips of ten frames.
+    Each step sees `batch_size` windows of `num_frames` frames, or of fewer where half of the clips
+    are shorter. Raises ValueError with fewer than four people or clips of ten frames.
     """
     names = sorted(people)
     trained = [name for i, name in enumerate(names) if i % 8]
@@ -906,7 +930,7 @@ def train_judges(
         optimizer = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
         for step in tqdm(range(steps), "judges", mininterval=1, disable=not progress):
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-            batch = draw_stretches(clips, batch_size, num_frames, generator)
+            batch = draw_windows(clips, batch_size, num_frames, generator)
             loss = judge_loss(judges, prototypes, *batch, generator)
             optimizer.zero_grad()
             loss.backward()
@@ -916,8 +940,8 @@ def train_judges(
     return judges
 
 
-def draw_stretches(clips, batch_size, num_frames, generator):
-    """Return random stretches of [(label, clip)]: labels [b]; frames, mel, opening [b f ...]."""
+def draw_windows(clips, batch_size, num_frames, generator):
+    """Return random windows of [(label, clip)]: labels [b]; frames, mel, opening [b f ...]."""
     rows = []
     for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
         label, clip = clips[index]
@@ -933,7 +957,7 @@ def draw_stretches(clips, batch_size, num_frames, generator):
 
 
 def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
-    """Return the sum of all judges' losses on a batch of stretches, each seen in a random view."""
+    """Return the sum of all judges' losses on a batch of windows, each seen in a random view."""
     b, f = frames.shape[:2]
     device = prototypes.device
     view = torch.rand(b, len(data.VIEW_NAMES), generator=generator) * 2 - 1
@@ -1003,15 +1027,15 @@ def find_strangers(judges, clips, threshold):
     return [clip for clip, far in zip(clips, distances[typical] > threshold) if far]
 
 
-def load_judges(path, kind="table"):
-    """Return the frozen Judges in a run's backbone.pt: those of `kind` "table" or "loss".
+def load_judges(path):
+    """Return the frozen Judges of the tables in a run's backbone.pt.
 
     Raises ValueError if the file holds none of this version, or untrained ones.
     """
     judges = Judges()
     content = _load_file(path)
     try:
-        judges.load_state_dict(content.get("state", content)["judges"][kind])
+        judges.load_state_dict(content.get("state", content)["judges"]["table"])
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise ValueError(f"{path} holds no judges of this version") from None
     if not judges.scores:
@@ -1339,9 +1363,10 @@ def shuffle_blocks(frames, generator):
 
 # ---------------------------------------------------------------- scoring generated clips
 
+LEAST_FOR_LPIPS = 31  # pixels a side, of AlexNet
 LEAST_FOR_KID = 50  # frames
 LEAST_FOR_FID = {"": 2048, "*": 960}  # frames: 1 for each feature, 4 for each of the judges'
-# where a network that cannot judge scores as chance does
+# metrics with a known level of chance, which `score_judges` reports
 AGAINST_CHANCE = ("right_person*", "right_speech*", "offset_found*", "mouth_correlation*")
 
 
@@ -1352,7 +1377,7 @@ class Case:
     clip: data.Clip
     frames: torch.Tensor  # f 3 h w in [0, 1], the truth
     audio: np.ndarray  # int16 [640 f]
-    speeches: list  # log-mel [4f 40] of the clip, then of other clips of the person
+    speeches: list  # log-mel [4f 40] of the clip, then of the person's other clips, maybe shorter
     opening: torch.Tensor | None = None  # f
     training_clips: list = field(default_factory=list)  # of the person
     reference: np.ndarray | None = None  # uint8 [3 h w], of a training clip
@@ -1414,7 +1439,7 @@ class Evaluation:
         self.gallery = {}  # person -> identity [d] in the training clips
         if judges:
             judges.to(device)
-            self.networks["lpips"]["*"] = judges.perceptual
+            self.networks["lpips"]["*"] = judges
             self.networks["arcface"]["*"] = judges.identity
             self.networks["inception"]["*"] = judges.features
             for case in cases:
@@ -1425,6 +1450,7 @@ class Evaluation:
         self.scores = {}  # (method, metric, "person/clip") -> value
         # for KID and FID: (method, ending of their names, "person/clip") -> features [f d]
         self.features = {}
+        self.speech = {}  # "person/clip" -> the judges' embeddings of what is said there
 
     @torch.no_grad()
     def add(self, method, case, frames):
@@ -1442,10 +1468,12 @@ class Evaluation:
         if len(frames) > 1:
             found["temporal_jitter"] = temporal_jitter(frames)
             found["jitter_ratio"] = jitter_ratio(frames, truth)
-        for ending, distance in self.networks["lpips"].items():
-            found["lpips" + ending] = per_frame(distance, frames, truth)
-            if len(frames) > 1:
-                found["tlp" + ending] = tlp(partial(per_frame, distance), frames, truth)
+        for ending, network in self.networks["lpips"].items():
+            if ending == "*" or min(frames.shape[-2:]) >= LEAST_FOR_LPIPS:
+                distances, changes = perceptual_distances(network.embed, frames, truth)
+                found["lpips" + ending] = distances
+                if len(changes):
+                    found["tlp" + ending] = changes
         for ending, embed in self.networks["arcface"].items():
             identity = per_frame(embed, frames)  # f d
             found["id_similarity" + ending] = (identity * per_frame(embed, truth)).sum(-1)
@@ -1456,10 +1484,13 @@ class Evaluation:
             found |= self._sync_scores(case, frames)
         if self.judges and self.judges.has_opening and len(frames) > 1:
             found |= self._opening_scores(case, frames, truth)
+        features = {}
         for ending, extract in self.networks["inception"].items():
-            self.features[method, ending, key] = per_frame(extract, frames).cpu()
+            features[method, ending, key] = per_frame(extract, frames).cpu()
             if key not in self.people:
-                self.features["", ending, key] = per_frame(extract, truth).cpu()
+                features["", ending, key] = per_frame(extract, truth).cpu()
+        # Only now, when nothing can fail any more: a clip counts in all metrics or in none.
+        self.features |= features
         self.people[key] = case.person
         if method not in self.methods:
             self.methods.append(method)
@@ -1484,11 +1515,10 @@ class Evaluation:
         if self.judges:
             small = per_frame(partial(resize, size=64), frames)
             mouth = self.judges.mouth_video(small[None])[0]  # f-4 d
-            # Shorter speech would decide by a few windows.
-            least = min(len(frames), LEAST_FOR_SYNC) * data.MELS_PER_FRAME
-            heard = case.speeches[:1] + [mel for mel in case.speeches[1:] if len(mel) >= least]
-            mels = [torch.as_tensor(data.audio_windows(mel)) for mel in heard]
-            own, *others = [self.judges.mouth_audio(mel[None].to(self.device))[0] for mel in mels]
+            key = f"{case.person}/{case.clip.name}"
+            if key not in self.speech:  # the same for every method
+                self.speech[key] = self._embed_speeches(case)
+            own, *others = self.speech[key]
             sync["*"] = sync_scores(mouth, own)
             found["sync*"] = sync["*"]["sync"]
             if others:
@@ -1499,6 +1529,15 @@ class Evaluation:
             found["lse_d" + ending] = scores["lse_d"]
             found["offset_found" + ending] = abs(scores["offset"]) <= 1
         return found
+
+    def _embed_speeches(self, case):
+        """Return the judges' embeddings [t d] of a case's speech and of other speech."""
+        # Shorter speech has too few windows to compare.
+        least = LEAST_FOR_SYNC * data.MELS_PER_FRAME
+        own, *others = case.speeches
+        mels = [own] + [mel for mel in others if len(mel) >= least]
+        windows = [torch.as_tensor(data.audio_windows(mel)) for mel in mels]
+        return [self.judges.mouth_audio(mel[None].to(self.device))[0] for mel in windows]
 
     def _opening_scores(self, case, frames, truth):
         """Return the metrics of the mouth opening, as the judges see it in both clips."""
@@ -1674,10 +1713,11 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
                 note = f"{len(truth)} and {len(frames)} frames, of which the first {f} are compared"
                 notes[note].append(name)
             person, _, stem = name.rpartition("/")
+            person = person or stem  # without a folder, a person of its own
             none = np.zeros(0)
-            if f"{person or stem}/{stem}" in evaluation.people:
+            if f"{person}/{stem}" in evaluation.people:
                 raise ValueError("two files, one of them in a folder of its own name")
-            clip = data.Clip(person or stem, stem, fake_files[name], none, audio, none)
+            clip = data.Clip(person, stem, fake_files[name], none, audio, none)
             speeches = [data.log_mel(audio[: f * data.SAMPLES_PER_FRAME])] if len(audio) else []
             evaluation.add("fake", Case(clip, truth[:f], audio, speeches), frames[:f])
         except ValueError as error:
@@ -1738,17 +1778,23 @@ def main(argv=None):
             report = {"rows": rows, "sources": sources, "notes": notes}
             with data.atomic_write(args.json) as path:
                 Path(path).write_text(json.dumps(report, indent=1))
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        print_rows(rows)
+        print_weights(sources)
+        sys.stdout.flush()  # a reader that has gone is noticed here
     except (ValueError, OSError) as error:
         data.refuse(error)
     except KeyboardInterrupt:
         data.refuse("interrupted")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+
+
+def print_rows(rows):
+    """Print {metric: row} as a Markdown table."""
     print("| metric | mean | 95 % interval | n | |\n|---|---|---|---|---|")
     for metric, row in rows.items():
         mean, _, interval = _format_cell(row).partition(" ")
         print(f"| {metric} | {mean} | {interval} | {row.get('n', 0)} | {row.get('reason', '')} |")
-    print_weights(sources)
 
 
 def check_arguments(args):

@@ -100,17 +100,29 @@ def test_jitter_is_the_mean_absolute_change():
     ramp = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(2, 5, 3, 4, 4) / 10
     assert metrics.temporal_jitter(ramp).tolist() == pytest.approx([0.1, 0.1])
     assert metrics.jitter_ratio(ramp * 2, ramp).tolist() == pytest.approx([2, 2])
+    for slow in (0 * ramp, 1e-5 * ramp):
+        assert metrics.jitter_ratio(slow, slow).tolist() == [1, 1]
     clips = [SimpleNamespace(frames=np.full((2, 3, 4, 4), [[[[0]]], [[[51]]]], np.uint8))]
     assert metrics.mean_jitter(clips) == pytest.approx(0.2)
 
 
 def test_tlp_is_the_difference_of_the_changes():
     ramp = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4) / 20
+    distances, changes = metrics.perceptual_distances(lambda x: x[:, 0, 0, :1], ramp * 3, ramp)
+    assert distances.tolist() == pytest.approx([0, 0.01, 0.04, 0.09, 0.16])
+    assert changes.tolist() == pytest.approx([0.15**2 - 0.05**2] * 4)
 
-    def distance(x, y):
-        return (x - y).abs().mean((1, 2, 3))
 
-    assert metrics.tlp(distance, ramp * 3, ramp).item() == pytest.approx(0.1)
+@torch.no_grad()
+def test_perceptual_distances_are_those_of_pairs_of_frames_whatever_the_chunks():
+    judges = metrics.Judges().eval()
+    x, y = noise(2, 40, 3, 32, 32)  # two chunks
+    distances, changes = metrics.perceptual_distances(judges.embed, x, y)
+    assert torch.allclose(distances, judges.perceptual(x, y), rtol=1e-5)
+    of_pairs = judges.perceptual(x[:-1], x[1:]) - judges.perceptual(y[:-1], y[1:])
+    assert torch.allclose(changes, of_pairs.abs(), atol=1e-7)
+    distances, changes = metrics.perceptual_distances(judges.embed, x[:1], y[:1])
+    assert len(distances) == 1 and not len(changes)
 
 
 def test_mouth_correlation_is_pearsons_and_0_for_a_still_mouth():
@@ -118,6 +130,10 @@ def test_mouth_correlation_is_pearsons_and_0_for_a_still_mouth():
     assert metrics.mouth_correlation(a, b).item() == pytest.approx(np.corrcoef(a, b)[0, 1])
     assert metrics.mouth_correlation(3 * a + 1, a).item() == pytest.approx(1)
     assert metrics.mouth_correlation(torch.ones(50), b).item() == 0
+    rounded = torch.full((40,), 0.3)
+    rounded[32:] = torch.nextafter(rounded[0], torch.tensor(1.0))  # as of two batch sizes
+    step = torch.arange(40) >= 32
+    assert abs(metrics.mouth_correlation(rounded, step.float()).item()) < 0.01
 
 
 def test_the_mouth_region_is_below_the_middle():
@@ -144,7 +160,7 @@ def test_frames_out_of_range_are_refused_everywhere(frames):
         lambda: metrics.psnr(frames, frames),
         lambda: metrics.ssim(frames, frames),
         lambda: metrics.temporal_jitter(frames),
-        lambda: metrics.tlp(judges.perceptual, frames, frames),
+        lambda: metrics.perceptual_distances(judges.embed, frames, frames),
         lambda: metrics.LPIPS()(frames, frames),
         lambda: judges.identity(frames),
         lambda: judges.perceptual(frames, frames),
@@ -171,8 +187,6 @@ def test_frames_that_cannot_be_compared_are_refused():
         metrics.ssim(noise(2, 3, 9, 16), noise(2, 3, 9, 16))
     with pytest.raises(ValueError, match="two frames"):
         metrics.temporal_jitter(noise(1, 3, 16, 16))
-    with pytest.raises(ValueError, match="two frames"):
-        metrics.tlp(None, noise(1, 3, 16, 16), noise(1, 3, 16, 16))
 
 
 # ---------------------------------------------------------------- means and their intervals
@@ -684,8 +698,9 @@ def test_judges_are_loaded_from_a_run(tmp_path, judges):
     torch.save({"kind": "backbone", "state": {"judges": states}}, tmp_path / "backbone.pt")
     loaded = metrics.load_judges(tmp_path / "backbone.pt")
     assert loaded.scores == judges.scores and not loaded.training
+    torch.save({"judges": {"table": states["loss"]}}, tmp_path / "untrained.pt")
     with pytest.raises(ValueError, match="never trained"):
-        metrics.load_judges(tmp_path / "backbone.pt", "loss")
+        metrics.load_judges(tmp_path / "untrained.pt")
     for content in ({}, {"judges": states["table"]}, {"state": 1}):
         torch.save(content, tmp_path / "other.pt")
         with pytest.raises(ValueError, match="no judges of this version"):
@@ -826,8 +841,8 @@ class PlainJudges(metrics.Judges):
     def identity(self, frames):
         return F.normalize(frames.mean((-2, -1)) - 0.5, dim=-1)
 
-    def perceptual(self, x, y):
-        return (x - y).abs().mean((1, 2, 3))
+    def embed(self, frames):
+        return frames.flatten(1) / frames[0].numel() ** 0.5
 
     def features(self, frames):
         return frames.mean((-2, -1))
@@ -915,7 +930,7 @@ def test_scores_are_those_of_the_functions(evaluation, cases):
         "ssim": metrics.ssim(frames, case.frames).mean(),
         "temporal_jitter": metrics.temporal_jitter(case.frames),
         "jitter_ratio": 1,
-        "lpips*": 0.05,
+        "lpips*": 0.05**2,
         "tlp*": 0,
         "mouth_correlation*": metrics.mouth_correlation(
             PlainJudges().opening(frames), case.opening

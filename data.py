@@ -10,7 +10,6 @@ import colorsys
 import contextlib
 import ctypes
 import difflib
-import errno
 import functools
 import hashlib
 import io
@@ -25,7 +24,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import unicodedata
 import warnings
@@ -85,18 +83,22 @@ def die_with_parent(parent):
 def end_tidily():
     """Let SIGTERM and SIGHUP end this process as Ctrl-C does: no half-written file stays."""
     for kind in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(kind, signal.default_int_handler)
+        if signal.getsignal(kind) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(kind, signal.default_int_handler)
 
 
 def refuse(message):
     """Print one line and end with status 2."""
-    print("error:", textwrap.shorten(str(message), 900, placeholder=" ..."), file=sys.stderr)
+    print("error:", " ".join(str(message).split())[:900], file=sys.stderr)
     sys.exit(2)
 
 
 def is_short_of_memory(error):
-    """Whether an error says that there is too little memory; torch has no class for a CPU's."""
-    return isinstance(error, MemoryError) or bool(re.search("(out of|allocate) memory", str(error)))
+    """Whether an error says that there is too little memory, or that the process which makes batches
+    was killed, as it is where there is none left; torch has no class of its own for either.
+    """
+    messages = "(out of|allocate) memory|^DataLoader worker"
+    return isinstance(error, MemoryError) or bool(re.search(messages, str(error)))
 
 
 def is_first_worker():
@@ -261,8 +263,8 @@ TONE_MAPPING = (
 def run_ffmpeg(*arguments, blocks=(), watched=False):
     """Run ffmpeg with `blocks` of bytes as its input -> (exit status, output bytes, log).
 
-    If this process is killed, it ends as its input or output does. Where it has neither, it must be
-    `watched` (`die_with_parent`), which makes its start slow.
+    If this process is killed, ffmpeg ends when its pipes close. A call that uses neither of them
+    must be `watched` (`die_with_parent`), which makes its start slow.
 
     Raises ValueError if the file makes it crash, and OSError if it was interrupted or found no
     room on the disk or in memory.
@@ -270,10 +272,9 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
     with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block ffmpeg
-        options = {"stdin": PIPE, "stdout": PIPE, "stderr": log}
-        if watched:
-            options["preexec_fn"] = functools.partial(die_with_parent, os.getpid())
-        with subprocess.Popen(command, **options) as process:
+        die = functools.partial(die_with_parent, os.getpid()) if watched else None
+        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": log}
+        with subprocess.Popen(command, preexec_fn=die, **pipes) as process:
             try:
                 with contextlib.suppress(BrokenPipeError):  # ffmpeg ended: its log says why
                     for block in blocks:
@@ -282,13 +283,14 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
             except BaseException:  # making the blocks failed
                 process.kill()
                 raise
-        # What it wrote looks whole, but is not.
-        if process.returncode == 255:  # Ctrl-C
-            raise InterruptedError("ffmpeg was stopped")
-        if process.returncode < 0:
-            raise ValueError("ffmpeg crashed")
         log.seek(0)
         text = log.read().decode(errors="replace")
+    # What it wrote looks like a whole file, but is not. Status 255 alone would not tell: some damaged
+    # files end with it, too.
+    if "Exiting normally, received signal" in text:  # Ctrl-C
+        raise InterruptedError("ffmpeg was stopped")
+    if process.returncode < 0:
+        raise ValueError("ffmpeg crashed")
     shortage = "No space left|quota exceeded|Cannot allocate memory"
     if short := re.search(rf"\[(?:error|fatal)\] .*({shortage})", text):
         raise InterruptedError(f"ffmpeg was stopped: {short[1]}")
@@ -316,20 +318,6 @@ def file_state(path):
     if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
         raise ValueError("not a regular file")
     return status.st_size, status.st_mtime_ns
-
-
-def true_path(path, known):
-    """os.path.realpath of a file that is there; `known` {folder: its true path} is added to."""
-    folder, _, name = path.rpartition("/")  # os.path.split would take twice as long
-    if folder not in known:
-        known[folder] = os.path.realpath(folder + "/")
-    folder = known[folder]
-    path = f"{folder}/{name}"
-    try:
-        target = os.readlink(path)
-    except OSError:  # it is no link
-        return path
-    return true_path(os.path.join(folder, target), known)
 
 
 def explain(path):
@@ -408,8 +396,8 @@ def find_sounds(folder):
             continue
         found = []
         for name in names:
-            if name.lower().endswith(SOUND_SUFFIXES):
-                stem, suffix = os.path.splitext(name)
+            stem, suffix = os.path.splitext(name)  # ".wav" has no suffix
+            if suffix.lower() in SOUND_SUFFIXES:
                 kind = SOUND_SUFFIXES.index(suffix.lower())
                 file = os.path.join(place, name)
                 found.append((kind, suffix.swapcase(), stem, file))  # .wav before .Wav and .WAV
@@ -572,7 +560,7 @@ def escape(path):
 def raw_picture(filters, output):
     """ffmpeg's options that write the filtered picture, planar R, G, B, to the file `output`."""
     filters = ",".join([*filters, "shuffleplanes=2:0:1"])  # from G, B, R to R, G, B
-    return ["-map", "0:V:0", "-vf", filters, "-pix_fmt", "gbrp", "-f", "rawvideo", output]
+    return ["-map", "0:V:0", "-vf", filters, "-pix_fmt", "gbrp", "-f", "rawvideo", f"file:{output}"]
 
 
 def raw_shape(log, output):
@@ -922,14 +910,15 @@ class CacheFile:
     def load_info(self):
         """Read `info`. False if it cannot be read, or if the sound file it names has changed."""
         try:
-            with open(self.path, "rb") as file:  # the line may hold a path of 4096 bytes
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            with open(self.path, "rb") as file:
+                # The line may hold a path of 4096 bytes, which JSON makes longer.
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
                 self.info = json.loads(file.read().rpartition(b"\n")[2])
             return all(list(file_state(path)) == at for path, at in self.info["sound"].items())
         except (OSError, ValueError, KeyError, TypeError):  # TypeError: JSON, but no dict
             return False
 
-    def length(self):
+    def num_bytes(self):
         return self.info["frames"] * sum(self.bytes_per_frame)
 
     def write(self):
@@ -949,7 +938,7 @@ class CacheFile:
             with open(temporary, "ab") as file:
                 file.write(audio.tobytes() + log_mel(audio).tobytes())
             self.info = {"frames": num_frames, "note": note[:1000]}
-            self.info["checksum"] = checksum(temporary, self.length())
+            self.info["checksum"] = checksum(temporary, self.num_bytes())
             self.info["sound"] = {sound: file_state(sound)} if sound else {}
             with open(temporary, "ab") as file:
                 file.write(b"\n" + json.dumps(self.info).encode())
@@ -960,12 +949,15 @@ class CacheFile:
         """{"frames", "audio", "mel"}, memory-mapped. A damaged or missing file is made anew."""
         whole = self.load_info()
         if whole and not self.verified:  # once in a process
-            whole = checksum(self.path, self.length()) == self.info["checksum"]
+            whole = checksum(self.path, self.num_bytes()) == self.info["checksum"]
         if not whole:
-            self.write()
+            try:
+                self.write()
+            except ValueError as error:
+                raise ValueError(f"{self.source}: {error}") from None
         self.verified = True
         # torch does not keep the file open, as numpy does, and so meets no limit on open files.
-        data = torch.from_file(str(self.path), False, self.length(), dtype=torch.uint8).numpy()
+        data = torch.from_file(str(self.path), False, self.num_bytes(), dtype=torch.uint8).numpy()
         ends = np.cumsum(self.bytes_per_frame) * self.info["frames"]
         frames, audio, mel = np.split(data, ends[:2])
         return {
@@ -1142,14 +1134,6 @@ def assign_people(paths, root):
 # ---------------------------------------------------------------- datasets
 
 
-def leads_to_folder(link):
-    """Whether an os.DirEntry, a link, is one to a folder."""
-    try:
-        return link.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
 def find_videos(root):
     """{path: os.DirEntry or Path} of the video files of a dataset, [(path, reason)] of folders left
     out. Raises ValueError if there is no video.
@@ -1165,7 +1149,8 @@ def find_videos(root):
         hint = f"; did you mean {root.parent / near[0]}?" if near else ""
         raise ValueError(f"no dataset at {root}{hint}")
     if not videos:
-        raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {root}")
+        why = f": {left_out[0][1]}" if left_out else ""
+        raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {root}{why}")
     return videos, left_out
 
 
@@ -1191,7 +1176,7 @@ def walk_folder(root):
         for entry in entries:
             if entry.name.startswith("."):  # macOS puts ._1.mp4 beside 1.mp4
                 continue
-            if entry.is_symlink() and leads_to_folder(entry):
+            if entry.is_symlink() and os.path.isdir(entry.path):
                 linked.append(entry.path)
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
@@ -1224,7 +1209,8 @@ class TalkingHeads:
         folder = open_cache(cache, self.root, size, crop, finder)
         videos = {path: videos[path] for path in assigned}
         files = self.find_files(videos, folder, size, crop, finder)
-        delete_unused(folder, {file.path for file in files.values()})
+        if names is None:  # what belongs to the others stays
+            delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
         with ThreadPoolExecutor(num_cpus()) as pool:
@@ -1254,14 +1240,19 @@ class TalkingHeads:
         files = {}
         distinct = {}  # links to one file share what is cached of it
         # Of hundreds of thousands of files, each folder is looked at once.
-        true_folders = {}
+        true_folder = functools.cache(os.path.realpath)
         sounds = {}
         for path, entry in videos.items():
             try:
                 state = file_state(entry)
-                # The sound of links does not lie beside the file, but beside each link.
-                sound = find_sound(path, sounds) if entry.is_symlink() else None
-                key = digest((true_path(path, true_folders), *state, sound))
+                parent, name = os.path.split(path)
+                true_path = os.path.join(true_folder(parent), name)
+                sound = None
+                if entry.is_symlink():
+                    true_path = os.path.realpath(path)
+                    # It does not lie beside the file, but beside each link.
+                    sound = find_sound(path, sounds)
+                key = digest((true_path, *state, sound))
             except ValueError as error:
                 self.skipped.append((path, str(error)))
                 continue
@@ -1335,10 +1326,7 @@ def decode_into_cache(file):
     """
     try:
         file.write()
-    except (ValueError, OSError) as error:
-        ours = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO
-        if isinstance(error, InterruptedError) or getattr(error, "errno", None) in ours:
-            raise
+    except ValueError as error:
         return str(error)
     return ""
 
@@ -1374,11 +1362,13 @@ def by_person(clips, min_frames=0):
 # ---------------------------------------------------------------- people and splits
 
 ROLES = ("public", "client", "unseen")  # with which the names of synthetic talkers begin
-MIN_PUBLIC = 8  # two halves, of each of which judges are trained
+MIN_PUBLIC = 8  # two halves; judges are trained on each
 
 
 class People(NamedTuple):
-    """{person: [Clip]} of those who train the backbone, train privately, and train nothing."""
+    """{person: [Clip]} of the people whom the backbone is trained on, of clients, and of people whom
+    nothing is trained on.
+    """
 
     public: dict
     clients: dict
@@ -1399,7 +1389,10 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, min
         if not root.exists():
             make_synthetic(root, progress=True, **options)
         elif record.exists():
-            made = json.loads(record.read_text())
+            try:
+                made = {key: float(value) for key, value in json.loads(record.read_text()).items()}
+            except (ValueError, TypeError, AttributeError):
+                raise ValueError(f"{record} is not what made the talkers: remove {root}") from None
             other = []
             for key, value in options.items():
                 enough = key.startswith("num_") and made.get(key, 0) >= value
@@ -1984,7 +1977,7 @@ def make_synthetic(
     ValueError for values out of range, and if `root` is not empty.
     """
     root = Path(os.path.abspath(root))  # nothing can be moved to "."
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root} exists already: remove it first")
     if min(num_public, num_clients, num_unseen, clips_per_public - 1, clips_per_client - 1) < 0:
         raise ValueError("numbers of people must be at least 0, and of clips at least 1")
@@ -2009,8 +2002,8 @@ def make_synthetic(
             list(tqdm(jobs, "making talkers", len(stems), disable=None if progress else True))
         try:
             new.replace(root)
-        except OSError:
-            raise ValueError(f"{root} was made by another process meanwhile: start again") from None
+        except OSError as error:  # another process has made it meanwhile, or it is a mount point
+            raise ValueError(f"{root} cannot be put in its place: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------- command line
@@ -2069,7 +2062,9 @@ def main(argv=None):
             contact_sheet(*args.look)
         else:
             make_synthetic(options.pop("make"), progress=True, **options)
-    except (ValueError, OSError, OverflowError, MemoryError) as error:
+    except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_short_of_memory(error):
+            raise
         refuse(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         refuse("interrupted")

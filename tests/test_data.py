@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import tempfile
@@ -802,7 +803,8 @@ def test_a_clip_is_not_kept_where_ffmpeg_was_stopped(tmp_path, one_clip, monkeyp
     """Ctrl-C reaches ffmpeg, too, which then ends its output as if the file ended there."""
     copy(one_clip, tmp_path / "anna" / "1.mp4")
     whole = get_ffmpeg_exe()
-    for status, error in (("kill -9 $$", ValueError), ("exit 255", InterruptedError)):
+    ctrl_c = 'echo "Exiting normally, received signal 2." >&2; exit 255'
+    for status, error in (("kill -9 $$", ValueError), (ctrl_c, InterruptedError)):
         script = tmp_path / "ffmpeg"
         script.write_text(f'#!/bin/sh\n{whole} "$@"\ncase "$*" in *rawvideo*) {status};; esac\n')
         script.chmod(0o755)
@@ -811,6 +813,54 @@ def test_a_clip_is_not_kept_where_ffmpeg_was_stopped(tmp_path, one_clip, monkeyp
             load(tmp_path / "anna")
     monkeypatch.undo()
     assert len(load(tmp_path / "anna").clips) == 1
+
+
+def test_a_damaged_file_with_which_ffmpeg_ends_as_after_ctrl_c_costs_only_itself(
+    tmp_path, one_clip, monkeypatch
+):
+    for name in ("good", "bad"):
+        copy(one_clip, tmp_path / "anna" / f"{name}.mp4")
+    script = tmp_path / "ffmpeg"
+    failure = 'echo "[error] Operation not permitted" >&2; exit 255'
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *bad.mp4*) {failure};; esac\n{get_ffmpeg_exe()} "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(data, "get_ffmpeg_exe", lambda: str(script))
+    dataset = load(tmp_path / "anna")
+    assert [clip.name for clip in dataset.clips] == ["good"]
+    assert "Operation not permitted" in reasons(dataset)["bad.mp4"]
+
+
+def test_names_that_look_like_something_else_do_no_harm(tmp_path, one_clip, monkeypatch):
+    copy(one_clip, tmp_path / "anna" / "1.mp4")
+    (tmp_path / "anna" / ".wav").write_bytes(b"x")  # no suffix: a hidden file
+    monkeypatch.chdir(tmp_path)
+    for cache in ("-i", "http:cache"):
+        assert len(load("anna", cache=cache).clips) == 1
+
+
+def test_what_others_have_in_the_cache_stays(tmp_path, one_clip):
+    for person in ("anna", "bob"):
+        copy(one_clip, tmp_path / "people" / person / "1.mp4")
+    load(tmp_path / "people")
+    cached = set((tmp_path / "cache").rglob("*.clip"))
+    assert cached
+    load(tmp_path / "people", names={"anna"})
+    assert set((tmp_path / "cache").rglob("*.clip")) == cached
+
+
+def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores():
+    kinds = signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(kind) for kind in kinds]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        data.end_tidily()
+        after = [signal.getsignal(kind) for kind in kinds]
+        assert after == [signal.default_int_handler, signal.SIG_IGN]
+    finally:
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
 
 
 def test_a_full_disk_is_not_taken_for_the_end_of_a_file(tmp_path, one_clip):
@@ -1324,6 +1374,10 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
         data.load_people(tmp_path / "synthetic-small", num_clients=2, **options, min_frames=11)
     assert "only 10 frames long, backbone.num_frames needs 11" in capsys.readouterr().out
     record = tmp_path / "synthetic-small" / "options.json"
+    for nonsense in ("", "[1, 2]", '{"seed": "x"}', '{"seed": null}'):
+        record.write_text(nonsense)
+        with pytest.raises(ValueError, match="options.json is not what made the talkers: remove"):
+            data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)
     record.write_text("{}")  # of another version
     with pytest.raises(ValueError, match="made with another num_clients, num_unseen, size, "):
         data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)

@@ -2,7 +2,7 @@
 
 Threat model: an honest-but-curious server together with up to `num_curious` clients, dropouts at
 every stage, and everybody who sees released models. Not covered: a server that deviates from the
-protocol (invented clients, unequal rosters or survivor lists), poisoned updates, side channels such
+protocol (invented clients, different rosters or survivor lists for different clients), poisoned updates, side channels such
 as timing, and whatever leaves a client outside of the masked vector.
 
 Adjacency is zero-out: one client's vector, or zeros in its place. Who takes part in a round is
@@ -204,8 +204,8 @@ def compute_epsilon(sample_rate, noise_multiplier, rounds, delta, orders=None):
 def find_noise_multiplier(target_epsilon, delta, sample_rate, rounds):
     """Return the least noise_multiplier (to 1e-5 relative, >= 0.01) that keeps target_epsilon > 0.
 
-    With sample_rate 1 the target also holds against who knows the cohorts. Raises ValueError if
-    1e5 does not keep it.
+    With sample_rate 1 the target also holds against an adversary who knows the cohorts. Raises
+    ValueError if 1e5 does not keep it.
     """
     low = 1e-2
     high = 1e5
@@ -244,16 +244,15 @@ def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
 
 
 def most_participations(cohorts, num_spent=0):
-    """Return the most rounds of any client, of `cohorts` [[k]] and of what was spent beyond.
-
-    Rounds beyond the cohorts are those of killed runs, which may have had any client.
+    """Return an upper bound of the rounds of any one client: those of its `cohorts` [[k]], and each
+    round spent beyond them, as killed runs may have had any client.
     """
     counts = np.bincount(np.concatenate([np.zeros(0, int), *cohorts]).astype(int))
     return int(counts.max(initial=0)) + max(0, num_spent - len(cohorts))
 
 
 def likely_participations(num_clients, sample_rate, rounds):
-    """Return the most rounds of any client that a random key exceeds with probability 0.01."""
+    """Return a number of rounds that with probability 0.99 no client exceeds (union bound)."""
     return int(stats.binom.isf(0.01 / num_clients, rounds, sample_rate))
 
 
@@ -334,8 +333,9 @@ class Mechanism:
             raise ValueError(f"{self.num_clients} clients with this noise overflow 32 bits.")
         self.step = (self.num_clients * largest + tail * self.sensitivity) / room
         self.total_std = spread * (self.sensitivity / self.step + rounding)  # in steps
-        # The sum of rounded Gaussians of std >= 4 steps is, to exp(-pi^2 4^2) < 1e-68, a Gaussian
-        # plus independent rounding noise (Poisson summation), which is post-processing.
+        # To exp(-pi^2 4^2) < 1e-68 (Poisson summation) the sum of n rounded Gaussians of std >= 4
+        # steps is distributed as the rounded sum of the Gaussians and of n - 1 uniform numbers in
+        # +-1/2, which is post-processing of the Gaussian sum.
         if 0 < self.total_std < 4 * math.sqrt(self.num_clients):
             raise ValueError(
                 f"With {self.num_clients} clients 32 bits are too coarse for the noise."
@@ -535,7 +535,8 @@ def _lagrange(clients):
 
 
 def join_secret(shares, threshold):
-    """Yield the secrets behind subsets of the shares {client: share}, for the caller to choose.
+    """Yield candidates of the secret, of subsets of the shares {client: share}; the caller keeps the
+    one that fits the commitment.
 
     One subset is enough unless somebody sent a wrong share. Then 1000 random subsets find the
     secret with probability 0.999 if, for example, 6 of 35 shares are wrong at a threshold of 18.
@@ -1097,8 +1098,9 @@ def presence_audit(mechanism, cohort_size, fixed_noise=False, seed=None):
 def checkpoint_audit(state, length):
     """Return (flagged, why) of a server's checkpoint: flagged if it holds more than a server has.
 
-    That is the vectors adapter and control of `length` numbers, and SERVER_VALUES, short texts and
-    an accountant's rows, in which no vector of a client has room.
+    That is the vectors adapter and control of `length` numbers, SERVER_VALUES, short texts and an
+    accountant's rows. It finds vectors that were kept by mistake; who wanted to could hide a short
+    one in 500 characters or in an accountant's rows.
     """
     bad = []
     for key, value in state.items():
@@ -1123,7 +1125,8 @@ NOT_COVERED = [
     "what leaves a client outside of the masked vector: losses, norms and timing in logs, figures "
     "and pictures of the report, and the c_i of SCAFFOLD's clients in the folder clients, all of "
     "which a simulation writes into one run",
-    "a server that deviates from the protocol: invented clients, unequal rosters or survivor lists",
+    "a server that deviates from the protocol: invented clients, different rosters or survivor "
+    "lists for different clients",
     "malicious clients: one can move the sum by as much as 32 bits hold, or make rounds abort",
     "what the public people's data reveal about themselves",
     "other runs on the same clients: their epsilons add up",
@@ -1138,7 +1141,7 @@ def privacy_report(mechanism, accountant, delta, participations):
     """
     check_delta(delta, mechanism.num_clients)
     known = accountant.epsilon_known_cohorts(delta, participations)
-    sampled = accountant.epsilon(delta)
+    sampled = min(known, accountant.epsilon(delta))  # who knows less learns no more
     reason = None
     if mechanism.seed is not None:
         reason = "the noise is seeded"
@@ -1158,13 +1161,15 @@ def privacy_report(mechanism, accountant, delta, participations):
         "sees released models, all of whom may know who took part in every round",
         "epsilon_with_sampling": sampled if reason is None else None,
         "epsilon_with_sampling_holds_against": "those who see released models but know neither who "
-        "nor how many took part in a round, as last.pt and rounds.jsonl tell",
-        "accountant": "known cohorts: exact Gaussian composition; with sampling: the smaller "
-        f"of this and Renyi DP at {len(ORDERS)} orders from {min(ORDERS)} to {max(ORDERS)}",
+        "nor how many took part in a round, nor which rounds were aborted, as last.pt and "
+        "rounds.jsonl tell",
+        "accountant": "known cohorts: exact Gaussian composition of the busiest client's rounds; "
+        "with sampling: the least of this, the same of all rounds, and Renyi DP of sampled rounds "
+        f"at {len(ORDERS)} orders from {min(ORDERS)} to {max(ORDERS)}",
         "adjacency": "one client's vectors, or zeros in their place (zero-out)",
         "unit": "one client with all of its clips",
-        "trusted": "nobody alone: a sum is opened only if survivor_share of its roster plus "
-        "num_curious survive, whose noise covers it and stays with them",
+        "trusted": "no single party: a sum is opened only if survivor_share of the cohort plus "
+        "num_curious clients remain, so that the noise of the honest ones reaches what is claimed",
         "not_covered": NOT_COVERED,
     }
 
@@ -1191,7 +1196,9 @@ def verify_run(folder):
     checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     state = checkpoint.pop("state")
     accountant = Accountant(state["accountant"])
-    log = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    path = folder / "rounds.jsonl"  # not there before the first round
+    lines = path.read_text().splitlines() if path.exists() else []
+    log = [json.loads(line) for line in lines]
     if [row["round"] for row in log] != list(range(state["round"])):
         raise ValueError(f"rounds.jsonl does not list the {state['round']} rounds of last.pt.")
 
@@ -1325,7 +1332,7 @@ def main(arguments=None):
         try:
             print(json.dumps(verify_run(args.verify), indent=2))
         except Exception as error:  # an unreadable record supports no report, whatever is wrong
-            refuse(f"{args.verify} is refused: {error!r}")
+            refuse(f"{args.verify} is refused: {type(error).__name__}: {error}")
         return
     try:
         if (args.noise is None) == (args.target_epsilon is None):

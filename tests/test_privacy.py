@@ -1183,6 +1183,9 @@ def test_the_headline_holds_against_who_knows_the_cohorts():
     # sampling is never an obstacle
     often = privacy.privacy_report(m, privacy.Accountant([[0.99, 2.0, 5]]), 1e-5, 5)
     assert often["epsilon_with_sampling"] <= often["epsilon"]
+    # of fixed cohorts all rounds are spent, but the busiest client was in seven of them
+    fixed = privacy.privacy_report(m, privacy.Accountant([[1.0, 2.0, 50]]), 1e-5, 7)
+    assert fixed["epsilon_with_sampling"] <= fixed["epsilon"]
 
 
 def test_a_run_without_noise_or_with_seeded_noise_reports_no_epsilon():

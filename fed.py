@@ -7,6 +7,7 @@ the prompt).
 """
 
 import contextlib
+import io
 import math
 import os
 import time
@@ -145,7 +146,7 @@ def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=
     num_clips = len(batch["motion"])
     step = micro_batch or num_clips
     sums = {}
-    # Before the step, not after it: what a batch that failed left must not count in the next.
+    # Before the step, not after it: a batch that failed may have left gradients.
     model.zero_grad()
     for start in range(0, num_clips, step):
         rows = slice(start, min(start + step, num_clips))
@@ -164,7 +165,7 @@ def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
     motion leaves 1. Without the UNet it is the share that the linear denoiser leaves.
     """
     x0 = batch["motion"] / model.motion_std
-    power = model.weighted_power(x0).mean(1)  # b
+    power = model.weighted_power(x0)  # b
     power = power.clamp(min=0.01 * model.prior.mean_variance())  # a still picture is a clip, too
     conditions = model.encode_conditions(batch["mel"], batch["reference"], batch["words"])
     generator = torch.Generator().manual_seed(seed)
@@ -177,7 +178,7 @@ def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
             x0_hat = model(xt, t, conditions, batch["reference_latents"])
         else:
             x0_hat, _ = model.prior.denoise(xt, *model.diffusion.coefficients(t, xt))
-        shares.append(model.weighted_power(x0_hat - x0).mean(1) / power)
+        shares.append(model.weighted_power(x0_hat - x0) / power)
     return torch.stack(shares)
 
 
@@ -269,8 +270,7 @@ class Client:
     SCAFFOLD's c_i.
 
     Everything here stays with the client. c_i = {round: c_i after that many rounds}, the last two,
-    is kept in `folder`, where every process finds it, as another may have the client's next round;
-    without a folder it lives in memory.
+    is kept in `folder`, where every process finds it, as another may have the client's next round.
     """
 
     def __init__(self, name, split, num_frames, folder=None, same_clip=False):
@@ -282,7 +282,6 @@ class Client:
         # n_k of ISFA: whole windows of num_frames
         self.num_samples = sum(clip.num_frames // num_frames for clip in split["train"])
         self.control_file = folder / f"{data.short_name(name)}.pt" if folder else None
-        self.controls = {}
         self.validation = None
 
     def train_batch(self, model, batch_size, generator):
@@ -301,18 +300,22 @@ class Client:
 
     def read_controls(self):
         """Return the last two c_i by round."""
-        if self.control_file and self.control_file.exists():
+        if not self.control_file.exists():  # before the client's first round
+            return {}
+        try:
             return torch.load(self.control_file, weights_only=True)
-        return self.controls
+        except Exception as error:  # torch raises many kinds for files that are none of its own
+            raise ValueError(
+                f"{self.control_file}: damaged ({type(error).__name__}), and with it the client's c_i"
+            ) from None
 
     def write_controls(self, controls):
         """Keep these c_i by round."""
-        if self.control_file is None:
-            self.controls = controls
-            return
         self.control_file.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError
+        torch.save(controls, buffer)
         with data.atomic_write(self.control_file) as temporary:
-            torch.save(controls, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
     def load_control(self, num_rounds, length):
         """Return c_i [length] as it was after the run's first `num_rounds` rounds, zeros before the
@@ -523,7 +526,8 @@ def round_params(mechanism, cohort_size):
             f"the cohort has {cohort_size} clients, {needed} are needed"
         )
     neighbors = privacy.choose_neighbors(cohort_size)
-    # It takes more than half of a client's neighbours to open its upload: curious ones never are.
+    # Opening an upload takes shares of more than half of the client's neighbours: the curious ones
+    # have to stay below that.
     if neighbors is not None and mechanism.num_curious > neighbors // 2:
         neighbors = None
     return privacy.RoundParams(

@@ -16,11 +16,13 @@ and it leaves at each place a standard deviation d_t. The network corrects it: x
 (EDM), Eq. 7 and Table 1: c_skip xt is D(xt) and c_out is d_t. The linear part costs no training and
 leaves to the network what speech and identity decide.
 
-What speech moves in every face alike takes a direct path from the embedding of time and speech to
-the UNet's output. It is taught first, in pure noise, at a thirtieth of the UNet's cost a frame.
+What speech moves in every face alike takes a direct path from the embedding of time, speech and
+prompt to the UNet's output. It is taught first, in pure noise, at a twentieth of the UNet's cost a
+frame.
 
 Axes: b clips, f frames, n pictures, tokens or mel steps, c channels, h w pixels or latent grid, m
-motion channels (or the bands of a mel spectrogram), d features. Pixels are in [-1, 1].
+motion channels (the bands of a mel spectrogram; keys in attention), d features. Pixels are in
+[-1, 1].
 """
 
 import math
@@ -34,8 +36,8 @@ from torch import nn
 
 CONDITIONS = ("speech", "identity", "text")
 KNOWN_FRAMES = 4  # frames that a window of a long clip takes over from the window before
-# Of every GroupNorm. With a number that is no multiple of 8, torch's kernel for channels_last takes
-# 10 to 40 times as long on CPUs.
+# Channels of each group in every GroupNorm. With a number that is no multiple of 8, torch's kernel
+# for channels_last takes 3 to 16 times as long on CPUs.
 GROUP_CHANNELS = 8
 
 
@@ -45,6 +47,15 @@ GROUP_CHANNELS = 8
 def group_norm(channels):
     """Return a GroupNorm (Wu & He 2018) of groups of GROUP_CHANNELS channels."""
     return nn.GroupNorm(channels // GROUP_CHANNELS, channels, eps=1e-6)
+
+
+def zeroed(layer):
+    """Set weight and bias to zero, so that the block or path which the layer closes starts as
+    nothing; return the layer.
+    """
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ResnetBlock(nn.Module):
@@ -81,7 +92,7 @@ class AutoencoderKL(nn.Module):
     by `factor`, 4 (pixel unshuffle) times 2 for each width after the first.
     """
 
-    def __init__(self, latent_channels=16, channels=(48, 64)):
+    def __init__(self, latent_channels, channels):
         super().__init__()
         if latent_channels < 1 or not channels or any(width % GROUP_CHANNELS for width in channels):
             raise ValueError(
@@ -95,7 +106,7 @@ class AutoencoderKL(nn.Module):
                 f"a block of pixels has {3 * self.factor**2} values: too few for {latent_channels} "
                 "latent channels"
             )
-        # The encoder only corrects a projection, and runs for every frame: half as wide.
+        # The encoder only corrects a linear projection: half as wide as the decoder.
         slim = [max(1, width // 2 // GROUP_CHANNELS) * GROUP_CHANNELS for width in channels]
         encoder = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, slim[0], 3, padding=1)]
         encoder.append(ResnetBlock(slim[0], slim[0]))
@@ -103,21 +114,19 @@ class AutoencoderKL(nn.Module):
             encoder.append(nn.Conv2d(narrow, narrow, 3, stride=2, padding=1))
             encoder.append(ResnetBlock(narrow, wide))
         encoder += [ResnetBlock(slim[-1], slim[-1]), group_norm(slim[-1])]
-        encoder += [nn.SiLU(), nn.Conv2d(slim[-1], 2 * latent_channels, 3, padding=1)]
+        encoder += [nn.SiLU(), zeroed(nn.Conv2d(slim[-1], 2 * latent_channels, 3, padding=1))]
         decoder = [nn.Conv2d(latent_channels, channels[-1], 3, padding=1)]
         decoder += [ResnetBlock(channels[-1], channels[-1]) for _ in range(3)]
         for wide, narrow in zip(channels[::-1], channels[-2::-1]):
             decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, wide, 3, padding=1)]
             decoder += [ResnetBlock(wide, narrow), ResnetBlock(narrow, narrow)]
         decoder += [group_norm(channels[0]), nn.SiLU()]
-        decoder += [nn.Conv2d(channels[0], 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch)]
+        decoder.append(zeroed(nn.Conv2d(channels[0], 3 * patch**2, 3, padding=1)))
+        decoder.append(nn.PixelShuffle(patch))
         self.encoder = nn.Sequential(*encoder)
         self.decoder = nn.Sequential(*decoder)
         self.linear_in = nn.Conv2d(3, latent_channels, self.factor, stride=self.factor)
         self.linear_out = nn.ConvTranspose2d(latent_channels, 3, self.factor, stride=self.factor)
-        for conv in (self.encoder[-1], self.decoder[-2]):
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
         self.encoder[-1].bias.data[latent_channels:] = -6.0  # log variance of nearly exact latents
 
     @torch.no_grad()
@@ -176,6 +185,7 @@ class SpeechEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, mel):
+        """Return tokens [b f window+1 d] of mel windows [b f n m]; the last one is the summary."""
         h = self.conv(rearrange(mel, "b f n m -> (b f) m n"))  # (b f) d window
         tokens = rearrange(h, "n d w -> n w d") + self.position
         summary = self.summary(rearrange(tokens, "n w d -> n 1 (w d)"))
@@ -186,11 +196,11 @@ class SpeechEncoder(nn.Module):
 class IdentityEncoder(nn.Module):
     """Tokens of a reference picture: a 4 x 4 grid of them at any picture size."""
 
-    def __init__(self, dim, widths=(24, 48, 96)):
+    def __init__(self, dim):
         super().__init__()
         layers = []
         channels = 3
-        for width in widths:
+        for width in (24, 48, 96):
             layers.append(nn.Conv2d(channels, width, 4, stride=2, padding=1))
             layers += [group_norm(width), nn.SiLU()]
             channels = width
@@ -205,7 +215,7 @@ class IdentityEncoder(nn.Module):
         return self.norm(rearrange(h, "(b n) d h w -> b (n h w) d", b=len(reference)))
 
 
-MAX_WORDS = 8  # of a prompt that are used
+MAX_WORDS = 8  # that are used of a prompt; further ones are cut off
 
 
 class TextEncoder(nn.Module):
@@ -214,10 +224,9 @@ class TextEncoder(nn.Module):
     The vocabulary is that of the public captions (`learn_words`); it is saved with the weights.
     """
 
-    def __init__(self, dim, num_words=256, max_words=MAX_WORDS):
+    def __init__(self, dim, num_words=256):
         super().__init__()
         self.words = []  # word i has row i + 1 of the table; row 0 is padding
-        self.max_words = max_words
         self.table = nn.Embedding(num_words, dim, padding_idx=0)
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.norm = nn.LayerNorm(dim)
@@ -235,28 +244,29 @@ class TextEncoder(nn.Module):
         self.words = by_frequency[: self.table.num_embeddings - 1]
 
     def ids(self, prompts):
-        """Return table rows [b max_words] of the words of each prompt; unknown words are left out,
+        """Return table rows [b MAX_WORDS] of the words of each prompt; unknown words are left out,
         0 pads.
         """
-        rows = torch.zeros(len(prompts), self.max_words, dtype=torch.long)
+        rows = torch.zeros(len(prompts), MAX_WORDS, dtype=torch.long)
         for row, prompt in zip(rows, prompts):
             known = [self.words.index(w) + 1 for w in split_words(prompt) if w in self.words]
-            known = known[: self.max_words]
+            known = known[:MAX_WORDS]
             row[: len(known)] = torch.tensor(known)
         return rows
 
     def forward(self, ids):
+        """Return tokens [b MAX_WORDS+1 d] of table rows [b MAX_WORDS]; the last is the summary."""
         # Padding is not masked: its token is the norm's bias, the same for every prompt.
-        words = self.table(ids)  # b max_words d
+        words = self.table(ids)  # b MAX_WORDS d
         summary = self.mlp(words.sum(1, keepdim=True))  # b 1 d
-        return self.norm(torch.cat([words, summary], dim=1))  # b max_words+1 d
+        return self.norm(torch.cat([words, summary], dim=1))  # b MAX_WORDS+1 d
 
 
 def split_words(prompt):
     """Return the words of a prompt in lower case: letters of any script with their marks, and
     apostrophes.
     """
-    prompt = unicodedata.normalize("NFC", prompt.lower())
+    prompt = unicodedata.normalize("NFC", prompt.lower()).replace("\u2019", "'")  # a phone's
     kept = [c if c == "'" or unicodedata.category(c)[0] in "LM" else " " for c in prompt]
     return "".join(kept).split()
 
@@ -265,20 +275,12 @@ def split_words(prompt):
 
 
 def attend(q, k, v, heads, bias=None):
-    """Return multi-head attention [b n d] of queries q [b n d] to keys and values k, v [b m d]."""
-    q, k, v = (rearrange(x, "b n (k d) -> b k n d", k=heads) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return rearrange(out, "b k n d -> b n (k d)")
-
-
-def zero_linear(dim):
-    """Return a linear layer that starts at zero, so that the block that it closes starts as its
-    residual.
+    """Return multi-head attention [b n d] of queries q [b n d] to keys and values k, v [b m d];
+    `bias` [1 heads n m] is added to the scores.
     """
-    linear = nn.Linear(dim, dim)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+    q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=heads) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return rearrange(out, "b heads n d -> b n (heads d)")
 
 
 class SelfAttention(nn.Module):
@@ -291,7 +293,7 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
-        self.to_out = zero_linear(dim)
+        self.to_out = zeroed(nn.Linear(dim, dim))
 
     def forward(self, x, bias=None):
         h = self.norm(x)
@@ -316,7 +318,7 @@ class CrossAttention(nn.Module):
         self.to_v = nn.ModuleDict(
             {n: nn.Linear(condition_dim, dim, bias=False) for n in CONDITIONS}
         )
-        self.to_out = zero_linear(dim)
+        self.to_out = zeroed(nn.Linear(dim, dim))
 
     def forward(self, x, conditions, num_frames):
         """x [(b f) n c]; conditions {name: (tokens [b m d] of a clip or [b f m d] of each frame,
@@ -394,21 +396,22 @@ class TalkingUNet(nn.Module):
                 f"the UNet's channels must be multiples of {GROUP_CHANNELS} and of {heads} "
                 f"heads, not {list(channels)}"
             )
-        temb = 4 * channels[0]
+        temb_channels = 4 * channels[0]
         sizes = {
-            "temb_channels": temb,
+            "temb_channels": temb_channels,
             "condition_dim": condition_dim,
             "heads": heads,
             "radius": radius,
         }
         self.num_frequencies = channels[0]
         self.time_mlp = nn.Sequential(
-            nn.Linear(channels[0], temb), nn.SiLU(), nn.Linear(temb, temb)
+            nn.Linear(channels[0], temb_channels),
+            nn.SiLU(),
+            nn.Linear(temb_channels, temb_channels),
         )
         # Identity has no summary: the reference's latents enter at conv_in instead.
-        self.modulation = nn.ModuleDict(
-            {name: nn.Linear(condition_dim, temb, bias=False) for name in ("speech", "text")}
-        )
+        self.speech_in = nn.Linear(condition_dim, temb_channels, bias=False)
+        self.text_in = nn.Linear(condition_dim, temb_channels, bias=False)
         self.position = nn.Parameter(torch.randn(1, channels[0], 8, 8) * 0.02)
         self.conv_in = nn.Conv2d(motion_channels + latent_channels, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -425,19 +428,17 @@ class TalkingUNet(nn.Module):
             self.up.insert(0, TalkingBlock(width, width, **sizes, spatial=level > 0))
         self.middle = TalkingBlock(channels[-1], channels[-1], **sizes, spatial=True)
         self.norm_out = group_norm(channels[0])
-        self.conv_out = nn.Conv2d(channels[0], motion_channels, 3, padding=1)
-        self.speech_out = nn.Linear(temb, motion_channels * 8 * 8)
-        for layer in (self.conv_out, self.speech_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.conv_out = zeroed(nn.Conv2d(channels[0], motion_channels, 3, padding=1))
+        # The direct path of speech leads from speech_in to here.
+        self.speech_out = zeroed(nn.Linear(temb_channels, motion_channels * 8 * 8))
 
     def embed_time(self, time, conditions):
-        """Return what the blocks scale and shift each frame by, [(b f) d], of time [b f] in [0, 1]
-        and the summaries of speech and text.
+        """Return the embedding [(b f) d] of time [b f] in [0, 1] and the summaries of speech and
+        text; each block projects it to its scale and shift.
         """
         temb = self.time_mlp(sinusoid(1000 * time.flatten(), self.num_frequencies))  # (b f) d
         temb = temb.unflatten(0, time.shape)  # b f d
-        for name, layer in self.modulation.items():
+        for name, layer in (("speech", self.speech_in), ("text", self.text_in)):
             tokens, scale = conditions[name]
             summary = layer(tokens[..., -1, :])  # b d or b f d
             if summary.dim() == 2:
@@ -446,8 +447,8 @@ class TalkingUNet(nn.Module):
         return F.silu(temb.flatten(0, 1))
 
     def direct_path(self, temb, grid):
-        """Return what an embedding of time and speech [n d] says of every face alike, [n m h w] on
-        a grid (h, w): a map of 8 x 8, stretched.
+        """Return what an embedding [n d] of time, speech and text says of every face alike,
+        [n m h w] on a grid (h, w): a map of 8 x 8, stretched.
         """
         x = rearrange(self.speech_out(temb), "n (m h w) -> n m h w", h=8, w=8)
         return F.interpolate(x, grid, mode="bilinear", align_corners=False)
@@ -488,18 +489,18 @@ def sinusoid(t, dim):
 
 
 class Diffusion:
-    """Forward process q(xt | x0) (Eq. 2-4), a sampler of its inverse. The network predicts x0."""
+    """Forward process q(xt | x0) (Eq. 2-4) and a sampler that reverses it. The network predicts
+    x0.
+    """
 
     def __init__(self, num_steps=1000):
-        if num_steps < 2:
-            raise ValueError(f"a diffusion needs at least 2 steps, not {num_steps}")
         self.num_steps = num_steps
         self.alpha_bar = noise_schedule(num_steps).float()  # T
 
     def timestep(self, u):
-        """Return integer t [n] for u [n] in [0, 1), evenly spread: the odds of t are three times
-        those of u (Esser et al. 2024, Eq. 23), as the linear denoiser leaves little to learn where
-        there is little noise.
+        """Return integer timesteps t [n] for uniform u [n] in [0, 1). t / T has three times the
+        odds of u (Esser et al. 2024, Eq. 23): noisy steps are drawn more often, as the linear
+        denoiser leaves little to learn at the others.
         """
         t = (3 * u / (1 + 2 * u) * self.num_steps).long()
         return t.clamp(max=self.num_steps - 1)  # for u = 1 - 3 * 2^-24 the quotient rounds to 1
@@ -541,7 +542,7 @@ class Diffusion:
     def sample(self, predict_x0, noise, num_steps):
         """Return x0: the probability-flow ODE solved from `noise` [b ...] in `num_steps` steps.
 
-        `predict_x0(xt, t [b])` is the network. DPM-Solver++(2M), Lu et al. 2022, Algorithm 2; with
+        `predict_x0(xt, t)` is the network, at one t for all. DPM-Solver++(2M), Lu et al. 2022, Algorithm 2; with
         one step it is DDIM.
         """
         xt = noise
@@ -551,7 +552,7 @@ class Diffusion:
         previous_x0 = None
         previous_h = None
         for i, t in enumerate(times.tolist()):
-            x0 = predict_x0(xt, torch.full((len(xt),), t, device=xt.device))
+            x0 = predict_x0(xt, t)
             h = log_snr[i + 1] - log_snr[i]
             estimate = x0
             # First and last step are of first order; so is the second: previous_h is infinite.
@@ -595,20 +596,21 @@ def warp(pictures, flow):
 
 
 @torch.no_grad()
-def estimate_flow(source, target, size, damping=0.02):
+def estimate_flow(source, target, size):
     """Return flow [n 2 size size] for which warp(source [n 3 H W], flow) resembles target [n 3 H
     W].
 
     Lucas & Kanade (1981), in grey and coarse to fine: each cell solves its 2 x 2 normal equations
     over itself and its neighbours; between steps the flow is smoothed.
     """
+    damping = 0.02
     source = source.mean(1, keepdim=True)  # n 1 H W
     target = target.mean(1, keepdim=True)
     flow = target.new_zeros(len(target), 2, size, size)
     for reduction, iterations in ((4, 3), (2, 6), (1, 2)):
-        pixels = max(source.shape[-1] // reduction, size)
-        coarse_source = F.avg_pool2d(source, source.shape[-1] // pixels)
-        coarse_target = F.avg_pool2d(target, source.shape[-1] // pixels)  # n 1 pixels pixels
+        coarse_source = F.avg_pool2d(source, reduction)
+        coarse_target = F.avg_pool2d(target, reduction)  # n 1 pixels pixels
+        pixels = coarse_source.shape[-1]
         for _ in range(iterations):
             warped = warp(coarse_source, flow)
             error = coarse_target - warped
@@ -687,8 +689,8 @@ class GaussianPrior(nn.Module):
         return (vectors * values.clamp(min=1e-3)) @ vectors.T
 
     def sample(self, noise, num_known):
-        """Return a random deviation [b f m h w] of x0 from its mean, made of white `noise` [b f m h
-        w]; the first `num_known` frames are known, and deviate by 0.
+        """Return a random deviation [b f m h w] of x0 from its mean given the first `num_known`
+        frames, which deviate by 0; it is made of white `noise` [b f m h w].
         """
         K = self.frame_correlation(noise.shape[1])
         # The lower right block of K's Cholesky factor is that of the covariance which known frames
@@ -789,6 +791,7 @@ class TalkingHead(nn.Module):
         for part in (slice(0, 2), slice(2, None)):  # flow, residual
             flat = rearrange(motion[:, :, part], "b f m h w -> (b f) (m h w)")
             num_modes = min(64, *flat.shape)
+            # On the CPU, as in `GaussianPrior.fit`.
             _, scale, _ = torch.pca_lowrank(flat.cpu(), q=num_modes, center=False, niter=4)
             variance = scale**2 / len(flat)
             typical = variance.square().sum() / variance.sum().clamp(min=1e-12)
@@ -836,7 +839,7 @@ class TalkingHead(nn.Module):
 
     def encode_conditions(self, mel, reference, words, scales=None):
         """Return {name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or [b n 3 H W],
-        and word ids [b n].
+        and word ids [b MAX_WORDS].
 
         `scales` {name: number or [b]} weigh the conditions, 1 where not given; a clip without words
         has no text.
@@ -848,17 +851,14 @@ class TalkingHead(nn.Module):
         return {
             "speech": (self.speech_encoder(mel), scale["speech"]),  # b f window+1 d
             "identity": (self.identity_encoder(reference), scale["identity"]),  # b (n 16) d
-            "text": (self.text_encoder(words), scale["text"] * has_words),  # b max_words+1 d
+            "text": (self.text_encoder(words), scale["text"] * has_words),  # b MAX_WORDS+1 d
         }
 
     def forward(self, xt, t, conditions, reference_latents):
-        """Return x0_hat [b f m h w] for xt at integer t [b] or, by frame, [b f]: linear denoiser
-        plus correction.
+        """Return x0_hat [b f m h w] for xt at integer t [b f]: linear denoiser plus correction.
 
         Frames without noise (t = -1) are known; the others continue from them.
         """
-        if t.dim() == 1:
-            t = t[:, None].expand(xt.shape[:2])  # b f
         with torch.autocast(xt.device.type, enabled=False):  # bfloat16 is for the network only
             linear, std = self.prior.denoise(xt, *self.diffusion.coefficients(t, xt))
         _, identity_scale = conditions["identity"]
@@ -867,29 +867,30 @@ class TalkingHead(nn.Module):
         return linear + std * self.unet(linear, time, conditions, reference)
 
     def weighted_power(self, x):
-        """Return the mean square [b f] of x [b f m h w], its places weighted by `speech_weights`
-        and its mean over the frames by a tenth.
+        """Return the mean square [b] of x [b f m h w], its places weighted by `speech_weights` and
+        its mean over the frames by a tenth.
 
         That mean is how the window's pose and light differ from the reference's, which nothing that
         the network hears or sees can tell.
         """
         still = x.mean(1, keepdim=True)  # b 1 m h w
         square = (x - still).square() + 0.1 * still.square()
-        return (self.place_weights * square).flatten(2).mean(2)
+        return (self.place_weights * square).flatten(2).mean(2).mean(1)
 
     def diffusion_loss(self, x0_hat, x0, noise):
         """Return the diffusion loss [b] of x0_hat for x0 [b f m h w], where noise is sqrt(1 -
         alpha_bar).
 
-        The squared error of x0 is divided by the clip's own power (at least a quarter of the
-        prior's variance), so that calm clips count as much as lively ones, and by 1 - alpha_bar (at
-        least .05), which makes it the error of v (Salimans & Ho 2022): Eq. 6 divided by alpha_bar,
-        which keeps the step of pure noise in the loss.
+        The squared error of x0 is divided by the clip's own power, so that calm clips count as much
+        as lively ones (the power is taken to be at least a quarter of the prior's variance, which
+        some two fifths of the windows of 8 frames don't have: the calmest count for less), and by
+        1 - alpha_bar (at least .05), which makes it the error of v (Salimans & Ho 2022): Eq. 6
+        divided by alpha_bar, which keeps the step of pure noise in the loss.
         """
         smallest_power = 0.25 * self.prior.mean_variance()
-        power = self.weighted_power(x0).mean(1).clamp(min=smallest_power)  # b
+        power = self.weighted_power(x0).clamp(min=smallest_power)  # b
         error = (x0_hat - x0) / noise.square().clamp(min=0.05).sqrt()  # b f m h w
-        return self.weighted_power(error).mean(1) / power
+        return self.weighted_power(error) / power
 
     def training_losses(self, batch, t, eps, scales=None):
         """Return the diffusion loss [b] (Eq. 6), x0_hat and eps_hat [b f m h w] of a batch.
@@ -925,24 +926,25 @@ class TalkingHead(nn.Module):
         return self.diffusion_loss(x0_hat, x0, noise)
 
     def sample(self, conditions, reference_latents, noise, chance, known, num_steps, guidance):
-        """Return x0 [b f m h w] sampled from `noise` [b f m h w].
+        """Return x0 [b f m h w] sampled from `noise` [b f m h w] in `num_steps` steps of the solver.
 
-        Its first frames are `known` [b k m h w]. In pure noise the network knows the mean of x0
+        conditions: of `encode_conditions`; reference_latents [b c h w]. Its first frames are
+        `known` [b k m h w]. In pure noise the network knows the mean of x0
         only, and steps that started from there would lose all that varies about it, such as the
         head's motion. `chance` [b f m h w], a sample of the prior, makes up for it: Bao et al. 2022
         (Analytic-DPM), Theorem 1, where the noise added has the variance alpha_bar Cov(x0).
 
         Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w): x0 =
-        x0_without + guidance (x0_with - x0_without). In pure noise only, where nothing but speech
-        is known (a limited interval: Kynkaanniemi et al. 2024).
+        x0_without + guidance (x0_with - x0_without). In pure noise only, where x0_hat rests on the
+        conditions and the known frames (a limited interval: Kynkaanniemi et al. 2024).
         """
         num_known = known.shape[1]
         tokens, scale = conditions["speech"]
         without_speech = conditions | {"speech": (tokens, torch.zeros_like(scale))}
 
-        def predict_x0(xt, t):
-            pure_noise = int(t[0]) == self.diffusion.num_steps - 1
-            t = t[:, None].repeat(1, xt.shape[1])  # b f
+        def predict_x0(xt, step):
+            pure_noise = step == self.diffusion.num_steps - 1
+            t = torch.full(xt.shape[:2], step, device=xt.device)  # b f
             t[:, :num_known] = -1
             xt = torch.cat([known, xt[:, num_known:]], dim=1)
             x0 = self(xt, t, conditions, reference_latents)
@@ -958,7 +960,7 @@ class TalkingHead(nn.Module):
 
     def chance_by_place(self):
         """Return the share [m h w] of the motion's standard deviation that is left to chance: of the
-        flow from 1 where speech explains nothing to 0 where it explains most; of the residual 0.
+        flow from 1 where speech explains least to 0 where it explains most; of the residual 0.
 
         A true sample of a mouth that speech tells to a correlation of r would follow the real mouth
         by r squared only, the rest being chance. Without chance it moves as speech lets expect,
@@ -979,8 +981,8 @@ class TalkingHead(nn.Module):
         words,
         generator,
         num_steps,
-        guidance=1.0,
-        window=40,
+        guidance,
+        window,
         scales=None,
         liveliness=None,
     ):
@@ -994,8 +996,8 @@ class TalkingHead(nn.Module):
         clip. The first window is half as long, so that its frames come sooner.
         """
         # The first window, half as long, has to hold the frames that the second takes over.
-        if window <= 2 * KNOWN_FRAMES:
-            raise ValueError(f"sampling.window must be above {2 * KNOWN_FRAMES}, not {window}")
+        if window < 2 * KNOWN_FRAMES:
+            raise ValueError(f"sampling.window must be at least {2 * KNOWN_FRAMES}, not {window}")
         moving = reference if reference.dim() == 4 else reference[:, 0]  # b 3 H W
         latents = self.autoencoder.encode(moving)  # b c h w
         num_clips, num_frames = mel.shape[:2]
@@ -1010,6 +1012,7 @@ class TalkingHead(nn.Module):
             mel_window = mel[:, first : first + length]  # b w n m
             shape = (num_clips, mel_window.shape[1], *known.shape[2:])
             noise, chance = torch.randn(2, *shape, generator=generator).to(latents.device)
+            # Elsewhere the few steps of the solver would leave this noise in x0, to be seen.
             noise = share * noise
             chance = share * self.prior.sample(chance, known.shape[1])
             conditions = self.encode_conditions(mel_window, reference, words, scales)
@@ -1024,9 +1027,10 @@ class TalkingHead(nn.Module):
         return torch.cat(list(self.stream(*args, **kwargs)), dim=1)
 
 
-def speech_weights(x0, mel, share=0.75):
-    """Return weights [m h w] of the squared error by place: of the power of x0 [b f m h w] a
-    `share` goes to places in proportion to what speech explains there, the rest to all alike.
+def speech_weights(x0, mel):
+    """Return weights [m h w] of the squared error by place: a quarter everywhere, plus, in
+    proportion to the share of the motion's variance that speech explains there, three quarters on
+    the mean over the power of x0 [b f m h w].
 
     Heads, eyes and cameras move more than mouths; without weights the part of the loss that speech
     can lower would be some hundredths of it. What speech explains is the share of the variance over
@@ -1034,6 +1038,7 @@ def speech_weights(x0, mel, share=0.75):
     in the other half (a person may be in both). As in the loss, a calm clip counts as much as a
     lively one.
     """
+    share = 0.75
     shape = x0.shape[2:]
     x0 = x0.flatten(2).double()  # b f (m h w)
     x0 = x0 / x0.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)

@@ -91,7 +91,7 @@ RANGES = {
     "personal.batch_size": (1, 1024),
     "sampling.num_steps": (1, 1000),
     "sampling.guidance": (0, 100),
-    "sampling.window": (2 * (talking.KNOWN_FRAMES + 1), 1000),
+    "sampling.window": (2 * talking.KNOWN_FRAMES, 1000),
     "evaluate.num_frames": (6, 1e9),  # two windows of the sync judges
     "runtime.threads": (0, 1024),
 }
@@ -486,7 +486,8 @@ def learn_to_hear(model, batches, num_steps, lr):
     parts = (
         model.speech_encoder,
         model.unet.time_mlp,
-        model.unet.modulation,
+        model.unet.speech_in,
+        model.unet.text_in,
         model.unet.speech_out,
     )
     parameters = [parameter for part in parts for parameter in part.parameters()]
@@ -539,8 +540,9 @@ def train_unet(config, autoencoder, public, device, partial):
     batches = fed.Batches(model, public, *size, config["seed"], views)
     bar = tqdm(batches.loader(first, num_steps), "backbone", initial=first, total=num_steps)
     for step, batch in enumerate(bar, first):
-        # Noise and dropout follow from the step: they are the same after an interruption.
-        step_seed = fed.derive_seed(config["seed"], step)
+        # Noise and dropout follow from the step: they are the same after an interruption. The seed
+        # is not the batch's, or the batch's first person would decide its noise levels.
+        step_seed = fed.derive_seed(config["seed"], step, 1)
         torch.manual_seed(step_seed)
         generator.manual_seed(step_seed)
         terms = fed.backward(model, None, batch, generator=generator, **step_kwargs)
@@ -665,7 +667,10 @@ def load_or_pretrain(config, public, run, device, workers):
     own = run / "backbone.pt"
     cache = Path(config["runtime"]["directory"]) / "backbones" / backbone_key(config, public)
     if not workers.broadcast(own.exists() or (cache / "backbone.pt").exists()):
-        pretrain(config, public, cache, device, workers)
+        try:
+            pretrain(config, public, cache, device, workers)
+        except torch.linalg.LinAlgError:  # of numbers that are not finite
+            raise ValueError("the backbone's training diverged: lower backbone.lr") from None
     backbone = None
     if workers.rank == 0:
         if not own.exists():
@@ -793,6 +798,7 @@ def train(config, people, run, device, workers):
     state = workers.broadcast(load_or_initialize(config, model, backbone, run))
     if workers.rank == 0:
         forget_rounds(run, state["round"])
+        save_config(run, config)  # not before the run's files have shown that they are whole
     # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: without it no disk is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
@@ -844,7 +850,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
             update = fed.zero_update(state)
             weight = 0.0
             diagnostics[i] = {}
-            with fed.catch_failure(client, diagnostics[i]):
+            with fed.catch_failure(client, diagnostics[i]):  # who fails is noted there
                 # Eq. 12
                 update, terms = fed.local_update(model, judges, client, state, seed, **training)
                 r = 1.0
@@ -879,14 +885,16 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
         except privacy.AggregationAborted as error:
             aborted = str(error)
 
-        # -- on the server; an aborted round has no survivors and leaves the adapter as it was
+        # -- on the server, which every worker is; an aborted round has no survivors and leaves the
+        # adapter as it was
         if survivors:
-            # |S| / N of SCAFFOLD, without the clients that failed
+            # |S| / N of SCAFFOLD, without the clients that failed; of noise, the sum may be near 0
             participation = max(1.0, weight_sum) / len(participants)
             state = fed.server_update(state, mean, f["server_lr"], participation)
-        for i in uploads:
-            if i not in survivors or "failure" in diagnostics[i]:
-                participants[cohort[i]].undo_control(index + 1)
+        if "control" in state:  # c_i of updates that did not count go back
+            for i in uploads:
+                if i not in survivors or "failure" in diagnostics[i]:
+                    participants[cohort[i]].undo_control(index + 1)
         state["round"] = index + 1
         record = {"round": index, "cohort_size": len(cohort), "survivors": len(survivors)}
         record |= {"aborted": aborted, "weight_sum": weight_sum if survivors else 0.0}
@@ -1039,6 +1047,11 @@ def save_state(run, state, workers):
         save_checkpoint(run / "last.pt", "global adapter", state)
 
 
+def save_config(run, config):
+    """Write the settings of a run into its config.yaml."""
+    write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
 def forget_rounds(run, num_rounds):
     """Drop the line of a round that was logged but not saved; it is done again."""
     path = run / "rounds.jsonl"
@@ -1050,7 +1063,11 @@ def forget_rounds(run, num_rounds):
 def read_rounds(run):
     """Return the record of each round of a run (`log_round`)."""
     path = run / "rounds.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
 
 
 def check_learned(run, workers):
@@ -1524,9 +1541,11 @@ def generate(args, config, device):
     """--action generate: a portrait and a voice become a video with sound."""
     output = Path(args.output or "talk.mp4")
     data.check_output(output)
-    for path in (*args.reference, args.speech):
-        if output.exists() and os.path.exists(path) and output.samefile(path):
-            raise ValueError(f"--output {output} would replace --reference or --speech")
+    outputs = [output, Path(args.look, "reference.png")] if args.look else [output]
+    for written in outputs:
+        for path in (*args.reference, args.speech):
+            if written.exists() and os.path.exists(path) and written.samefile(path):
+                raise ValueError(f"{written} is --reference or --speech, and would be replaced")
     backbone, model, _, state = load_run(config, Path(args.resume), device)
     model = merged_copy(model, state["adapter"])
     liveliness = None  # as public people
@@ -1536,7 +1555,9 @@ def generate(args, config, device):
         if content["description"] | {"origin": expected["origin"]} != expected:
             raise ValueError(f"{args.adapter}: made with other settings: {content['description']}")
         if content["description"] != expected:
-            raise ValueError(f"{args.adapter}: was trained on another run's global adapter")
+            raise ValueError(
+                f"{args.adapter}: was trained on another global adapter than the run has now"
+            )
         model = add_adapter(config, model, backbone["directions"], "personal")
         model = merged_copy(model, content["adapter"])
         liveliness = torch.full([1], content["liveliness"], device=device)
@@ -1611,6 +1632,8 @@ def personalize_own(args, config, device):
     """--action personalize: train an adapter on a person's videos; measure it on other pieces."""
     output = Path(args.output or "me.pt")
     data.check_output(output, (".pt",))
+    if output.exists():  # what is no personal adapter is not replaced by one
+        load_checkpoint(output, "personal adapter")
     backbone, model, judges, state = load_run(config, Path(args.resume), device)
     dataset = read_clips(config, args.clips, load_finder(config, backbone))
     if args.look:
@@ -1770,13 +1793,15 @@ def parse_arguments(argv):
     for name, (least, most) in ranges.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
-            parser.error(f"--{name} must lie in {least} ... {most}, not {value}")
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} must lie in {least} ... {most}, not {value}")
     generating = (*ranges, "reference", "speech", "prompt", "no_watermark", "adapter")
     users = dict.fromkeys(generating, ["generate"]) | {"clips": ["personalize"]}
     users |= dict.fromkeys(("output", "look"), ["generate", "personalize"])
     for name, actions in users.items():
         if args.action not in actions and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is for --action {' or '.join(actions)}, not {args.action}")
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is for --action {' or '.join(actions)}, not {args.action}")
     needed = {"evaluate": ["resume"], "personalize": ["clips", "resume"]}
     needed["generate"] = ["reference", "speech", "resume"]
     for name in needed.get(args.action, []):
@@ -1853,7 +1878,8 @@ def run_action(args, config, devices, workers):
         dry_run(config, device)
     else:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}"
-        run = workers.broadcast(Path(args.resume or Path(config["runtime"]["directory"]) / name))
+        run = Path(config["runtime"]["directory"]) / name
+        run = workers.broadcast(run if args.resume is None else Path(args.resume))
         with workers.first_on_machine():
             people = load_people(config)  # refuses what it must before anything is written
         clips = [
@@ -1864,7 +1890,8 @@ def run_action(args, config, devices, workers):
         with run_lock(run) if workers.rank == 0 else contextlib.nullcontext():
             if workers.rank == 0:
                 check_people(run, people)
-                write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+                if not (run / "config.yaml").exists():
+                    save_config(run, config)
             train(config, people, run, device, workers)
 
 
@@ -1881,12 +1908,15 @@ def check_people(run, people):
     if not path.exists():
         write_text(path, json.dumps(roles))
         return
-    before = json.loads(path.read_text())
-    changed = set()
-    for role in roles:
-        for name in roles[role].keys() | before[role].keys():
-            if roles[role].get(name) != before[role].get(name):
-                changed.add(name)
+    try:
+        before = json.loads(path.read_text())
+        changed = set()
+        for role in roles:
+            for name in roles[role].keys() | before[role].keys():
+                if roles[role].get(name) != before[role].get(name):
+                    changed.add(name)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path}: damaged: who was a client is not known any more") from None
     if changed:
         names = ", ".join(sorted(changed)[:5])
         raise ValueError(f"--resume: the clips or the role of {names} have changed ({path})")
@@ -1914,7 +1944,12 @@ def configure(args):
             raise ValueError(f"--resume {run}: no {name} there: the run has not come that far")
     if args.action == "evaluate":
         num_rounds = load_checkpoint(run / "last.pt", "global adapter")["round"]
-        if num_rounds < config["fed"]["rounds"] or config["personal"] != own["personal"]:
+        num_adapters = min(config["personal"]["clients"], config["data"]["clients"])
+        if not config["personal"]["steps"]:
+            num_adapters = 0
+        lost = num_adapters > len(list((run / "personal").glob("*.pt")))
+        changed = config["personal"] != own["personal"] or num_rounds != config["fed"]["rounds"]
+        if lost or changed:
             raise ValueError("--action evaluate trains nothing: continue with --resume alone")
     return config
 

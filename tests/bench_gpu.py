@@ -96,7 +96,7 @@ def compare():
         gradient = torch.cat([p.grad.flatten() for p in model.unet.parameters()])
         words = model.text_encoder.ids([""] * 4).to(device)
         spoken = encoded["reference"], encoded["mel"], words, torch.Generator().manual_seed(2)
-        frames = model.eval().generate(*spoken, 2, guidance=2.5)
+        frames = model.eval().generate(*spoken, num_steps=2, guidance=2.5, window=40)
         results[name] = encoded["motion"], gradient, frames
         train.add_adapter(config, model.requires_grad_(False), None, "lora")
         adapters[name] = torch.cat([p.cpu().flatten() for p in model.unet.parameters()])

@@ -97,19 +97,22 @@ def make_tables():
     many = ("data.root=datasets/synthetic-300", "data.clients=300")
     epsilons_300 = [replace(cell, overrides=(*cell.overrides, *many)) for cell in epsilons]
 
-    adapters = [plain, private]  # R, rank 2, layers that hear speech
+    adapters = [plain, private]  # R, rank 8, the layer where speech enters
+    places = {"speech_in": "where speech enters", "speech": "layers that hear speech"}
+    places[""] = "all layers"
     # clipped to about the norm of the updates that they give
-    for layers, factors, rank, lr, clip_norm in (
-        ("speech", "R", 1, 0.05, 0.35),
-        ("speech", "R", 4, 0.05, 1.4),
-        ("speech", "R", 8, 0.05, 2.7),
-        ("", "R", 2, 0.02, 0.8),
-        ("", "B", 4, 0.003, 1.25),
-        ("", "AB", 4, 0.01, 5.4),
+    for layers, factors, rank, alpha, lr, clip_norm in (
+        ("speech_in", "R", 4, 4.0, 0.2, 1.8),
+        ("speech_in", "R", 12, 12.0, 0.2, 5.1),
+        ("speech", "R", 2, 2.0, 0.2, 3.0),
+        ("speech", "R", 8, 8.0, 0.2, 10.7),
+        ("", "R", 2, 2.0, 0.08, 3.2),
+        ("", "B", 4, 16.0, 0.003, 1.25),
+        ("", "AB", 4, 16.0, 0.01, 5.4),
     ):
-        where = "layers that hear speech" if layers else "all layers"
+        where = places[layers]
         overrides = (f"lora.layers='{layers}'", f"lora.train={factors}", f"lora.rank={rank}")
-        overrides += (f"lora.alpha={4.0 * rank}", f"fed.lr={lr}", f"privacy.clip_norm={clip_norm}")
+        overrides += (f"lora.alpha={alpha}", f"fed.lr={lr}", f"privacy.clip_norm={clip_norm}")
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, no noise", ("plain",), overrides))
         adapters.append(Cell(f"{factors}, rank {rank}, {where}, epsilon 2", (), overrides))
 

@@ -601,6 +601,13 @@ def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
     assert one.load_control(3, 1) == other.load_control(3, 1) == 2
 
 
+def test_a_damaged_control_variate_is_named(tmp_path):
+    client = fed.Client("a", {"train": []}, 8, tmp_path)
+    (tmp_path / "a.pt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="a.pt: damaged .* and with it the client's c_i"):
+        client.undo_control(1)
+
+
 def test_a_round_weighs_clients_by_isfa(monkeypatch, tmp_path):
     """With gamma = 5 a client of reliability 1 counts e^5 times as much as one of 0."""
     use_sgd(monkeypatch)

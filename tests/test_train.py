@@ -121,7 +121,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--action", "trian"], "invalid choice"),
         (["--seed", "3"], "--seed is for --action generate"),
         (["--action", "generate", "--seconds", "nan"], "--seconds must lie in"),
-        (["--action", "generate", "--text-scale", "1e30"], "text_scale must lie in"),
+        (["--action", "generate", "--text-scale", "1e30"], "--text-scale must lie in"),
         (["--gpus", "cpu:"], "--gpus cpu:"),
         (["--gpus", "²"], "--gpus ²: give CUDA indices"),
         (["--resume", "nowhere", "--config", "config.yaml"], "leave out --config"),
@@ -474,7 +474,9 @@ def test_own_videos_become_an_adapter_that_only_its_run_accepts(
     content = train.load_checkpoint(output, "personal adapter")
     content["description"]["origin"] = "another adapter"
     train.save_checkpoint(output, "personal adapter", content)
-    assert "another run's global adapter" in fails(capsys, *base, "--adapter", str(output))
+    assert "another global adapter than the run has now" in fails(
+        capsys, *base, "--adapter", str(output)
+    )
     assert not (tmp_path / "no.mp4").exists()
 
 
@@ -645,7 +647,7 @@ def test_a_refused_resume_changes_nothing(finished, capsys):
     _, run = finished
     before = snapshot(run)
     error = fails(capsys, "--resume", str(run), "--set", "lora.rank=3")
-    assert "lora.rank=2" in error
+    assert "lora.rank=8" in error
     assert "fed.algorithm" in fails(capsys, "--resume", str(run), "--preset", "scaffold", "plain")
     assert "is a section" in fails(capsys, "--resume", str(run), "--set", "fed=1")
     with train.run_lock(run):
@@ -671,21 +673,23 @@ def test_a_run_whose_rounds_were_all_aborted_says_that_nothing_was_learned(finis
     settings = [*TINY, *places(folder), "name=aborted", "fed.sample_rate=0.3"]
     settings += ["privacy.num_curious=0", "privacy.seed=5"]  # draws cohorts of 1, 0, 2 clients
 
-    def error_of(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            train.main(["--gpus", "cpu", *arguments])
-        assert stop.value.code == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
-    error = error_of("--set", *settings)
+    error = last_line(capsys, "--set", *settings)
     (run,) = (folder / "runs").glob("*-aborted")
     assert error.startswith("error: nothing was learned: every round was aborted, the last because")
     assert "the cohort has 0 clients, 2 are needed" in error and str(run) in error
     assert not (run / "report.json").exists()
-    assert error_of("--resume", str(run)) == error  # it repeats nothing
+    assert last_line(capsys, "--resume", str(run)) == error  # it repeats nothing
     assert len(read_rounds(run)) == 2
     train.main(["--gpus", "cpu", "--resume", str(run), "--set", "fed.rounds=3"])
     assert (run / "report.json").exists()
+
+
+def last_line(capsys, *arguments):
+    """Return the error of a command line that fails, below its progress bars."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--gpus", "cpu", *arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def copy_run(run, folder):
@@ -727,7 +731,7 @@ def test_what_a_run_has_spent_cannot_be_lost_or_edited(finished, tmp_path, capsy
     _, run = finished
     copied = copy_run(run, tmp_path)
     text = (copied / "config.yaml").read_text()
-    (copied / "config.yaml").write_text(text.replace("clip_norm: 0.75", "clip_norm: 5.0"))
+    (copied / "config.yaml").write_text(text.replace("clip_norm: 3.5", "clip_norm: 5.0"))
     assert "config.yaml was changed" in fails(capsys, "--resume", str(copied))
     (copied / "config.yaml").write_text(text)
     (copied / "last.pt").unlink()
@@ -777,15 +781,68 @@ def test_an_output_does_not_replace_an_input(finished, tmp_path, capsys):
     before = speech.read_bytes()
     base = ["--action", "generate", "--resume", str(run), "--reference", str(run / "grid.png")]
     error = fails(capsys, *base, "--speech", str(speech), "--output", str(speech))
-    assert "would replace" in error and speech.read_bytes() == before
+    assert "would be replaced" in error and speech.read_bytes() == before
+    look = tmp_path / "look"
+    look.mkdir()
+    shutil.copy(run / "grid.png", look / "reference.png")
+    before = snapshot(look)
+    base[-1] = str(look / "reference.png")
+    error = fails(capsys, *base, "--speech", str(speech), "--look", str(look))
+    assert "would be replaced" in error and snapshot(look) == before
+
+
+def test_an_own_adapter_does_not_replace_a_file_of_the_run(finished, tmp_path, capsys):
+    folder, run = finished
+    copied = copy_run(run, tmp_path)
+    before = snapshot(copied)
+    base = ["--action", "personalize", "--resume", str(copied)]
+    base += ["--clips", str(folder / "people" / "client-000"), "--output", str(copied / "last.pt")]
+    assert "holds a global adapter, not a personal adapter" in fails(capsys, *base)
+    assert snapshot(copied) == before
+
+
+@pytest.mark.parametrize(
+    "name, content", [("people.json", "{}"), ("people.json", "[1"), ("rounds.jsonl", "{\n")]
+)
+def test_a_damaged_file_of_a_run_is_named(finished, tmp_path, capsys, name, content):
+    _, run = finished
+    copied = copy_run(run, tmp_path)
+    (copied / name).write_text(content)
+    assert f"{name}: damaged" in last_line(capsys, "--resume", str(copied))
+
+
+def test_settings_are_kept_only_when_the_runs_files_are_whole(finished, tmp_path, capsys):
+    _, run = finished
+    copied = copy_run(run, tmp_path)
+    before = (copied / "config.yaml").read_bytes()
+    broken = copied / "backbone.pt"
+    broken.write_bytes(broken.read_bytes()[:-1000])
+    changes = ["--set", "fed.rounds=3", "sampling.num_steps=2"]
+    assert "backbone.pt: " in fails(capsys, "--resume", str(copied), *changes)
+    assert (copied / "config.yaml").read_bytes() == before
+
+
+def test_training_that_diverges_is_one_line(tmp_path, capsys):
+    data.make_synthetic(tmp_path / "people", 8, 5, 1, 1, 3, 0.4, 32)
+    settings = [*TINY, *places(tmp_path), "backbone.lr=1e9", "backbone.steps=20"]
+    assert "lower backbone.lr" in last_line(capsys, "--set", *settings)
+
+
+def test_each_algorithms_preset_undoes_the_others():
+    of_one = train.load_config(train.DEFAULTS, ["fedavg"])["fed"]
+    of_two = train.load_config(train.DEFAULTS, ["fedprox", "fedavg"])["fed"]
+    assert of_one == of_two
+    assert train.load_config(train.DEFAULTS, ["scaffold", "fedprox"])["fed"]["algorithm"] == "isfa"
 
 
 def test_evaluating_trains_nothing(finished, tmp_path, capsys):
     folder, run = finished
     again = ["--action", "evaluate", "--resume", str(run)]
-    for change in ("fed.rounds=3", "personal.steps=2"):
+    for change in ("fed.rounds=3", "fed.rounds=1", "personal.steps=2"):
         assert "evaluate trains nothing" in fails(capsys, *again, "--set", change)
     unfinished = copy_run(run, tmp_path)
+    (unfinished / "personal" / "client-000.pt").unlink()
+    assert "evaluate trains nothing" in fails(capsys, *again[:-1], str(unfinished))
     (unfinished / "report.json").unlink()
     assert "no report.json there" in fails(capsys, *again[:-1], str(unfinished))
 

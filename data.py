@@ -94,7 +94,7 @@ def refuse(message):
 
 
 def is_short_of_memory(error):
-    """Whether an error says that there is too little memory, or that the process which makes batches
+    """Whether an error says that there is too little memory, or that the process that makes batches
     was killed, as it is where there is none left; torch has no class of its own for either.
     """
     messages = "(out of|allocate) memory|^DataLoader worker"
@@ -285,8 +285,8 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
                 raise
         log.seek(0)
         text = log.read().decode(errors="replace")
-    # What it wrote looks like a whole file, but is not. Status 255 alone would not tell: some damaged
-    # files end with it, too.
+    # What it wrote looks like a whole file, but is not. Status 255 alone would not tell: some
+    # damaged files end with it, too.
     if "Exiting normally, received signal" in text:  # Ctrl-C
         raise InterruptedError("ffmpeg was stopped")
     if process.returncode < 0:
@@ -1366,8 +1366,8 @@ MIN_PUBLIC = 8  # two halves; judges are trained on each
 
 
 class People(NamedTuple):
-    """{person: [Clip]} of the people whom the backbone is trained on, of clients, and of people whom
-    nothing is trained on.
+    """{person: [Clip]} of the people whom the backbone is trained on, of clients, and of people
+    whom nothing is trained on.
     """
 
     public: dict

@@ -304,9 +304,9 @@ class Client:
             return {}
         try:
             return torch.load(self.control_file, weights_only=True)
-        except Exception as error:  # torch raises many kinds for files that are none of its own
+        except Exception as error:  # torch raises many kinds for what is no file of its own
             raise ValueError(
-                f"{self.control_file}: damaged ({type(error).__name__}), and with it the client's c_i"
+                f"{self.control_file}: damaged, and with it the client's c_i ({error})"
             ) from None
 
     def write_controls(self, controls):

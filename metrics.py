@@ -166,8 +166,8 @@ def mean_jitter(clips):
 
 
 def perceptual_distances(embed, generated, truth):
-    """Return LPIPS [f] of two clips [f c h w] and the terms [f - 1] of which tLP is the mean (Chu et
-    al. 2020), for `embed(frames) -> [n d]` whose squared distances are LPIPS.
+    """Return LPIPS [f] of two clips [f c h w] and the terms [f - 1] whose mean is tLP (Chu et al.
+    2020), for `embed(frames) -> [n d]` whose squared distances are LPIPS.
 
     A term of tLP is by how much the distance of two consecutive generated frames differs from that
     of the true ones.

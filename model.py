@@ -542,8 +542,8 @@ class Diffusion:
     def sample(self, predict_x0, noise, num_steps):
         """Return x0: the probability-flow ODE solved from `noise` [b ...] in `num_steps` steps.
 
-        `predict_x0(xt, t)` is the network, at one t for all. DPM-Solver++(2M), Lu et al. 2022, Algorithm 2; with
-        one step it is DDIM.
+        `predict_x0(xt, t)` is the network, at one t for all. DPM-Solver++(2M), Lu et al. 2022,
+        Algorithm 2; with one step it is DDIM.
         """
         xt = noise
         times = self.timesteps(num_steps)
@@ -926,7 +926,7 @@ class TalkingHead(nn.Module):
         return self.diffusion_loss(x0_hat, x0, noise)
 
     def sample(self, conditions, reference_latents, noise, chance, known, num_steps, guidance):
-        """Return x0 [b f m h w] sampled from `noise` [b f m h w] in `num_steps` steps of the solver.
+        """Return x0 [b f m h w] sampled from `noise` [b f m h w] in `num_steps` steps.
 
         conditions: of `encode_conditions`; reference_latents [b c h w]. Its first frames are
         `known` [b k m h w]. In pure noise the network knows the mean of x0

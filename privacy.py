@@ -2,8 +2,8 @@
 
 Threat model: an honest-but-curious server together with up to `num_curious` clients, dropouts at
 every stage, and everybody who sees released models. Not covered: a server that deviates from the
-protocol (invented clients, different rosters or survivor lists for different clients), poisoned updates, side channels such
-as timing, and whatever leaves a client outside of the masked vector.
+protocol (invented clients, different rosters or survivor lists for different clients), poisoned
+updates, side channels such as timing, and whatever leaves a client outside of the masked vector.
 
 Adjacency is zero-out: one client's vector, or zeros in its place. Who takes part in a round is
 public; what a participant sends is protected. So the size of a cohort, the variance of the noise
@@ -535,8 +535,8 @@ def _lagrange(clients):
 
 
 def join_secret(shares, threshold):
-    """Yield candidates of the secret, of subsets of the shares {client: share}; the caller keeps the
-    one that fits the commitment.
+    """Yield candidates of the secret, from subsets of the shares {client: share}; the caller keeps
+    the one that fits the commitment.
 
     One subset is enough unless somebody sent a wrong share. Then 1000 random subsets find the
     secret with probability 0.999 if, for example, 6 of 35 shares are wrong at a threshold of 18.

@@ -850,7 +850,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
             update = fed.zero_update(state)
             weight = 0.0
             diagnostics[i] = {}
-            with fed.catch_failure(client, diagnostics[i]):  # who fails is noted there
+            with fed.catch_failure(client, diagnostics[i]):
                 # Eq. 12
                 update, terms = fed.local_update(model, judges, client, state, seed, **training)
                 r = 1.0
@@ -885,10 +885,9 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
         except privacy.AggregationAborted as error:
             aborted = str(error)
 
-        # -- on the server, which every worker is; an aborted round has no survivors and leaves the
-        # adapter as it was
+        # -- on the server, which every worker is; an aborted round leaves the adapter as it was
         if survivors:
-            # |S| / N of SCAFFOLD, without the clients that failed; of noise, the sum may be near 0
+            # |S| / N of SCAFFOLD, without clients that failed; the noisy sum may be near 0
             participation = max(1.0, weight_sum) / len(participants)
             state = fed.server_update(state, mean, f["server_lr"], participation)
         if "control" in state:  # c_i of updates that did not count go back
@@ -992,16 +991,12 @@ def training_kwargs(config, section, device):
     return kwargs
 
 
-def describe_adapter(config, section, origin):
-    """Return what an adapter file is checked against: its shape, and the checksum of what it was
-    trained on.
-    """
-    return adapter_shape(config, section) | {"origin": origin}
-
-
 def describe_personal(config, state):
-    """Return what a personal adapter on top of the global one is checked against."""
-    return describe_adapter(config, "personal", checksum([state["description"], state["adapter"]]))
+    """Return what a personal adapter on top of the global one is checked against: its shape, and
+    the checksum of what it was trained on.
+    """
+    origin = checksum([state["description"], state["adapter"]])
+    return adapter_shape(config, "personal") | {"origin": origin}
 
 
 def load_or_initialize(config, model, backbone, run):
@@ -1011,13 +1006,13 @@ def load_or_initialize(config, model, backbone, run):
     sampling key and, for SCAFFOLD alone, c under the name "control". Raises ValueError for the
     adapter of another backbone or shape.
     """
-    description = describe_adapter(config, "lora", checksum(backbone["model"]))
+    description = adapter_shape(config, "lora") | {"origin": checksum(backbone["model"])}
     settings = checksum(fixed_settings(config))
     if (run / "last.pt").exists():
         state = load_checkpoint(run / "last.pt", "global adapter")
         if state["description"] != description:
             raise ValueError(f"{run / 'last.pt'}: the adapter belongs to another backbone or shape")
-        if state.get("settings", settings) != settings:  # of an earlier version: not known
+        if state.get("settings") != settings:
             raise ValueError(f"{run / 'config.yaml'} was changed since the run was made")
         return state
     if (run / "rounds.jsonl").exists() and (run / "rounds.jsonl").stat().st_size:
@@ -1106,12 +1101,12 @@ def summarize_round(config, accountant, cohorts, diagnostics):
     return record | {"simulation": simulation}
 
 
-def validate(model, clients, state, workers, num_clients=12):
-    """Return {"unexplained": mean unexplained variance of the first clients' validation clips with
-    the global adapter, "not_validated": [why a client's could not be measured]}.
+def validate(model, clients, state, workers):
+    """Return {"unexplained": mean unexplained variance of the validation clips of the first 12
+    clients with the global adapter, "not_validated": [why a client's could not be measured]}.
     """
     lora.load_adapter_vector(model, state["adapter"])
-    sample = clients[:num_clients]
+    sample = clients[:12]
     results = {}
     for k in workers.assign([1.0] * len(sample)):
         results[k] = {}
@@ -1250,11 +1245,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     cases = metrics.make_cases(splits, e, 2)
     evaluation = metrics.Evaluation(cases, judges, networks, device)
     pictures = Pictures(cases)
-    models = {
-        "linear denoiser": backbone_model,
-        "backbone": backbone_model,
-        "global adapter": global_model,
-    }
+    models = {"backbone": backbone_model, "global adapter": global_model}
     seconds = 0.0
     num_frames = 0
     trained = TRAINED if personal else TRAINED[:2]
@@ -1351,7 +1342,7 @@ def unexplained_table(models, adaptable, personal, clients, num_frames, workers)
     for k in workers.assign([1.0] * len(clients)):
         split = clients[k].split
         batch = fed.fixed_batch(adaptable, split["test"], split["train"], num_frames)
-        own = dict(models)
+        own = {"linear denoiser": models["backbone"]} | models
         if personal:
             own["personal adapter"] = merged_copy(adaptable, personal[clients[k].name])
         for name, used in own.items():
@@ -1362,7 +1353,10 @@ def unexplained_table(models, adaptable, personal, clients, num_frames, workers)
     groups = [client.name for client in clients for _ in client.split["test"]]
     names = [f"{client.name}/{clip.name}" for client in clients for clip in client.split["test"]]
     by_method = {}  # method -> [levels clips]
-    for name in (*models, "personal adapter") if personal else models:
+    methods = ["linear denoiser", *models]
+    if personal:
+        methods.append("personal adapter")
+    for name in methods:
         by_method[name] = np.concatenate([shares[k, name] for k in range(len(clients))], axis=1)
     table = {"no motion": {"mean": 1.0}}
     for name, values in by_method.items():

@@ -604,7 +604,7 @@ def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
 def test_a_damaged_control_variate_is_named(tmp_path):
     client = fed.Client("a", {"train": []}, 8, tmp_path)
     (tmp_path / "a.pt").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="a.pt: damaged .* and with it the client's c_i"):
+    with pytest.raises(ValueError, match="a.pt: damaged, and with it the client's c_i"):
         client.undo_control(1)
 
 

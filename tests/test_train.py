@@ -909,17 +909,19 @@ def test_a_backbone_that_was_cut_off_is_continued_to_the_same(finished, tmp_path
     real = fed.backward
     calls = []
 
-    def cut_off(*args, **kwargs):
-        calls.append(1)
+    def cut_off(*args, generator, **kwargs):
+        calls.append(generator.initial_seed())
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return real(*args, generator=generator, **kwargs)
 
     monkeypatch.setattr(fed, "backward", cut_off)
     with pytest.raises(KeyboardInterrupt):
         train.train_unet(config, autoencoder, public, cpu, tmp_path / "cut.pt")
     cut = train.train_unet(config, autoencoder, public, cpu, tmp_path / "cut.pt")
     assert len(calls) == 5 and whole[1] == cut[1] and len(cut[1]) == 4
+    # From a batch's own seed its first person would decide the noise levels.
+    assert not set(calls) & {fed.derive_seed(config["seed"], step) for step in range(4)}
     assert train.checksum(whole[0].state_dict()) == train.checksum(cut[0].state_dict())
     directions = [train.find_directions(config, model, public) for model, _ in (whole, cut)]
     assert train.checksum(directions[0]) == train.checksum(directions[1])

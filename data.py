@@ -152,7 +152,7 @@ class Clip:
 
     @property
     def fingerprint(self):
-        """What differs for other frames or sound, without reading a cached clip's."""
+        """Checksum of frames and sound; of a cached clip it is known without reading them."""
         frames = self.__dict__["_frames"]
         if isinstance(frames, CacheFile):
             return frames.info["checksum"]
@@ -174,7 +174,7 @@ class Clip:
 
 
 def slice_clip(clip, start, stop, **changes):
-    """Frames `start` to `stop` of a clip with their sound; other fields as in `changes`."""
+    """Frames `start` to `stop` of a clip with their sound; `changes` replaces other fields."""
     return replace(
         clip,
         frames=clip.frames[start:stop],
@@ -536,7 +536,7 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
         # Containers round the two lengths differently: up to two frames of sound that are missing
         # are filled up with silence; where more is missing, the picture is cut off.
         num_frames = min(num_frames, len(audio) // SAMPLES_PER_FRAME + 2)
-        # 3: two missing frames and the rest of a third.
+        # 3: the two missing frames that are allowed, and the rest of a third.
         audio = np.pad(audio, (0, 3 * SAMPLES_PER_FRAME))[: num_frames * SAMPLES_PER_FRAME]
     os.truncate(output, num_frames * 3 * height * width)
     used = num_frames / FPS
@@ -836,7 +836,7 @@ def channels_last(frames):
 
 # ---------------------------------------------------------------- the cache of decoded clips
 
-CACHE_VERSION = 2  # to be raised when files are decoded in another way
+CACHE_VERSION = 2  # raise it when files are decoded in another way
 DAYS_KEPT = 30  # days after which an unused dataset's clips are deleted from the cache
 
 
@@ -846,7 +846,7 @@ def digest(key):
 
 
 def short_name(name):
-    """A name that a part of a file's name may be, which has at most 255 bytes, 4 a letter."""
+    """The name, or its first 30 letters and a hash: short enough for a part of a file's name."""
     return name if len(name) <= 40 else f"{name[:30]}-{digest(name)[:8]}"
 
 
@@ -1063,7 +1063,8 @@ def several_people(names):
         if words and name[-1].isdigit() and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
             numbered.append(words[0])
             numbers.append(re.search(r"\d*$", name)[0])  # "" of other digits, such as ²
-    # The first clip of each of several people (anna_1, bob_1), whereas one person's are counted on.
+    # All end in one number: the first clips of several people (anna_1, bob_1). Those of one person
+    # would be numbered on.
     all_first = len(set(numbers)) == 1
     # A word counts from two names on; in numbered ones (anna_1, anna_2, bob_1), one is enough.
     for beginnings, least in ((first_words, 2), (numbered, 1)):
@@ -1309,7 +1310,7 @@ class TalkingHeads:
 
 
 def delete_unused(folder, used):
-    """Delete from the cache's `folder` the files of clips that were deleted or changed."""
+    """Delete the clips in the cache's `folder` that are not `used`: of deleted or changed files."""
     for path in folder.glob("*.clip"):
         if path in used:
             continue
@@ -1510,7 +1511,7 @@ def sample_batch(
     A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
     people with one clip would be learned by heart; in proportion, a person with 300 would dominate.
     Returns a dict of tensors on `device`, frames [b f 3 H W] and reference [b 3 H W] in [-1, 1],
-    mel [b f 20 40], liveliness [b], and of a list prompt. If the reference comes from a clip with
+    mel [b f 20 40], liveliness [b], and the list prompt. If the reference comes from a clip with
     the same prompt, it shows the expression already, and the prompt becomes "". Raises ValueError
     if nobody has a clip.
     """
@@ -1675,7 +1676,8 @@ LOOKS = {
     "pitch": (90, 225),  # Hz
     "tract": (0.9, 1.12),  # scales the formants
 }
-# The same for public people and for clients: close, in dim warm light from a side, and livelier.
+# Two ranges each: of public and unseen people, and of clients, who are closer, livelier, and in dim
+# warm light from a side.
 HABITS = {
     "zoom": ((0.95, 1.03), (1.02, 1.08)),
     "brightness": ((0.75, 0.95), (0.4, 0.6)),

@@ -124,7 +124,7 @@ def add_gradient_moments(module, moments):
     """Add G G^T / |G|^2 and G^T G / |G|^2 of each layer's gradient G [out, in k k] to `moments`
     {name: [left, right]}.
 
-    Called once for each public person, it makes every person count the same.
+    Call it once for each public person: divided by its norm, each gradient counts the same.
     """
     for name, layer in adaptable_layers(module).items():
         gradient = layer.weight.grad.flatten(1)  # out (in k k)

@@ -546,8 +546,8 @@ def sync_offset(video, audio):
     """Return {"lse_d", "lse_c", "offset"} of embeddings [t d] twice (Chung & Zisserman 2016).
 
     LSE-D is the mean distance at the best shift of the sound within 15 frames, LSE-C the median
-    over the shifts minus that, the offset by how many frames the sound has to move. The sound is
-    zero beyond the clip.
+    over the shifts minus that, the offset by how many frames the sound has to move (below 0: it is
+    late). The sound is zero beyond the clip.
     """
     t = len(video)
     padded = F.pad(audio[:t], (0, 0, MAX_SHIFT, MAX_SHIFT))
@@ -1051,7 +1051,7 @@ MARGIN = 32  # pixels around a picture, repeated from its edge
 FACE_SIDES = (20, 48)  # pixels: least and greatest side of the faces that it learns to find
 LEVELS = (192, 136, 96, 68, 48, 34)  # pixels: shorter sides at which it looks at a picture
 LEAST_SCORE = 0.6  # of a face, somewhere in a picture
-LEAST_SCORE_USUAL = 0.4  # of a face where face tracks have it: less is found by chance in one place
+LEAST_SCORE_USUAL = 0.4  # where face tracks have a face: one place has fewer false finds
 # Where and how large a first find lies in the patches of the second look, in pixels.
 SECOND_LOOK = ((32, 32, 32), (28, 32, 27), (36, 32, 27), (32, 28, 38), (32, 36, 38))
 
@@ -1142,7 +1142,7 @@ class FaceFinder(nn.Module):
         kept = nms(boxes, scores, 0.3)
         boxes = boxes[kept[scores[kept] > LEAST_SCORE]]
         sides = boxes[:, 2] - boxes[:, 0]
-        # What lies in a face twice as large is a part of it.
+        # A find whose centre lies in one twice as large is a part of that face.
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         # i j 2: the center of box j lies in box i
         inside = (centers > boxes[:, None, :2]) & (centers < boxes[:, None, 2:])
@@ -1195,7 +1195,8 @@ def train_finder(people, steps, seed=0, progress=False):
 
 
 def finder_loss(outputs, box, is_face):
-    """Return the loss of outputs [n 4 h w] for faces (x, y, side) [n 3], where there is one [n].
+    """Return the loss of outputs [n 4 h w] for faces (x, y, side) [n 3]; `is_face` [n] says which
+    pictures have one.
 
     Focal loss (Lin et al. 2017) of the logits, but not near a face's centre, where the answer is
     ambiguous, and L1 of the other outputs.
@@ -1232,7 +1233,7 @@ def paste_faces(faces, others, generator):
     kind = torch.multinomial(torch.tensor([5.0, 1, 1, 3, 2]), n, True, generator=generator)
     is_face, too_small, too_large, replaced, absent = kind == torch.arange(5)[:, None]
     scenery = make_backgrounds(others, generator)
-    # Else whatever is round and shaded would pass for a face.
+    # Hard negatives: otherwise whatever is round and shaded would pass for a face.
     upside_down = faces.flip(2)
     featureless = F.interpolate(F.avg_pool2d(faces, 16), PATCH, mode="bilinear")
     which = torch.randint(3, (n,), generator=generator)

@@ -444,7 +444,9 @@ def optimizer_step(optimizer, lr):
 
 
 def sample_frames(public, num_frames, generator):
-    """Return single public frames [n 3 H W] in [-1, 1], seen as by other cameras."""
+    """Return single public frames [n 3 H W] in [-1, 1], zoomed, shifted and lit at random
+    (`data.augment`).
+    """
     frames = data.sample_batch(public, num_frames, 1, generator)["frames"]  # n 1 3 H W
     # half as far off as the judges see them
     view = torch.rand(num_frames, len(data.VIEW_NAMES), generator=generator) - 0.5

@@ -66,10 +66,7 @@ def chunk_size(frames):
 
 
 def per_frame(function, *clips):
-    """Apply a function of frames [n c h w] to clips [... c h w], in chunks of bounded memory.
-
-    Raises what the function raises.
-    """
+    """Apply a function of frames [n c h w] to clips [... c h w], `chunk_size` frames at a time."""
     shape = clips[0].shape
     size = chunk_size(clips[0])
     clips = [clip.reshape(-1, *shape[-3:]) for clip in clips]

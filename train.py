@@ -483,7 +483,7 @@ def train_autoencoder(config, public, device):
     return autoencoder.state_dict()
 
 
-def learn_to_hear(model, batches, num_steps, lr):
+def train_speech_path(model, batches, num_steps, lr):
     """Train the speech encoder and the UNet's direct path on `TalkingHead.speech_loss`."""
     parts = (
         model.speech_encoder,
@@ -531,7 +531,7 @@ def train_unet(config, autoencoder, public, device, partial):
         batches = [windows[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
-        learn_to_hear(model, batches, settings["steps"] // 10, settings["lr"])
+        train_speech_path(model, batches, settings["steps"] // 10, settings["lr"])
     if settings["compile"] and device.type == "cuda":
         # with CUDA graphs: a step of small operations waits for their launches (gpu.md)
         model.unet.compile(mode="reduce-overhead")

@@ -873,14 +873,14 @@ def test_speech_is_learned_before_the_unet_is_trained(finished, tmp_path, monkey
     overrides = [*TINY, *places(folder), "backbone.steps=900"]
     config = train.load_config(train.DEFAULTS, overrides=overrides)
     public = train.load_people(config).public
-    learn_to_hear = train.learn_to_hear
+    train_speech_path = train.train_speech_path
     calls = []
 
     def recorded(*args):
         calls.append(args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "learn_to_hear", recorded)
+    monkeypatch.setattr(train, "train_speech_path", recorded)
     cpu = torch.device("cpu")
     with pytest.raises(KeyboardInterrupt):
         autoencoder = train.train_autoencoder(config, public, cpu)
@@ -891,7 +891,7 @@ def test_speech_is_learned_before_the_unet_is_trained(finished, tmp_path, monkey
     model = train.build_model(config)
     rest = train.checksum([model.unet.conv_in.weight, model.unet.conv_out.weight])
     before = model.speech_loss(batches[0]).mean().item()
-    learn_to_hear(model, batches, 60, 0.01)
+    train_speech_path(model, batches, 60, 0.01)
     assert model.speech_loss(batches[0]).mean().item() < 0.9 * before
     assert train.checksum([model.unet.conv_in.weight, model.unet.conv_out.weight]) == rest
 

@@ -232,7 +232,7 @@ def leave_out(part):
     elif part == "direct path":
         direct_path = talking.TalkingUNet.direct_path
         talking.TalkingUNet.direct_path = lambda *args: 0.0 * direct_path(*args)
-        train.learn_to_hear = lambda *args: None
+        train.train_speech_path = lambda *args: None
 
 
 def refuse_workers(argv, num_workers):

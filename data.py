@@ -781,6 +781,14 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_tensors(path, content):
+    """Write what torch.save writes, whole or not at all."""
+    buffer = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError
+    torch.save(content, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
 def check_output(path, suffixes=(".mp4", ".m4v", ".mov")):
     """Raise ValueError unless a file with one of `suffixes` can be written; call it before work."""
     path = Path(path)
@@ -1246,13 +1254,14 @@ class TalkingHeads:
         for path, entry in videos.items():
             try:
                 state = file_state(entry)
-                parent, name = os.path.split(path)
-                true_path = os.path.join(true_folder(parent), name)
-                sound = None
                 if entry.is_symlink():
                     true_path = os.path.realpath(path)
                     # It does not lie beside the file, but beside each link.
                     sound = find_sound(path, sounds)
+                else:
+                    parent, name = os.path.split(path)
+                    true_path = os.path.join(true_folder(parent), name)
+                    sound = None
                 key = digest((true_path, *state, sound))
             except ValueError as error:
                 self.skipped.append((path, str(error)))

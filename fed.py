@@ -7,7 +7,6 @@ the prompt).
 """
 
 import contextlib
-import io
 import math
 import os
 import time
@@ -311,11 +310,7 @@ class Client:
 
     def write_controls(self, controls):
         """Keep these c_i by round."""
-        self.control_file.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError
-        torch.save(controls, buffer)
-        with data.atomic_write(self.control_file) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        data.write_tensors(self.control_file, controls)
 
     def load_control(self, num_rounds, length):
         """Return c_i [length] as it was after the run's first `num_rounds` rounds, zeros before the

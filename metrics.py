@@ -172,15 +172,19 @@ def perceptual_distances(embed, generated, truth):
     check_frames(generated, truth)
     distances = []
     changes = []
-    last = []
-    for start in range(0, len(truth), size := chunk_size(truth)):
-        x, y = (embed(clip[start : start + size]) for clip in (generated, truth))  # n d
+    size = chunk_size(truth)
+    last_x = last_y = None
+    for start in range(0, len(truth), size):
+        x = embed(generated[start : start + size])  # n d
+        y = embed(truth[start : start + size])
         distances.append(squared_distance(x, y))
-        if start:  # from the last frames of the chunk before
-            x, y = (torch.cat([before, now]) for before, now in zip(last, (x, y)))
-        change_x, change_y = (squared_distance(z[:-1], z[1:]) for z in (x, y))
-        changes.append((change_x - change_y).abs())
-        last = x[-1:], y[-1:]
+        if last_x is not None:  # from the last frames of the chunk before
+            x = torch.cat([last_x, x])
+            y = torch.cat([last_y, y])
+        change = squared_distance(x[:-1], x[1:]) - squared_distance(y[:-1], y[1:])
+        changes.append(change.abs())
+        last_x = x[-1:]
+        last_y = y[-1:]
     return torch.cat(distances), torch.cat(changes)
 
 
@@ -1386,6 +1390,11 @@ class Case:
     def person(self):
         return self.clip.person
 
+    @property
+    def key(self):
+        """Return "person/clip", the name under which scores are kept."""
+        return f"{self.person}/{self.clip.name}"
+
 
 def make_cases(splits, num_frames, clips_per_person):
     """Return Cases of each person's first test clips.
@@ -1456,7 +1465,7 @@ class Evaluation:
 
         Raises ValueError for frames out of this range or of another shape than the truth.
         """
-        key = f"{case.person}/{case.clip.name}"
+        key = case.key
         frames = frames.to(self.device)
         truth = case.frames.to(self.device)
         found = {"psnr": psnr(frames, truth)}
@@ -1513,10 +1522,9 @@ class Evaluation:
         if self.judges:
             small = per_frame(partial(resize, size=64), frames)
             mouth = self.judges.mouth_video(small[None])[0]  # f-4 d
-            key = f"{case.person}/{case.clip.name}"
-            if key not in self.speech:  # the same for every method
-                self.speech[key] = self._embed_speeches(case)
-            own, *others = self.speech[key]
+            if case.key not in self.speech:  # the same for every method
+                self.speech[case.key] = self._embed_speeches(case)
+            own, *others = self.speech[case.key]
             sync["*"] = sync_scores(mouth, own)
             found["sync*"] = sync["*"]["sync"]
             if others:

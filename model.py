@@ -929,10 +929,10 @@ class TalkingHead(nn.Module):
         """Return x0 [b f m h w] sampled from `noise` [b f m h w] in `num_steps` steps.
 
         conditions: of `encode_conditions`; reference_latents [b c h w]. Its first frames are
-        `known` [b k m h w]. In pure noise the network knows the mean of x0
-        only, and steps that started from there would lose all that varies about it, such as the
-        head's motion. `chance` [b f m h w], a sample of the prior, makes up for it: Bao et al. 2022
-        (Analytic-DPM), Theorem 1, where the noise added has the variance alpha_bar Cov(x0).
+        `known` [b k m h w]. In pure noise the network knows the mean of x0 only, and steps that
+        started from there would lose all that varies about it, such as the head's motion. `chance`
+        [b f m h w], a sample of the prior, makes up for it: Bao et al. 2022 (Analytic-DPM), Theorem
+        1, where the noise added has the variance alpha_bar Cov(x0).
 
         Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w): x0 =
         x0_without + guidance (x0_with - x0_without). In pure noise only, where x0_hat rests on the
@@ -959,8 +959,8 @@ class TalkingHead(nn.Module):
         return torch.cat([known, x0[:, num_known:]], dim=1)
 
     def chance_by_place(self):
-        """Return the share [m h w] of the motion's standard deviation that is left to chance: of the
-        flow from 1 where speech explains least to 0 where it explains most; of the residual 0.
+        """Return the share [m h w] of the motion's standard deviation that is left to chance: of
+        the flow from 1 where speech explains least to 0 where it explains most; of the residual 0.
 
         A true sample of a mouth that speech tells to a correlation of r would follow the real mouth
         by r squared only, the rest being chance. Without chance it moves as speech lets expect,
@@ -1028,9 +1028,9 @@ class TalkingHead(nn.Module):
 
 
 def speech_weights(x0, mel):
-    """Return weights [m h w] of the squared error by place: a quarter everywhere, plus, in
-    proportion to the share of the motion's variance that speech explains there, three quarters on
-    the mean over the power of x0 [b f m h w].
+    """Return weights [m h w] of the squared error by place: a quarter everywhere, and more where
+    speech explains more of the motion's variance; their mean over the power of x0 [b f m h w] is 1
+    if it explains any.
 
     Heads, eyes and cameras move more than mouths; without weights the part of the loss that speech
     can lower would be some hundredths of it. What speech explains is the share of the variance over

@@ -11,7 +11,6 @@ import fcntl
 import functools
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -355,10 +354,7 @@ def checksum(state):
 def save_checkpoint(path, kind, state):
     """Write a checkpoint {"kind", "version", "state", "checksum"}, whole or not at all."""
     content = {"kind": kind, "version": CHECKPOINT_VERSION, "state": state}
-    buffer = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError
-    torch.save(content | {"checksum": checksum(state)}, buffer)
-    with data.atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    data.write_tensors(path, content | {"checksum": checksum(state)})
 
 
 def load_checkpoint(path, kind):
@@ -1323,7 +1319,7 @@ def generate_case(model, case, mel, config):
     reference = data.to_float(case.reference, device)[None]
     words = model.text_encoder.ids([case.clip.prompt]).to(device)
     # Every clip has noise of its own, the same for all methods.
-    clip = zlib.crc32(f"{case.person}/{case.clip.name}".encode())
+    clip = zlib.crc32(case.key.encode())
     generator = torch.Generator().manual_seed(fed.derive_seed(config["seed"], clip))
     mel = torch.as_tensor(mel)[None].to(device)
     liveliness = data.typical_liveliness(case.training_clips)
@@ -1789,21 +1785,24 @@ def parse_arguments(argv):
     for name, (least, most) in ranges.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must lie in {least} ... {most}, not {value}")
+            parser.error(f"{flag(name)} must lie in {least} ... {most}, not {value}")
     generating = (*ranges, "reference", "speech", "prompt", "no_watermark", "adapter")
     users = dict.fromkeys(generating, ["generate"]) | {"clips": ["personalize"]}
     users |= dict.fromkeys(("output", "look"), ["generate", "personalize"])
     for name, actions in users.items():
         if args.action not in actions and getattr(args, name) != parser.get_default(name):
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} is for --action {' or '.join(actions)}, not {args.action}")
+            parser.error(f"{flag(name)} is for --action {' or '.join(actions)}, not {args.action}")
     needed = {"evaluate": ["resume"], "personalize": ["clips", "resume"]}
     needed["generate"] = ["reference", "speech", "resume"]
     for name in needed.get(args.action, []):
         if not getattr(args, name):
             parser.error(f"--action {args.action} needs --{name}")
     return args
+
+
+def flag(name):
+    """Return the command line's flag for the name of an argument."""
+    return "--" + name.replace("_", "-")
 
 
 def choose_devices(gpus):

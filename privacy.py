@@ -584,7 +584,7 @@ def choose_neighbors(num_clients):
     aborts, (b) enough of a client's holders are curious to open both of its secrets, or (c) a gap
     on the circle is as wide as half a neighbourhood, which may cut the graph in two, is below 1e-4
     (union bound; Bell et al. 2020, Sec. 3.3). At 100 clients this is 34, where (b) and (c) make up
-    3e-6. Complete where that would save less than half of the pairs, below about 50 clients.
+    2.4e-6. Complete where that would save less than half of the pairs, below about 50 clients.
     """
     fifth = math.ceil(num_clients / 5)
     for degree in range(4, num_clients // 2, 2):
@@ -644,6 +644,12 @@ class RoundParams:
         commitments = 2 * SECRET
         opened_shares = (self.degree + 1) * SECRET
         return 32 + shares + sealed_seeds + commitments + 4 * self.length + opened_shares
+
+    def num_bytes_received(self):
+        """Return the number of bytes that one client receives in a round without dropouts."""
+        shares = self.degree * 3 * SECRET
+        survivors = math.ceil(self.num_clients / 8)  # one bit each
+        return 32 * self.num_clients + shares + survivors
 
     def check_present(self, present, client=None):
         """Raise AggregationAborted for too few clients or holders, or a gap that cuts the graph."""
@@ -1133,15 +1139,19 @@ NOT_COVERED = [
 ]
 
 
-def privacy_report(mechanism, accountant, delta, participations):
+def privacy_report(mechanism, accountant, delta, participations, repeated=0):
     """Return the report's privacy section, plain values for JSON; None: an infinite epsilon.
 
-    `participations` is the most rounds of any client. Raises ValueError unless 0 < delta < 1 /
-    num_clients.
+    `participations` is the most rounds of any client, `repeated` how many rounds were killed and
+    done again, by the same cohort. Raises ValueError unless 0 < delta < 1 / num_clients.
     """
     check_delta(delta, mechanism.num_clients)
     known = accountant.epsilon_known_cohorts(delta, participations)
-    sampled = min(known, accountant.epsilon(delta))  # who knows less learns no more
+    history = list(accountant.history)
+    if repeated:  # who is in a cohort is drawn once: sampling does not hide its second sum
+        least_noise = min(noise_multiplier for _, noise_multiplier, _ in history)
+        history.append([1.0, least_noise, repeated])
+    sampled = min(known, Accountant(history).epsilon(delta))  # who knows less learns no more
     reason = None
     if mechanism.seed is not None:
         reason = "the noise is seeded"
@@ -1161,8 +1171,9 @@ def privacy_report(mechanism, accountant, delta, participations):
         "sees released models, all of whom may know who took part in every round",
         "epsilon_with_sampling": sampled if reason is None else None,
         "epsilon_with_sampling_holds_against": "those who see released models but know neither who "
-        "nor how many took part in a round, nor which rounds were aborted, as last.pt and "
-        "rounds.jsonl tell",
+        "nor how many took part in a round, nor which rounds were aborted, nor the noise where "
+        "target_epsilon chose it by the busiest client's rounds: last.pt, rounds.jsonl and this "
+        "report tell them",
         "accountant": "known cohorts: exact Gaussian composition of the busiest client's rounds; "
         "with sampling: the least of this, the same of all rounds, and Renyi DP of sampled rounds "
         f"at {len(ORDERS)} orders from {min(ORDERS)} to {max(ORDERS)}",
@@ -1240,7 +1251,8 @@ def verify_run(folder):
     if flagged:
         raise ValueError(f"last.pt holds vectors of single clients: {why}.")
     participations = most_participations(cohorts, accountant.num_rounds)
-    expected = privacy_report(mechanism, accountant, claimed["delta"], participations)
+    repeated = accountant.num_rounds - len(cohorts)
+    expected = privacy_report(mechanism, accountant, claimed["delta"], participations, repeated)
     for key, value in expected.items():
         if isinstance(value, str):
             continue  # prose, which an earlier version may have put otherwise

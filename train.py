@@ -1145,6 +1145,7 @@ def describe_communication(config, model, numbers):
         cohort_size = round(config["fed"]["sample_rate"] * config["data"]["clients"])
         params = fed.round_params(mechanism, cohort_size)
         about["bytes_up"] = params.num_bytes()  # keys and shares, too
+        about["bytes_down"] += params.num_bytes_received()
     return about
 
 
@@ -1163,7 +1164,8 @@ def describe_privacy(config, state):
     cohorts = draw_cohorts(config, state["sampling_key"], num_clients, state["round"])
     participations = privacy.most_participations(cohorts, accountant.num_rounds)
     delta = config["privacy"]["delta"]
-    return privacy.privacy_report(mechanism, accountant, delta, participations)
+    repeated = accountant.num_rounds - state["round"]
+    return privacy.privacy_report(mechanism, accountant, delta, participations, repeated)
 
 
 # ---------------------------------------------------------------- personal adapters

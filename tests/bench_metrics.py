@@ -181,6 +181,7 @@ def validity(root, steps, max_people):
     for name, (corrupt, strengths, _) in tqdm(CORRUPTIONS.items(), "corrupting"):
         for case, other in zip(cases, cases[2:] + cases[:2]):
             other = torch.cat([other.frames] * 2)[: len(case.frames)]
+            evaluation.speech.clear()  # that of the last clip may be late
             evaluation.add("truth", case, case.frames)
             for strength in strengths:
                 changed = copy.copy(case)
@@ -190,6 +191,7 @@ def validity(root, steps, max_people):
                 else:
                     late = np.roll(case.speeches[0], 4 * strength, 0)
                     changed.speeches = [late, *case.speeches[1:]]
+                    evaluation.speech.clear()  # of the sound in time
                 evaluation.add(f"{name} {strength}", changed, frames)
     rows = evaluation.rows()
     shown = [

@@ -1050,10 +1050,24 @@ def test_a_dropout_that_left_no_pair_seeds_aborts_the_round(toy_group):
 def test_bytes_are_counted_and_few(toy_group):
     params = RoundParams(100, 1301, None, privacy.choose_neighbors(100))
     sent = 0
+    received = 0
     for stage in privacy.STAGES:
-        message = advance(params, stage)[2][7]
+        clients, server, messages = advance(params, stage)
+        message = messages[7]
         sent += message.nbytes if stage == "mask" else sum(map(len, message.values()))
+        if stage != "unmask":
+            for i, sent_by_i in messages.items():
+                server.receive(stage, i, sent_by_i)
+            answer = server.close(stage)
+        if stage == "advertise":
+            received += sum(map(len, answer.values()))
+        elif stage == "share":
+            received += sum(map(len, answer[7].values()))
+        elif stage == "mask":
+            assert len(answer) == 100
+            received += 13  # who survived: 100 bits
     assert sent == params.num_bytes() <= 10_000
+    assert received == params.num_bytes_received() <= 10_000
 
 
 # ---------------------------------------------------------------- audit
@@ -1188,6 +1202,29 @@ def test_the_headline_holds_against_who_knows_the_cohorts():
     assert fixed["epsilon_with_sampling"] <= fixed["epsilon"]
 
 
+def test_a_round_done_twice_is_not_amplified_twice():
+    """One draw of the cohort and two sums: sampling hides neither from who has seen the other."""
+    m = mechanism(noise_multiplier=1.0)
+    accountant = privacy.Accountant([[0.1, 1.0, 2]])
+    report = privacy.privacy_report(m, accountant, 1e-5, 2, repeated=1)
+    # the sampled Gaussian of rate 0.1 and noise 1 / sqrt(2), in closed form: delta of 1e-5 at 3.498
+    epsilon = 3.498
+    z = 2**-0.5
+
+    def hockey_stick(upper, lower):
+        x = np.linspace(-30, 30, 600_001)
+        p = stats.norm.pdf(x, scale=z)
+        q = 0.9 * p + 0.1 * stats.norm.pdf(x, 1, z)
+        p, q = (q, p) if upper == "mixture" else (p, q)
+        return np.maximum(0, p - math.exp(lower) * q).sum() * (x[1] - x[0])
+
+    exact = max(hockey_stick("mixture", epsilon), hockey_stick("one", epsilon))
+    assert exact == pytest.approx(1e-5, rel=1e-2)
+    assert epsilon <= report["epsilon_with_sampling"] <= report["epsilon"]
+    once = privacy.privacy_report(m, accountant, 1e-5, 2)
+    assert once["epsilon_with_sampling"] < epsilon
+
+
 def test_a_run_without_noise_or_with_seeded_noise_reports_no_epsilon():
     spent = privacy.Accountant([[0.1, 1.0, 5]])
     clear = privacy.Accountant([[0.1, 0.0, 1], [0.1, 1.0, 5]])
@@ -1231,6 +1268,26 @@ def test_an_honest_report_is_verified(tmp_path):
     assert privacy.verify_run(tmp_path)["epsilon"] == privacy.gaussian_epsilon(2.0, 1e-5)
     write_run(tmp_path, private=False, epsilon=None)
     assert privacy.verify_run(tmp_path)["private"] is False
+
+
+def test_a_report_has_to_count_repeated_rounds_without_sampling(tmp_path):
+    m = mechanism(noise_multiplier=4.0, length=1232)
+    cohorts = [privacy.draw_cohort(m.num_clients, 0.5, bytes(32), r) for r in range(3)]
+    log = []
+    for r, cohort in enumerate(cohorts):
+        row = dict(round=r, cohort_size=len(cohort), sample_rate=0.5, noise_multiplier=4.0)
+        log.append(row | dict(epsilon=privacy.gaussian_epsilon(4.0 / math.sqrt(r + 1), 1e-5)))
+    accountant = privacy.Accountant([[0.5, 4.0, 9]])  # six rounds were killed and done again
+    participations = privacy.most_participations(cohorts, 9)
+    honest = privacy.privacy_report(m, accountant, 1e-5, participations, repeated=6)
+    state = state_of_a_run(accountant=accountant.history)
+    write_run(tmp_path, log=log, state=state, **honest)
+    assert privacy.verify_run(tmp_path) == honest
+    once = privacy.privacy_report(m, accountant, 1e-5, participations)
+    assert once["epsilon_with_sampling"] < honest["epsilon_with_sampling"]
+    write_run(tmp_path, log=log, state=state, **once)
+    with pytest.raises(ValueError, match="epsilon_with_sampling"):
+        privacy.verify_run(tmp_path)
 
 
 def test_a_report_that_does_not_follow_is_refused(tmp_path):

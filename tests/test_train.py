@@ -1060,6 +1060,24 @@ def test_adapters_of_two_devices_start_from_the_same_numbers():
 # ---------------------------------------------------------------- scripts and README
 
 
+def test_what_a_client_sends_and_receives_is_counted():
+    config = train.load_config(train.DEFAULTS)
+    about = train.describe_communication(config, torch.nn.Linear(3, 4), 64)
+    # up: key, shares, sums and noise; down: the others' keys, shares, who survived, the adapter
+    counts = {"numbers": 64, "model_parameters": 16, "bytes_up": 3076, "bytes_down": 5101}
+    assert about == counts
+    clear = train.load_config(train.DEFAULTS, ["plain"])
+    about = train.describe_communication(clear, torch.nn.Linear(3, 4), 64)
+    assert about["bytes_up"] == about["bytes_down"] == 256
+
+
+def test_readme_counts_the_numbers_of_the_papers_adapter():
+    config = train.load_config(train.DEFAULTS, ["paper"])
+    model = train.build_model(config).requires_grad_(False)
+    numbers = len(lora.adapter_vector(train.add_adapter(config, model, None, "lora")))
+    assert f"are {numbers:,} (`--preset paper`)" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("tests/[!t]*.py")), ids=lambda path: path.stem)
 def test_a_script_calls_what_is_there(path):
     """Benchmarks and proofs take too long for the suite, but a name or argument that is gone ought

@@ -80,8 +80,12 @@ def die_with_parent(parent):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_tidily():
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: no half-written file stays."""
+def set_up_process():
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: no half-written file stays. Have
+    letters printed as escapes where the terminal's encoding lacks them.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     for kind in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(kind) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(kind, signal.default_int_handler)
@@ -712,6 +716,8 @@ def read_image(path, size=None, crop=1.0, finder=None):
         reason = explain(path)
         if "truncated" in str(error).lower():
             reason = "the picture is cut off: copy or download it again"
+        if isinstance(error, Image.DecompressionBombError):
+            reason = "the picture is too large: make it smaller"
         if reason:
             raise ValueError(f"{path}: {reason}") from None
         # ffmpeg reads more kinds: RGB of floats, EXR, ...
@@ -1288,7 +1294,7 @@ class TalkingHeads:
                 continue
             elsewhere = anybodys.setdefault(content, path)
             if elsewhere != path:
-                note = f"the same picture and sound as {elsewhere}, which is taken for other people"
+                note = f"the same picture and sound as {elsewhere}: no training takes either"
                 self.notes.append((path, note))
             kept[path] = file
         return kept
@@ -1414,12 +1420,22 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, min
                     "data.root"
                 )
     dataset = TalkingHeads(root, size, crop, cache, progress=True)
+    owners = {}  # fingerprint of a clip -> people
+    for clip in dataset.clips:
+        owners.setdefault(clip.fingerprint, set()).add(clip.person)
+    usable = []
     for clip in dataset.clips:
         if clip.num_frames < min_frames:
             reason = f"only {clip.num_frames} frames long, backbone.num_frames needs {min_frames}"
             dataset.skipped.append((clip.path, reason))
+        elif len(owners[clip.fingerprint]) > 1:
+            # One might train on what another is tested on.
+            names = ", ".join(sorted(owners[clip.fingerprint])[:5])
+            dataset.skipped.append((clip.path, f"the same picture and sound are of {names}"))
+        else:
+            usable.append(clip)
     print_troubles(dataset, most=20)
-    people = by_person(dataset.clips, min_frames)
+    people = by_person(usable)
     # Clients need a clip each for training, validation and testing; unseen people one for the
     # reference picture and one to be measured on.
     few = {name for name, clips in people.items() if len(clips) < 3}
@@ -2082,5 +2098,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    end_tidily()
+    set_up_process()
     main()

@@ -47,7 +47,9 @@ def check_frames(*clips):
             shapes = " and ".join(str(list(clip.shape)) for clip in clips)
             raise ValueError(f"frames to compare must have one shape, not {shapes}")
         low, high = clip.detach().aminmax()
-        if not (low > -1e-3 and high < 1 + 1e-3):  # NaN is refused, too
+        if low.isnan():
+            raise ValueError("frames must be finite: did a training diverge? Lower its lr")
+        if not (low > -1e-3 and high < 1 + 1e-3):
             raise ValueError(
                 f"frames must lie in [0, 1], not {low.item():.3g} ... {high.item():.3g}"
             )
@@ -1822,5 +1824,5 @@ def check_arguments(args):
 
 
 if __name__ == "__main__":
-    data.end_tidily()
+    data.set_up_process()
     main()

@@ -123,6 +123,8 @@ def load_config(path, presets=(), overrides=()):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--set {item}: write key=value")
+        if re.search(r"\s#", value) and value[0] not in "'\"":  # a comment of YAML
+            raise ValueError(f"--set {key}: ' #' begins a comment: put quotes around the value")
         nested = parse_yaml(value, f"--set {key}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -134,7 +136,7 @@ def load_config(path, presets=(), overrides=()):
 def read_yaml(path):
     """Return the dict in a YAML file; raises ValueError if there is none."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     content = parse_yaml(text, path)
@@ -385,7 +387,7 @@ def load_checkpoint(path, kind):
 def write_text(path, text):
     """Write a text file, whole or not at all."""
     with data.atomic_write(path) as temporary:
-        Path(temporary).write_text(text)
+        Path(temporary).write_text(text, "utf-8")
 
 
 def finite(tree):
@@ -396,7 +398,7 @@ def finite(tree):
 def log(run, text):
     """Print a line beside the progress bars and append it to log.txt."""
     tqdm.write(text)
-    with open(run / "log.txt", "a") as file:
+    with open(run / "log.txt", "a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
@@ -794,7 +796,13 @@ def train(config, people, run, device, workers):
     # -- between clients and server: Algorithm 1
     clients = make_clients(config, people, run)
     state = workers.broadcast(load_or_initialize(config, model, backbone, run))
+    if state["round"] > config["fed"]["rounds"]:
+        raise ValueError(f"fed.rounds: the run has had {state['round']} rounds already")
+    if "control" in state and state["control"].any() and not (run / "clients").exists():
+        raise ValueError(f"{run / 'clients'}: lost or not shared, and with it the clients' c_i")
     if workers.rank == 0:
+        if state["round"] < config["fed"]["rounds"]:
+            forget_report(run)
         forget_rounds(run, state["round"])
         save_config(run, config)  # not before the run's files have shown that they are whole
     # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: without it no disk is shared.
@@ -940,9 +948,11 @@ def find_faces(config, people, finder):
 
     Raises ValueError for people in too few of whose clips a face is found.
     """
-    private = {*people.clients, *people.unseen}  # public clips are not decoded again
-    found = read_clips(config, config["data"]["root"], finder, private)
-    found = data.by_person(found.clips, config["backbone"]["num_frames"])
+    private = people.clients | people.unseen  # public clips are not decoded again
+    used = {clip.path for own in private.values() for clip in own}
+    found = read_clips(config, config["data"]["root"], finder, set(private))
+    found = [clip for clip in found.clips if clip.path in used]
+    found = data.by_person(found, config["backbone"]["num_frames"])
     roles = []
     for role, least in ((people.clients, 3), (people.unseen, 1)):
         lost = ", ".join(sorted(name for name in role if len(found.get(name, ())) < least))
@@ -1043,6 +1053,12 @@ def save_state(run, state, workers):
 def save_config(run, config):
     """Write the settings of a run into its config.yaml."""
     write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def forget_report(run):
+    """Delete the report of a run that trains on: it tells of less training and less epsilon."""
+    for name in ("report.json", "report.md"):
+        (run / name).unlink(missing_ok=True)
 
 
 def forget_rounds(run, num_rounds):
@@ -1207,6 +1223,8 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
                 finished[name] = content
     finished = workers.broadcast(finished)
     todo = [k for k, client in enumerate(clients) if client.name not in finished]
+    if todo and workers.rank == 0:
+        forget_report(run)
     own = {}
     mine = workers.assign([1.0] * len(todo))
     for i in tqdm(mine, "personal adapters", disable=workers.rank > 0):
@@ -1268,7 +1286,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     evaluation.merge(workers)
     pictures.merge(workers)
     speeds = workers.merge({workers.rank: num_frames / seconds if seconds else 0.0})
-    unexplained = unexplained_table(models, adaptable, personal, clients, e, workers)
+    unexplained = unexplained_table(config, models, adaptable, personal, clients, workers)
     unseen = evaluate_unseen(config, people.unseen, models, judges, networks, workers)
     if workers.rank > 0:
         return None
@@ -1331,7 +1349,7 @@ def generate_case(model, case, mel, config):
     return data.to_unit(frames)[0].cpu()
 
 
-def unexplained_table(models, adaptable, personal, clients, num_frames, workers):
+def unexplained_table(config, models, adaptable, personal, clients, workers):
     """Return the unexplained variance of test clips, {method: {mean, ci95, by noise level, ratio to
     the backbone}}.
 
@@ -1341,13 +1359,16 @@ def unexplained_table(models, adaptable, personal, clients, num_frames, workers)
     shares = {}  # (client's place, method) -> [levels clips]
     for k in workers.assign([1.0] * len(clients)):
         split = clients[k].split
+        num_frames = config["evaluate"]["num_frames"]
         batch = fed.fixed_batch(adaptable, split["test"], split["train"], num_frames)
+        # Every client has noise of its own, the same for all methods.
+        seed = fed.derive_seed(config["seed"], k)
         own = {"linear denoiser": models["backbone"]} | models
         if personal:
             own["personal adapter"] = merged_copy(adaptable, personal[clients[k].name])
         for name, used in own.items():
             use_unet = name != "linear denoiser"
-            share = fed.unexplained_variance(used, batch, 0, use_unet=use_unet)
+            share = fed.unexplained_variance(used, batch, seed, use_unet=use_unet)
             shares[k, name] = share.cpu().numpy()
     shares = workers.merge(shares)
     groups = [client.name for client in clients for _ in client.split["test"]]
@@ -1640,14 +1661,16 @@ def personalize_own(args, config, device):
         names = ", ".join(os.path.basename(clip.path) for clip in others)
         print(f"--clips: another person than in the other clips may be in {names}")
     clips = [dataclasses.replace(clip, person="me") for clip in dataset.clips]
-    pieces = data.segment(clips, 2.0)
+    num_frames = config["backbone"]["num_frames"]
+    seconds = max(2.0, num_frames / data.FPS)
+    pieces = data.segment(clips, seconds)
     if len(pieces) < 3:
-        seconds = sum(clip.num_frames for clip in clips) / data.FPS
-        raise ValueError(f"--clips: 5 s of video are needed, there are {seconds:.1f} s")
+        raise ValueError(
+            f"--clips: three pieces of {seconds:g} s are needed, there are {len(pieces)}"
+        )
     split = data.split_clips(pieces, config["seed"])
     model = personal_model(config, model, state["adapter"], backbone["directions"])
     start = lora.adapter_vector(model)
-    num_frames = config["backbone"]["num_frames"]
     same_clip = config["data"]["same_clip_reference"]
     client = fed.Client("me", split, num_frames, same_clip=same_clip)
     kwargs = training_kwargs(config, "personal", device)
@@ -1672,11 +1695,12 @@ def personalize_own(args, config, device):
             pieces = f"{len(split['test'])} held-out pieces"
             print(f"unexplained variance of {pieces}, {name}: {share:.4f}")
     print(
-        f"{output}: made of {len(split['train'])} pieces of 2 s; --action generate --adapter {output}"
+        f"{output}: made of {len(split['train'])} pieces of video; "
+        f"--action generate --adapter {output}"
     )
 
 
-def dry_run(config, device):
+def dry_run(args, config, device):
     """--action dry-run: print what a run would be, send, spend and take, from timed steps."""
     print(yaml.safe_dump(config, sort_keys=False))
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
@@ -1693,12 +1717,17 @@ def dry_run(config, device):
     print(f"parameters: {num_parameters:,}; trained and sent by a client: {len(adapter):,}")
     print(f"bytes per client and round: {sent['bytes_up']:,} up, {sent['bytes_down']:,} down")
 
-    state = {"adapter": adapter, "round": f["rounds"], "sampling_key": sampling_key(config).hex()}
+    state = {"round": 0, "accountant": [], "sampling_key": sampling_key(config).hex()}
+    if args.resume and (Path(args.resume) / "last.pt").exists():
+        state = load_checkpoint(Path(args.resume) / "last.pt", "global adapter")
+    accountant = privacy.Accountant(state["accountant"])
     num_clients = config["data"]["clients"]
     cohorts = draw_cohorts(config, state["sampling_key"], num_clients, f["rounds"])
     mechanism = make_mechanism(config, len(adapter), privacy.most_participations(cohorts))
     noise_multiplier = mechanism.noise_multiplier if mechanism else 0.0
-    state["accountant"] = [[accounted_rate(f), noise_multiplier, f["rounds"]]]
+    accountant.spend(accounted_rate(f), noise_multiplier, max(0, f["rounds"] - state["round"]))
+    state |= {"adapter": adapter, "accountant": accountant.history}
+    state["round"] = max(state["round"], f["rounds"])
     report = describe_privacy(config, state)
     epsilon = f"inf: {report.get('reason') or report.get('no_privacy_because')}"
     if report["private"]:
@@ -1707,7 +1736,8 @@ def dry_run(config, device):
     print(f"epsilon {epsilon}; noise multiplier {noise_multiplier:.4g}")
     cohort = f["sample_rate"] * num_clients
     if mechanism:
-        noise = mechanism.noise_std(1) * math.sqrt(len(adapter)) / (cohort * mechanism.clip_norm)
+        noise = mechanism.noise_std(1) * math.sqrt(mechanism.length)
+        noise /= cohort * mechanism.clip_norm
         print(f"the noise on a round's mean is {noise:.3g} times the longest possible update")
 
     # as many clips, and as long, as a synthetic client has
@@ -1788,6 +1818,9 @@ def parse_arguments(argv):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             parser.error(f"{flag(name)} must lie in {least} ... {most}, not {value}")
+    for name in ("config", "adapter", "look", "output"):  # a script's variable that is not set
+        if getattr(args, name) == "":
+            parser.error(f"{flag(name)} is empty")
     generating = (*ranges, "reference", "speech", "prompt", "no_watermark", "adapter")
     users = dict.fromkeys(generating, ["generate"]) | {"clips": ["personalize"]}
     users |= dict.fromkeys(("output", "look"), ["generate", "personalize"])
@@ -1872,7 +1905,7 @@ def run_action(args, config, devices, workers):
     elif args.action == "personalize":
         personalize_own(args, config, device)
     elif args.action == "dry-run":
-        dry_run(config, device)
+        dry_run(args, config, device)
     else:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}"
         run = Path(config["runtime"]["directory"]) / name
@@ -1987,5 +2020,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.end_tidily()
+    data.set_up_process()
     main()

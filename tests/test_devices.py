@@ -434,7 +434,7 @@ def test_a_person_gets_an_own_adapter_on_the_gpu(runs, config, tmp_path, monkeyp
 
 def test_a_dry_run_is_made_on_the_gpu(config, capsys):
     with pretend():
-        train.dry_run(config, GPU)
+        train.dry_run(train.parse_arguments(["--action", "dry-run"]), config, GPU)
     assert "epsilon" in capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ import lora
 import metrics
 import privacy
 import train
-from test_data import sound_offset
+from test_data import sound_offset, write_clip
 
 ROOT = Path(train.__file__).parent
 TINY = [
@@ -147,6 +147,11 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--set", "privacy.num_curious=0", "fed.sample_rate=0.01"], "2 have to stay"),
         (["--set", "privacy.num_curious=0", "fed.dropout_rate=0.3"], "70 would"),
         (["--set", "name=a/b"], "name becomes"),
+        (["--set", "name=run #2"], "--set name: ' #' begins a comment"),
+        (["--config", ""], "--config is empty"),
+        (["--action", "generate", "--adapter", ""], "--adapter is empty"),
+        (["--action", "personalize", "--output", ""], "--output is empty"),
+        (["--action", "personalize", "--look", ""], "--look is empty"),
         (["--set", "weights=nowhere"], "no such folder of weights: nowhere"),
     ],
 )
@@ -168,6 +173,11 @@ def test_ranges_and_choices_are_of_keys_that_exist():
 
     for name in [*train.RANGES, *train.CHOICES]:
         assert name in KEYS, name
+
+
+def test_a_value_in_quotes_may_have_a_hash():
+    assert train.load_config(train.DEFAULTS, overrides=["name='run #2'"])["name"] == "run #2"
+    assert train.load_config(train.DEFAULTS, overrides=["name=run#2"])["name"] == "run#2"
 
 
 def test_settings_may_be_taken_back_and_shared(tmp_path):
@@ -565,6 +575,19 @@ def test_test_clips_have_noise_of_their_own_which_methods_share(finished, monkey
     assert seeds[0] == seeds[1] and len(set(seeds)) == 3
 
 
+def test_clients_are_measured_with_noise_of_their_own_which_methods_share(finished):
+    _, run = finished
+    config = train.load_config(run / "config.yaml")
+    _, model, _, _ = train.load_run(config, run, torch.device("cpu"))
+    clients = train.make_clients(config, train.load_people(config), run)[:1]
+    twin = fed.Client("twin", clients[0].split, clients[0].num_frames)
+    methods = {"backbone": model, "global adapter": model}
+    workers = fed.Workers()
+    table = train.unexplained_table(config, methods, model, {}, [*clients, twin], workers)
+    first, second = table["backbone"]["values"].values()
+    assert first != second and table["backbone"] == table["global adapter"]
+
+
 def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, tmp_path, capsys):
     folder, run = finished
     copy = tmp_path / "run"
@@ -702,8 +725,7 @@ def test_a_resumed_run_is_of_the_same_people(finished, tmp_path, capsys):
     folder, run = finished
     copied = copy_run(run, tmp_path)
     shutil.copytree(folder / "people", tmp_path / "people")
-    other = next((folder / "people" / "public-000").glob("*.mp4"))
-    shutil.copy(other, tmp_path / "people" / "client-001" / "00009.mp4")
+    write_clip(tmp_path / "people" / "client-001" / "00009.mp4")
     text = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(
         text.replace(str(folder / "people"), str(tmp_path / "people"))
@@ -847,6 +869,33 @@ def test_evaluating_trains_nothing(finished, tmp_path, capsys):
     assert "no report.json there" in fails(capsys, *again[:-1], str(unfinished))
 
 
+def test_a_report_does_not_outlive_what_it_tells_of(finished, tmp_path, monkeypatch, capsys):
+    _, run = finished
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for name, changes in (
+        ("federate", ["fed.rounds=3"]),
+        ("fed.train_adapter", ["personal.lr=1.0"]),
+    ):
+        copied = copy_run(run, tmp_path / name)
+        monkeypatch.setattr(f"train.{name}", stop)
+        assert "interrupted" in last_line(capsys, "--resume", str(copied), "--set", *changes)
+        monkeypatch.undo()
+        assert not (copied / "report.json").exists() and not (copied / "report.md").exists()
+        again = ["--action", "evaluate", "--resume", str(copied)]
+        assert "no report.json there" in fails(capsys, *again)
+
+
+def test_rounds_that_were_done_cannot_be_taken_back(finished, tmp_path, capsys):
+    copied = copy_run(finished[1], tmp_path)
+    before = snapshot(copied)
+    error = fails(capsys, "--resume", str(copied), "--set", "fed.rounds=1")
+    assert "fed.rounds: the run has had 2 rounds already" in error
+    assert snapshot(copied) == before
+
+
 def test_personal_adapters_do_not_depend_on_the_device(finished, tmp_path, monkeypatch):
     _, run = finished
     skip_evaluation(monkeypatch)
@@ -963,6 +1012,21 @@ def test_a_dry_run_prints_what_a_run_sends_and_spends(capsys):
     printed = capsys.readouterr().out
     for words in ("epsilon 2 at delta 1e-05", "trained and sent by a client", "bytes"):
         assert words in printed, words
+
+
+def test_a_dry_run_counts_what_a_run_has_spent(finished, monkeypatch, capsys):
+    _, run = finished
+    monkeypatch.setattr(train, "time_step", lambda *args: 1.0)
+    train.main(["--action", "dry-run", "--resume", str(run), "--set", "fed.rounds=4"])
+    config = train.load_config(run / "config.yaml", overrides=["fed.rounds=4"])
+    state = train.load_checkpoint(run / "last.pt", "global adapter")
+    cohorts = train.draw_cohorts(config, state["sampling_key"], config["data"]["clients"], 4)
+    participations = privacy.most_participations(cohorts)
+    mechanism = train.make_mechanism(config, len(state["adapter"]), participations)
+    spent = privacy.Accountant(state["accountant"])
+    spent.spend(train.accounted_rate(config["fed"]), mechanism.noise_multiplier, 2)
+    epsilon = spent.epsilon_known_cohorts(config["privacy"]["delta"], participations)
+    assert epsilon > 2.1 and f"epsilon {epsilon:.4g} at" in capsys.readouterr().out
 
 
 def test_a_dry_run_multiplies_timed_steps(monkeypatch, capsys):

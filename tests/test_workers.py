@@ -48,7 +48,9 @@ def run_node(rank, num_workers, port, folder, *arguments):
     command += [f"--{name}={value}" for name, value in options.items()]
     command += [str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, **pipes)
+    # A terminal that has no letters but ASCII must not end a run.
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    return subprocess.Popen(command, cwd=folder, env=os.environ | ascii_only, **pipes)
 
 
 def children_of(pid):
@@ -61,7 +63,7 @@ def alive(pid):
     return path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_two_workers_one_of_them_killed_make_the_same_run_as_one(folder, monkeypatch):
+def test_two_workers_one_of_them_killed_make_the_same_run_as_one(folder, monkeypatch, capsys):
     skip_evaluation(monkeypatch)
     settings = [*TINY, *places(folder)]
     settings += [
@@ -97,6 +99,9 @@ def test_two_workers_one_of_them_killed_make_the_same_run_as_one(folder, monkeyp
         paths = [run / "personal" / f"{name}.pt" for run in (one, two)]
         own = [train.load_checkpoint(path, "personal adapter")["adapter"] for path in paths]
         assert torch.equal(*own)
+    shutil.rmtree(two / "clients")
+    error = fails(capsys, "--resume", str(two), "--set", "fed.rounds=3")
+    assert "clients: lost or not shared, and with it the clients' c_i" in error
 
 
 def test_two_machines_that_share_no_disk_make_the_run_of_one_process(folder, tmp_path, monkeypatch):

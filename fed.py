@@ -64,13 +64,13 @@ def auxiliary_losses(model, judges, batch, x0_hat):
 
 def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     """Return a batch's random numbers: t [b f], eps [b f m h w], keep {condition: [b]}, judged (the
-    clip that Eq. 9-11 decode, or None), judged_frame (its first frame there), judged_weight.
+    clip that Eq. 9-11 decode, or None) and judged_frame (its first frame there).
 
     One t per clip, stratified over the clips of the batch. In a share CONTINUED of the clips the
     first frames are known (no noise, t = -1). Each condition is dropped from a share
     `condition_dropout` of the clips, independently. Eq. 9-11 are to be weighted by alpha_bar_t: one
-    clip is drawn with probability proportional to alpha_bar and stands for all, which has the same
-    expectation at a fraction of the cost.
+    clip is drawn, and judged with probability alpha_bar_t, which has the same expectation at a
+    fraction of the cost.
     """
     b, f = batch["motion"].shape[:2]
     device = batch["motion"].device
@@ -87,14 +87,12 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     eps = eps * ~known[:, :, None, None, None]
     noise = {"t": t[:, None].where(~known, -1).to(device), "eps": eps.to(device)}
     noise["keep"] = dict(zip(talking.CONDITIONS, keep.T.to(device)))
-    # multinomial refuses a sum of 0, which a batch of pure noise would have.
-    alpha_bar = model.diffusion.alpha_bar[t] + 1e-8
-    judged = int(torch.multinomial(alpha_bar, 1, generator=generator))
-    noise["judged_weight"] = float(alpha_bar.mean())
-    noise["judged_frame"] = int(torch.randint(f - JUDGED_FRAMES + 1, (), generator=generator))
     # Drawn even if nobody judges: runs with and without a loss then see the same batches.
-    is_judged = any(weight for name, weight in loss_weights.items() if name != "tdc")
-    noise["judged"] = judged if is_judged else None
+    judged = int(torch.randint(b, (), generator=generator))
+    by_chance = torch.rand((), generator=generator) < model.diffusion.alpha_bar[t[judged]]
+    noise["judged_frame"] = int(torch.randint(f - JUDGED_FRAMES + 1, (), generator=generator))
+    wanted = any(weight for name, weight in loss_weights.items() if name != "tdc")
+    noise["judged"] = judged if by_chance and wanted else None
     return noise
 
 
@@ -126,8 +124,7 @@ def objective(model, judges, batch, noise, loss_weights, rows, bf16=False):
             "reference": own["reference"][row : row + 1],
             "liveliness": own["liveliness"][row : row + 1],
         }
-        losses = auxiliary_losses(model, judges, inputs, x0_hat[row : row + 1, frames].float())
-        terms |= {name: noise["judged_weight"] * value for name, value in losses.items()}
+        terms |= auxiliary_losses(model, judges, inputs, x0_hat[row : row + 1, frames].float())
     total = terms["diffusion"]
     for name, term in terms.items():
         if name != "diffusion":
@@ -144,15 +141,16 @@ def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=
     noise = draw_noise(model, batch, loss_weights, generator)
     num_clips = len(batch["motion"])
     step = micro_batch or num_clips
-    sums = {}
+    # A batch of which no clip is judged adds 0 to the judges' terms.
+    sums = {"diffusion": 0.0} | {name: 0.0 for name, weight in loss_weights.items() if weight}
     # Before the step, not after it: a batch that failed may have left gradients.
     model.zero_grad()
     for start in range(0, num_clips, step):
         rows = slice(start, min(start + step, num_clips))
         loss, terms = objective(model, judges, batch, noise, loss_weights, rows, bf16)
         loss.backward()
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + float(term.detach())
+        for name in sums.keys() & terms.keys():
+            sums[name] += float(terms[name].detach())
     return sums
 
 

@@ -83,11 +83,20 @@ def test_isfa_weights_have_the_papers_ratios_and_are_bounded():
     assert 0 < fed.isfa_weight(1, 0.0, 5.0, 100) < fed.isfa_weight(10**6, 1.0, 5.0, 100) == 1.0
 
 
+def judged_noise(model, batch, weights=None):
+    """Random numbers of the first seed with which a clip is judged."""
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        noise = fed.draw_noise(model, batch, weights or ALL_TERMS, generator)
+        if noise["judged"] is not None:
+            return noise
+
+
 def test_the_objective_is_eq_12():
     model = adapted_model()
     judges = metrics.Judges().eval().requires_grad_(False)
     batch = random_batch(model, 3, 6, 0)
-    noise = fed.draw_noise(model, batch, ALL_TERMS, torch.Generator().manual_seed(0))
+    noise = judged_noise(model, batch)
     loss, terms = fed.objective(model, judges, batch, noise, ALL_TERMS, slice(0, 3))
     assert set(terms) == {"diffusion", *ALL_TERMS}
     expected = terms["diffusion"] + sum(ALL_TERMS[name] * terms[name] for name in ALL_TERMS)
@@ -105,8 +114,7 @@ def test_the_objective_is_eq_12():
     own |= {name: batch[name][row : row + 1] for name in ("reference", "liveliness")}
     auxiliary = fed.auxiliary_losses(model, judges, own, x0_hat[row : row + 1, frames])
     for name, value in auxiliary.items():
-        expected = noise["judged_weight"] * float(value.detach())
-        assert float(terms[name].detach()) == pytest.approx(expected, rel=1e-4)
+        assert float(terms[name].detach()) == pytest.approx(float(value.detach()), rel=1e-4)
 
 
 def test_auxiliary_losses_vanish_for_perfect_frames():
@@ -140,7 +148,8 @@ def test_one_clip_stands_for_all_with_the_expectation_of_weights_alpha_bar():
     for seed in range(1500):
         generator = torch.Generator().manual_seed(seed)
         noise = fed.draw_noise(model, batch, ALL_TERMS, generator, condition_dropout=0.0)
-        sums[noise["judged"]] += noise["judged_weight"]
+        if noise["judged"] is not None:
+            sums[noise["judged"]] += 1
         t = noise["t"][:, -1]  # the last frame is never known
         alpha_bars += model.diffusion.alpha_bar[t] / 4
         frames.add(noise["judged_frame"])
@@ -173,13 +182,13 @@ def test_the_gradient_does_not_depend_on_micro_batches():
     gradients = []
     terms = []
     for micro_batch in (0, 2, 1):
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator().manual_seed(2)  # with which a clip is judged
         terms.append(fed.backward(model, judges, batch, ALL_TERMS, generator, micro_batch))
         parameters = lora.adapter_parameters(model)
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
     for gradient, own_terms in zip(gradients[1:], terms[1:]):
         assert (gradient - gradients[0]).norm() < 1e-6 * gradients[0].norm()
-        assert own_terms == pytest.approx(terms[0], rel=1e-6)
+        assert own_terms == pytest.approx(terms[0], rel=1e-6) and own_terms["sync"] > 0
 
 
 def test_bfloat16_gradients_are_near():
@@ -218,8 +227,7 @@ def test_a_loss_of_ones_own_is_given_frames_to_judge():
     model = adapted_model()
     batch = random_batch(model, 2, 6, 0)
     weights = dict.fromkeys(ALL_TERMS, 0.0) | {"gaze": 1.0}
-    noise = fed.draw_noise(model, batch, weights, torch.Generator().manual_seed(0))
-    assert noise["judged"] is not None
+    assert judged_noise(model, batch, weights) is not None
 
 
 def test_runs_with_and_without_a_loss_see_the_same_batches():

@@ -245,6 +245,15 @@ def test_the_target_epsilon_chooses_noise_that_keeps_it():
 # ---------------------------------------------------------------- files
 
 
+def test_a_round_done_four_times_is_reported_with_one_draw_of_its_cohort():
+    settings = ["privacy.target_epsilon=0.0", "privacy.noise_multiplier=1.0"]
+    config = train.load_config(train.DEFAULTS, overrides=[*settings, "fed.sample_rate=0.4"])
+    state = {"adapter": torch.zeros(64), "round": 1, "sampling_key": "00" * 32}
+    report = train.describe_privacy(config, state | {"accountant": [[0.4, 1.0, 4]]})
+    # the hockey-stick divergence of one sample at rate 0.4, released four times, is 1e-5 at 8.652
+    assert report["epsilon_with_sampling"] > 8.652
+
+
 def test_json_has_no_infinity():
     tree = {"a": [float("inf"), 1.0], "b": (float("nan"), "x")}
     assert train.finite(tree) == {"a": [None, 1.0], "b": [None, "x"]}

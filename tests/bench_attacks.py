@@ -73,7 +73,9 @@ def auc_over_people(inside, outside):
     The AUC is a mean over pairs of people. The interval is that of one value per person: its part
     as the first of a pair and as the second (Obuchowski 1997, Biometrics 53).
     """
-    wins = np.array([[metrics.auc(high, low) for low in outside] for high in inside])
+    # metrics.auc of each pair, all in one call, as there are many
+    wins = stats.mannwhitneyu(inside[:, None], outside, axis=2, method="asymptotic").statistic
+    wins = wins / (inside.shape[1] * outside.shape[1])
     values = wins.mean(0) + wins.mean(1) - wins.mean()
     result = metrics.mean_ci(values)
     return {"mean": result["mean"], "ci95": np.clip(result["ci95"], 0, 1).tolist()}

@@ -1406,8 +1406,9 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
 
 def test_talkers_made_by_hand_are_not_mistaken_for_others(tmp_path):
     root = tmp_path / "synthetic-own"
-    people = ["--num-public", "8", "--num-clients", "2", "--num-unseen", "0"]
-    assert data.main(["--make", str(root), *people, "--size", "16", "--seconds", "0.4"]) is None
+    people = "--num-public 8 --num-clients 2 --num-unseen 0 --clips-per-public 1"
+    people += " --clips-per-client 3 --size 16 --seconds 0.4"
+    assert data.main(["--make", str(root), *people.split()]) is None
     with pytest.raises(ValueError, match="made with another num_unseen, seed: "):
         data.load_people(root, 16, 1.0, 2, 1, 0, tmp_path / "cache")
     assert len(data.load_people(root, 16, 1.0, 2, 0, 1, tmp_path / "cache").public) == 8

@@ -616,11 +616,27 @@ def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, t
     assert len(list((tmp_path / "look").glob("client-001-*.png"))) == len(list(clips.glob("*.mp4")))
 
 
-def test_faces_are_cut_out_of_private_clips_only(finished):
-    folder, run = finished
+@pytest.fixture(scope="module")
+def faces_cut(finished, tmp_path_factory):
+    """The config of a run with a new cache, its people before and after their faces are cut out,
+    and the files that were decoded for that.
+    """
+    _, run = finished
     config = train.load_config(run / "config.yaml")
     people = train.load_people(config)
-    cut = train.find_faces(config, people, FixedFinder([0.0, 0.0, 20.0, 20.0]))
+    config["runtime"]["cache"] = str(tmp_path_factory.mktemp("faces"))
+    decoded = []
+    decode = data.CacheFile.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            data.CacheFile, "write", lambda file: (decoded.append(file.source), decode(file))
+        )
+        cut = train.find_faces(config, people, FixedFinder([0.0, 0.0, 20.0, 20.0]))
+    return config, people, cut, decoded
+
+
+def test_faces_are_cut_out_of_private_clips_only(faces_cut):
+    config, people, cut, _ = faces_cut
     assert cut.public is people.public
     for before, after in ((people.clients, cut.clients), (people.unseen, cut.unseen)):
         assert list(before) == list(after)
@@ -628,20 +644,11 @@ def test_faces_are_cut_out_of_private_clips_only(finished):
             assert len(before[name]) == len(after[name])
             assert not np.array_equal(before[name][0].frames, after[name][0].frames)
     with pytest.raises(ValueError, match="no face found"):
-        train.find_faces(config, people, FixedFinder())
+        train.find_faces(config, people._replace(clients={}), FixedFinder())
 
 
-def test_public_clips_are_not_decoded_again_to_find_faces(finished, tmp_path, monkeypatch):
-    folder, run = finished
-    config = train.load_config(run / "config.yaml")
-    people = train.load_people(config)
-    config["runtime"]["cache"] = str(tmp_path / "cache")
-    decoded = []
-    decode = data.CacheFile.write
-    monkeypatch.setattr(
-        data.CacheFile, "write", lambda file: (decoded.append(file.source), decode(file))
-    )
-    train.find_faces(config, people, FixedFinder([0.0, 0.0, 20.0, 20.0]))
+def test_public_clips_are_not_decoded_again_to_find_faces(faces_cut):
+    _, people, _, decoded = faces_cut
     private = [clip for role in people[1:] for own in role.values() for clip in own]
     assert sorted(decoded) == sorted(str(clip.path) for clip in private)
 
@@ -687,12 +694,36 @@ def test_a_refused_resume_changes_nothing(finished, capsys):
     assert snapshot(run) == before
 
 
-def test_evaluating_repeats_nothing(finished):
+@pytest.fixture(scope="module")
+def evaluated(finished):
+    """The files of a run before and after it is evaluated again, and which cases were generated
+    with which adapters: [(person, vector)].
+    """
     _, run = finished
     before = snapshot(run)
     (run / "samples" / "of-another-client.mp4").write_bytes(b"")
-    train.main(["--gpus", "cpu", "--action", "evaluate", "--resume", str(run)])
-    after = snapshot(run)
+    used = []
+    merged_copy = train.merged_copy
+    generate_case = train.generate_case
+
+    def merged_with_vector(model, vector):
+        merged = merged_copy(model, vector)
+        merged.vector = vector
+        return merged
+
+    def watched(model, case, mel, config):
+        used.append((case.person, model.vector))
+        return generate_case(model, case, mel, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "merged_copy", merged_with_vector)
+        patch.setattr(train, "generate_case", watched)
+        train.main(["--gpus", "cpu", "--action", "evaluate", "--resume", str(run)])
+    return before, snapshot(run), used
+
+
+def test_evaluating_repeats_nothing(evaluated):
+    before, after, _ = evaluated
     assert after.keys() == before.keys()
     unchanged = ("last.pt", "backbone.pt", "rounds.jsonl", "config.yaml", "client-000.pt")
     for path, content in before.items():
@@ -733,29 +764,44 @@ def test_a_resumed_run_is_of_the_same_people(finished, tmp_path, capsys):
     """With one clip more, a clip that was trained on might be tested on."""
     folder, run = finished
     copied = copy_run(run, tmp_path)
-    shutil.copytree(folder / "people", tmp_path / "people")
-    write_clip(tmp_path / "people" / "client-001" / "00009.mp4")
-    text = (copied / "config.yaml").read_text()
-    (copied / "config.yaml").write_text(
-        text.replace(str(folder / "people"), str(tmp_path / "people"))
-    )
     before = snapshot(copied)
-    error = fails(capsys, "--resume", str(copied), "--set", "fed.rounds=3")
+    added = folder / "people" / "client-001" / "00009.mp4"
+    write_clip(added)
+    try:
+        error = fails(capsys, "--resume", str(copied), "--set", "fed.rounds=3")
+    finally:
+        added.unlink()
     assert "the clips or the role of client-001 have changed" in error
     assert snapshot(copied) == before
 
 
-def test_a_run_goes_on_where_its_people_have_moved(finished, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def longer(finished, tmp_path_factory):
+    """A copy of the run that was continued for a round, with its people in another place."""
+    folder, run = finished
+    copied = copy_run(run, tmp_path_factory.mktemp("longer"))
+    lose_people(copied, folder)
+    moved = copied.parent / "moved"
+    moved.symlink_to(folder / "people")
+    more = ["--resume", str(copied), "--set", "fed.rounds=3", f"data.root={moved}"]
+    train.main(["--gpus", "cpu", *more])
+    return copied
+
+
+def lose_people(run, folder):
+    """Let the run's config.yaml name a place where its people are not."""
+    text = (run / "config.yaml").read_text()
+    gone = text.replace(str(folder / "people"), str(run.parent / "gone"))
+    (run / "config.yaml").write_text(gone)
+
+
+def test_a_run_goes_on_where_its_people_have_moved(finished, longer, tmp_path, capsys):
     folder, run = finished
     copied = copy_run(run, tmp_path)
-    text = (copied / "config.yaml").read_text()
-    gone = text.replace(str(folder / "people"), str(tmp_path / "gone"))
-    (copied / "config.yaml").write_text(gone)
+    lose_people(copied, folder)
     more = ["--resume", str(copied), "--set", "fed.rounds=3"]
     assert "no dataset at" in fails(capsys, *more)
-    (tmp_path / "moved").symlink_to(folder / "people")
-    train.main(["--gpus", "cpu", *more, f"data.root={tmp_path / 'moved'}"])
-    assert len(read_rounds(copied)) == 3
+    assert len(read_rounds(longer)) == 3
 
 
 def test_what_a_run_has_spent_cannot_be_lost_or_edited(finished, tmp_path, capsys):
@@ -853,9 +899,9 @@ def test_settings_are_kept_only_when_the_runs_files_are_whole(finished, tmp_path
     assert (copied / "config.yaml").read_bytes() == before
 
 
-def test_training_that_diverges_is_one_line(tmp_path, capsys):
-    data.make_synthetic(tmp_path / "people", 8, 5, 1, 1, 3, 0.4, 32)
-    settings = [*TINY, *places(tmp_path), "backbone.lr=1e9", "backbone.steps=20"]
+def test_training_that_diverges_is_one_line(finished, capsys):
+    folder, _ = finished
+    settings = [*TINY, *places(folder), "name=diverged", "backbone.lr=1e9", "backbone.steps=20"]
     assert "lower backbone.lr" in last_line(capsys, "--set", *settings)
 
 
@@ -914,21 +960,18 @@ def test_personal_adapters_do_not_depend_on_the_device(finished, tmp_path, monke
     assert snapshot(copied / "personal") == before
 
 
-def test_more_rounds_make_new_personal_adapters(finished, tmp_path, monkeypatch):
-    folder, run = finished
-    skip_evaluation(monkeypatch)
-    copied = copy_run(run, tmp_path)
-    personal = copied / "personal" / "client-000.pt"
-    before = personal.read_bytes()
-    train.main(["--gpus", "cpu", "--resume", str(copied), "--set", "fed.rounds=3"])
-    rounds = read_rounds(copied)
-    assert personal.read_bytes() != before and len(rounds) == 3
+def test_more_rounds_make_new_personal_adapters(finished, longer):
+    _, run = finished
+    before, after = (path / "personal" / "client-000.pt" for path in (run, longer))
+    assert after.read_bytes() != before.read_bytes()
+    rounds = read_rounds(longer)
+    assert len(rounds) == 3
     assert rounds[2]["epsilon"] > rounds[1]["epsilon"] == read_rounds(run)[1]["epsilon"]
 
 
 def test_speech_is_learned_before_the_unet_is_trained(finished, tmp_path, monkeypatch):
     folder, _ = finished
-    overrides = [*TINY, *places(folder), "backbone.steps=900"]
+    overrides = [*TINY, *places(folder), "backbone.steps=500"]
     config = train.load_config(train.DEFAULTS, overrides=overrides)
     public = train.load_people(config).public
     train_speech_path = train.train_speech_path
@@ -944,7 +987,7 @@ def test_speech_is_learned_before_the_unet_is_trained(finished, tmp_path, monkey
         autoencoder = train.train_autoencoder(config, public, cpu)
         train.train_unet(config, autoencoder, public, cpu, tmp_path / "partial.pt")
     [(_, batches, num_steps, lr)] = calls
-    assert (len(batches), num_steps, lr) == (10, 90, config["backbone"]["lr"])
+    assert (len(batches), num_steps, lr) == (6, 50, config["backbone"]["lr"])
     torch.manual_seed(0)
     model = train.build_model(config)
     rest = train.checksum([model.unet.conv_in.weight, model.unet.conv_out.weight])
@@ -994,7 +1037,7 @@ def skip_evaluation(monkeypatch):
 
 
 def test_too_few_people_are_refused_before_anything_is_written(tmp_path, capsys):
-    data.make_synthetic(tmp_path / "few", 3, 2, 1, 2, 3, 0.8, 32)
+    data.make_synthetic(tmp_path / "few", 3, 2, 1, 2, 3, 0.4, 32)
     directory = f"runtime.directory={tmp_path / 'runs'}"
     settings = [*TINY, f"data.root={tmp_path / 'few'}", directory, "privacy.enabled=false"]
     assert "people" in fails(capsys, "--set", *settings, "data.clients=5")
@@ -1089,27 +1132,10 @@ def test_the_sync_loss_hears_the_sound_of_its_five_frames():
     assert loss == pytest.approx(1 - (heard * seen).sum().item(), abs=0.02)
 
 
-def test_a_personal_adapter_belongs_to_its_person(finished, monkeypatch):
+def test_a_personal_adapter_belongs_to_its_person(finished, evaluated):
     """Evaluation generates each case with the adapter of the case's own person."""
     _, run = finished
-    used = []
-    real = train.merged_copy
-
-    def watched(model, vector):
-        merged = real(model, vector)
-        merged.vector = vector
-        return merged
-
-    def keep(model, case, mel, config):
-        used.append((case.person, model.vector))
-        return case.frames
-
-    monkeypatch.setattr(train, "merged_copy", watched)
-    monkeypatch.setattr(train, "generate_case", keep)
-    before = snapshot(run)
-    train.main(["--gpus", "cpu", "--action", "evaluate", "--resume", str(run)])
-    for path, content in before.items():
-        path.write_bytes(content)
+    _, _, used = evaluated
     own = {}
     for path in (run / "personal").iterdir():
         own[path.stem] = train.load_checkpoint(path, "personal adapter")["adapter"]

@@ -1,21 +1,27 @@
 """Runs of several processes: workers, machines, and what happens when one of them is lost."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
 
 import data
 import train
 from test_train import ROOT, TINY, fails, places, read_rounds, skip_evaluation
+
+SCRIPT = str(ROOT / "train.py")
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +33,56 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_command(*arguments, **kwargs):
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+@pytest.fixture(scope="module")
+def context():
+    """Forks processes off one that has imported everything, which takes 4 s of CPU time.
+
+    Not off this one: torch refuses a backward pass in a fork of a process that has made one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_workers"])
+    variables = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # A terminal that has no letters but ASCII must not end a run.
+    variables |= {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def start(context, tmp_path):
+    """Return a function that starts a process and returns it and the file that it prints into."""
+    processes = []
+
+    def start(function, *arguments, folder=ROOT, **variables):
+        output = tmp_path / f"output-{len(processes)}.txt"
+        process = context.Process(target=act, args=(output, folder, variables, function, arguments))
+        process.start()
+        processes.append(process)
+        return process, output
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def act(output, folder, variables, function, arguments):
+    """Call a function in a process of its own, with its folder and environment variables."""
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(folder)
+    os.environ.update(variables)
+    multiprocessing.set_start_method("fork", force=True)  # not the server's, which leaves locks
+    function(*arguments)
+
+
+def run_script(*arguments):
+    """Do what `python train.py` does with these arguments."""
+    sys.argv = [SCRIPT, *arguments]
+    runpy.run_path(SCRIPT, run_name="__main__")
 
 
 def free_port():
@@ -40,17 +91,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_node(rank, num_workers, port, folder, *arguments):
-    """Start one of two machines of a run by torchrun, with `folder` for its disk."""
+def run_node(rank, num_workers, port, *arguments):
+    """Do what `torchrun` does on one of two machines of a run; the workers are forks of it."""
     options = {"nnodes": 2, "node-rank": rank, "nproc-per-node": num_workers}
-    options |= {"master-addr": "127.0.0.1", "master-port": port}
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    command += [str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # A terminal that has no letters but ASCII must not end a run.
-    ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    return subprocess.Popen(command, cwd=folder, env=os.environ | ascii_only, **pipes)
+    options |= {"master-addr": "127.0.0.1", "master-port": port, "start-method": "fork"}
+    options = [f"--{name}={value}" for name, value in options.items()]
+    torchrun.main([*options, "--run-path", SCRIPT, "--gpus", "cpu", *arguments])
 
 
 def children_of(pid):
@@ -63,7 +109,9 @@ def alive(pid):
     return path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_two_workers_one_of_them_killed_make_the_same_run_as_one(folder, monkeypatch, capsys):
+def test_two_workers_one_of_them_killed_make_the_same_run_as_one(
+    folder, start, monkeypatch, capsys
+):
     skip_evaluation(monkeypatch)
     settings = [*TINY, *places(folder)]
     settings += [
@@ -80,13 +128,15 @@ def test_two_workers_one_of_them_killed_make_the_same_run_as_one(folder, monkeyp
         variables = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
         variables |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
         arguments = ["--gpus", "cpu", *scaffold, "name=two"]
-        workers.append(run_command(*arguments, env=os.environ | variables))
-    while workers[0].poll() is None and not list((folder / "runs").glob("*-two/rounds.jsonl")):
+        workers.append(start(run_script, *arguments, **variables))
+    (first, output), (second, _) = workers
+    while first.is_alive() and not list((folder / "runs").glob("*-two/rounds.jsonl")):
         time.sleep(0.02)
-    workers[1].kill()
-    output, _ = [worker.communicate()[0] for worker in workers]
+    second.kill()
+    first.join()
+    output = output.read_text()
     assert "error: another worker has ended: continue with --resume" in output, output
-    assert workers[0].returncode == 2 and "Traceback" not in output
+    assert first.exitcode == 2 and "Traceback" not in output
     one = next((folder / "runs").glob("*-one"))
     two = next((folder / "runs").glob("*-two"))
     train.main(["--gpus", "cpu", "--resume", str(two)])
@@ -104,7 +154,9 @@ def test_two_workers_one_of_them_killed_make_the_same_run_as_one(folder, monkeyp
     assert "clients: lost or not shared, and with it the clients' c_i" in error
 
 
-def test_two_machines_that_share_no_disk_make_the_run_of_one_process(folder, tmp_path, monkeypatch):
+def test_two_machines_that_share_no_disk_make_the_run_of_one_process(
+    folder, start, tmp_path, monkeypatch
+):
     monkeypatch.chdir(folder)
     shutil.copytree(folder / "people", tmp_path / "people")
     places = ["data.root=people", "runtime.directory=runs", "runtime.cache=cache"]
@@ -117,10 +169,11 @@ def test_two_machines_that_share_no_disk_make_the_run_of_one_process(folder, tmp
 
     port = free_port()
     settings.append("name=nodes")
-    nodes = [run_node(0, 1, port, folder, *settings), run_node(1, 2, port, tmp_path, *settings)]
-    for node in nodes:
-        output = node.communicate()[0]
-        assert node.returncode == 0, output
+    nodes = [start(run_node, 0, 1, port, *settings, folder=folder)]
+    nodes.append(start(run_node, 1, 2, port, *settings, folder=tmp_path))
+    for node, output in nodes:
+        node.join()
+        assert node.exitcode == 0, output.read_text()
     together = next((folder / "runs").glob("*-nodes"))
     for name in ("last.pt", "personal/client-000.pt", "personal/client-001.pt"):
         kind = "global adapter" if name == "last.pt" else "personal adapter"
@@ -145,7 +198,9 @@ def test_a_port_in_use_is_one_line(folder, monkeypatch, capsys):
 
 
 def test_a_lost_worker_ends_the_run():
-    with run_command("--gpus", "cpu:2", "--set", *TINY) as parent:
+    command = [sys.executable, SCRIPT, "--gpus", "cpu:2", "--set", *TINY]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **pipes) as parent:
         while len(workers := children_of(parent.pid)) < 2:
             assert parent.poll() is None
             time.sleep(0.01)
@@ -158,15 +213,18 @@ def test_a_lost_worker_ends_the_run():
 
 # The launcher's children are workers, a worker's child makes batches for the backbone.
 @pytest.mark.parametrize("gpus, num_children", [("cpu:2", 2), ("cpu", 1)])
-def test_processes_end_with_their_parent(folder, gpus, num_children):
+def test_processes_end_with_their_parent(folder, start, gpus, num_children):
     settings = [*TINY, *places(folder), "fed.rounds=400", "backbone.steps=100"]
-    with run_command("--gpus", gpus, "--set", *settings, "name=end") as parent:
-        while len(children := children_of(parent.pid)) < num_children:
-            assert parent.poll() is None
-            time.sleep(0.01)
-        parent.kill()
-        parent.wait()  # not for what the children print, which ends with them at the latest
-        deadline = time.time() + 3  # torch alone would look for the parent every 5 s
-        while any(alive(pid) for pid in children) and time.time() < deadline:
-            time.sleep(0.05)
-        assert not any(alive(pid) for pid in children)
+    parent, _ = start(run_script, "--gpus", gpus, "--set", *settings, "name=end")
+    while len(children := children_of(parent.pid)) < num_children:
+        assert parent.is_alive()
+        time.sleep(0.01)
+    # torch would look for the parent between two batches, but not while none is asked for.
+    os.kill(parent.pid, signal.SIGSTOP)
+    time.sleep(0.3)
+    parent.kill()
+    parent.join()
+    deadline = time.time() + 3  # torch alone would look for the parent every 5 s
+    while any(alive(pid) for pid in children) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in children)

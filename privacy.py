@@ -1139,16 +1139,19 @@ NOT_COVERED = [
 ]
 
 
-def privacy_report(mechanism, accountant, delta, participations, repeated=0):
+def privacy_report(mechanism, accountant, delta, cohorts):
     """Return the report's privacy section, plain values for JSON; None: an infinite epsilon.
 
-    `participations` is the most rounds of any client, `repeated` how many rounds were killed and
-    done again, by the same cohort. Raises ValueError unless 0 < delta < 1 / num_clients.
+    `cohorts` [[k]] are those of the rounds that were finished; what was spent beyond them are
+    rounds that were killed and done again, by the same cohort. Raises ValueError unless 0 < delta <
+    1 / num_clients.
     """
     check_delta(delta, mechanism.num_clients)
+    participations = most_participations(cohorts, accountant.num_rounds)
+    repeated = accountant.num_rounds - len(cohorts)
     known = accountant.epsilon_known_cohorts(delta, participations)
     history = list(accountant.history)
-    if repeated:  # who is in a cohort is drawn once: sampling does not hide its second sum
+    if repeated > 0:  # who is in a cohort is drawn once: sampling does not hide its second sum
         least_noise = min(noise_multiplier for _, noise_multiplier, _ in history)
         history.append([1.0, least_noise, repeated])
     sampled = min(known, Accountant(history).epsilon(delta))  # who knows less learns no more
@@ -1250,9 +1253,7 @@ def verify_run(folder):
     flagged, why = checkpoint_audit(checkpoint | state, length)
     if flagged:
         raise ValueError(f"last.pt holds vectors of single clients: {why}.")
-    participations = most_participations(cohorts, accountant.num_rounds)
-    repeated = accountant.num_rounds - len(cohorts)
-    expected = privacy_report(mechanism, accountant, claimed["delta"], participations, repeated)
+    expected = privacy_report(mechanism, accountant, claimed["delta"], cohorts)
     for key, value in expected.items():
         if isinstance(value, str):
             continue  # prose, which an earlier version may have put otherwise

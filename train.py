@@ -1178,10 +1178,7 @@ def describe_privacy(config, state):
         mechanism = dataclasses.replace(mechanism, noise_multiplier=noise_multiplier)
     num_clients = config["data"]["clients"]
     cohorts = draw_cohorts(config, state["sampling_key"], num_clients, state["round"])
-    participations = privacy.most_participations(cohorts, accountant.num_rounds)
-    delta = config["privacy"]["delta"]
-    repeated = accountant.num_rounds - state["round"]
-    return privacy.privacy_report(mechanism, accountant, delta, participations, repeated)
+    return privacy.privacy_report(mechanism, accountant, config["privacy"]["delta"], cohorts)
 
 
 # ---------------------------------------------------------------- personal adapters
@@ -1356,10 +1353,10 @@ def unexplained_table(config, models, adaptable, personal, clients, workers):
     The reference picture is of a training clip. No motion leaves 1; the linear denoiser is the
     model without its UNet.
     """
+    num_frames = config["evaluate"]["num_frames"]
     shares = {}  # (client's place, method) -> [levels clips]
     for k in workers.assign([1.0] * len(clients)):
         split = clients[k].split
-        num_frames = config["evaluate"]["num_frames"]
         batch = fed.fixed_batch(adaptable, split["test"], split["train"], num_frames)
         # Every client has noise of its own, the same for all methods.
         seed = fed.derive_seed(config["seed"], k)

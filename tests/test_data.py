@@ -665,6 +665,13 @@ def test_a_picture_whose_exif_cannot_be_written_again_is_read(tmp_path):
     assert data.read_image(tmp_path / "a.jpg").shape == (3, 40, 20)
 
 
+def test_a_picture_that_would_fill_the_memory_is_said_to_be_too_large(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL refuses twice as many
+    with pytest.raises(ValueError, match="large.png: the picture is too large"):
+        data.read_image(tmp_path / "large.png", 16)
+
+
 def test_a_picture_that_cannot_be_read_is_named_with_its_reason(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>")

@@ -1188,17 +1188,18 @@ def test_only_the_rounds_of_the_busiest_client_count():
 def test_the_headline_holds_against_who_knows_the_cohorts():
     m = mechanism(noise_multiplier=2.0)
     accountant = privacy.Accountant([[0.1, 2.0, 5]])
-    report = privacy.privacy_report(m, accountant, 1e-5, 5)
+    report = privacy.privacy_report(m, accountant, 1e-5, [[0]] * 5)
     exact = privacy.gaussian_epsilon(2.0 / math.sqrt(5), 1e-5)
     assert report["epsilon"] == pytest.approx(exact)
     assert report["epsilon_with_sampling"] == privacy.compute_epsilon(0.1, 2.0, 5, 1e-5)
     assert report["private"] is True and report["rounds"] == 5
     assert json.loads(json.dumps(report)) == report
     # sampling is never an obstacle
-    often = privacy.privacy_report(m, privacy.Accountant([[0.99, 2.0, 5]]), 1e-5, 5)
+    often = privacy.privacy_report(m, privacy.Accountant([[0.99, 2.0, 5]]), 1e-5, [[0]] * 5)
     assert often["epsilon_with_sampling"] <= often["epsilon"]
     # of fixed cohorts all rounds are spent, but the busiest client was in seven of them
-    fixed = privacy.privacy_report(m, privacy.Accountant([[1.0, 2.0, 50]]), 1e-5, 7)
+    cohorts = [[0]] * 7 + [[]] * 43
+    fixed = privacy.privacy_report(m, privacy.Accountant([[1.0, 2.0, 50]]), 1e-5, cohorts)
     assert fixed["epsilon_with_sampling"] <= fixed["epsilon"]
 
 
@@ -1206,7 +1207,7 @@ def test_a_round_done_twice_is_not_amplified_twice():
     """One draw of the cohort and two sums: sampling hides neither from who has seen the other."""
     m = mechanism(noise_multiplier=1.0)
     accountant = privacy.Accountant([[0.1, 1.0, 2]])
-    report = privacy.privacy_report(m, accountant, 1e-5, 2, repeated=1)
+    report = privacy.privacy_report(m, accountant, 1e-5, [[0]])
     # the sampled Gaussian of rate 0.1 and noise 1 / sqrt(2), in closed form: delta of 1e-5 at 3.498
     epsilon = 3.498
     z = 2**-0.5
@@ -1221,7 +1222,7 @@ def test_a_round_done_twice_is_not_amplified_twice():
     exact = max(hockey_stick("mixture", epsilon), hockey_stick("one", epsilon))
     assert exact == pytest.approx(1e-5, rel=1e-2)
     assert epsilon <= report["epsilon_with_sampling"] <= report["epsilon"]
-    once = privacy.privacy_report(m, accountant, 1e-5, 2)
+    once = privacy.privacy_report(m, accountant, 1e-5, [[0]] * 2)
     assert once["epsilon_with_sampling"] < epsilon
 
 
@@ -1229,7 +1230,7 @@ def test_a_run_without_noise_or_with_seeded_noise_reports_no_epsilon():
     spent = privacy.Accountant([[0.1, 1.0, 5]])
     clear = privacy.Accountant([[0.1, 0.0, 1], [0.1, 1.0, 5]])
     for m, accountant in ((mechanism(seed=1), spent), (mechanism(), clear)):
-        report = privacy.privacy_report(m, accountant, 1e-5, 2)
+        report = privacy.privacy_report(m, accountant, 1e-5, [[0]] * 5)
         assert report["epsilon"] is report["epsilon_with_sampling"] is None
         assert report["private"] is False and report["no_privacy_because"]
 
@@ -1237,7 +1238,7 @@ def test_a_run_without_noise_or_with_seeded_noise_reports_no_epsilon():
 def test_delta_is_below_one_over_the_number_of_clients():
     for delta in (0.05, 0.5, 0.0, math.nan):
         with pytest.raises(ValueError):
-            privacy.privacy_report(mechanism(), privacy.Accountant(), delta, 0)
+            privacy.privacy_report(mechanism(), privacy.Accountant(), delta, [])
 
 
 def write_run(folder, log=None, spent=3, state=None, **claims):
@@ -1252,7 +1253,8 @@ def write_run(folder, log=None, spent=3, state=None, **claims):
             log.append(row | dict(noise_multiplier=4.0, epsilon=epsilon))
     if state is None:
         state = state_of_a_run(accountant=accountant.history)
-    report = privacy.privacy_report(m, accountant, 1e-5, spent) | claims
+    everybody = list(range(m.num_clients))
+    report = privacy.privacy_report(m, accountant, 1e-5, [everybody] * 3) | claims
     torch.save({"kind": "global adapter", "state": state}, folder / "last.pt")
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (folder / "report.json").write_text(json.dumps({"privacy": report}))
@@ -1278,14 +1280,13 @@ def test_a_report_has_to_count_repeated_rounds_without_sampling(tmp_path):
         row = dict(round=r, cohort_size=len(cohort), sample_rate=0.5, noise_multiplier=4.0)
         log.append(row | dict(epsilon=privacy.gaussian_epsilon(4.0 / math.sqrt(r + 1), 1e-5)))
     accountant = privacy.Accountant([[0.5, 4.0, 9]])  # six rounds were killed and done again
-    participations = privacy.most_participations(cohorts, 9)
-    honest = privacy.privacy_report(m, accountant, 1e-5, participations, repeated=6)
+    honest = privacy.privacy_report(m, accountant, 1e-5, cohorts)
     state = state_of_a_run(accountant=accountant.history)
     write_run(tmp_path, log=log, state=state, **honest)
     assert privacy.verify_run(tmp_path) == honest
-    once = privacy.privacy_report(m, accountant, 1e-5, participations)
-    assert once["epsilon_with_sampling"] < honest["epsilon_with_sampling"]
-    write_run(tmp_path, log=log, state=state, **once)
+    once = accountant.epsilon(1e-5)
+    assert once < honest["epsilon_with_sampling"]
+    write_run(tmp_path, log=log, state=state, **honest | {"epsilon_with_sampling": once})
     with pytest.raises(ValueError, match="epsilon_with_sampling"):
         privacy.verify_run(tmp_path)
 
@@ -1335,7 +1336,10 @@ def test_a_report_that_does_not_follow_is_refused(tmp_path):
 def test_scaffolds_control_variates_of_clients_are_found_in_a_run(tmp_path):
     """With SCAFFOLD an upload is twice as long as the adapter, and c_i as long as the adapter."""
     report = privacy.privacy_report(
-        mechanism(noise_multiplier=4.0, length=2464), privacy.Accountant([[1.0, 4.0, 3]]), 1e-5, 3
+        mechanism(noise_multiplier=4.0, length=2464),
+        privacy.Accountant([[1.0, 4.0, 3]]),
+        1e-5,
+        [[0]] * 3,
     )
     write_run(tmp_path, **{key: report[key] for key in ("length", "sensitivity")})
     assert privacy.verify_run(tmp_path)["private"]

@@ -242,9 +242,6 @@ def test_the_target_epsilon_chooses_noise_that_keeps_it():
     assert privacy.gaussian_epsilon(mechanism.noise_multiplier / 7**0.5, 1e-5) > 1.99
 
 
-# ---------------------------------------------------------------- files
-
-
 def test_a_round_done_four_times_is_reported_with_one_draw_of_its_cohort():
     settings = ["privacy.target_epsilon=0.0", "privacy.noise_multiplier=1.0"]
     config = train.load_config(train.DEFAULTS, overrides=[*settings, "fed.sample_rate=0.4"])
@@ -252,6 +249,9 @@ def test_a_round_done_four_times_is_reported_with_one_draw_of_its_cohort():
     report = train.describe_privacy(config, state | {"accountant": [[0.4, 1.0, 4]]})
     # the hockey-stick divergence of one sample at rate 0.4, released four times, is 1e-5 at 8.652
     assert report["epsilon_with_sampling"] > 8.652
+
+
+# ---------------------------------------------------------------- files
 
 
 def test_json_has_no_infinity():
@@ -497,6 +497,27 @@ def test_own_videos_become_an_adapter_that_only_its_run_accepts(
         capsys, *base, "--adapter", str(output)
     )
     assert not (tmp_path / "no.mp4").exists()
+
+
+def test_own_videos_are_cut_into_pieces_as_long_as_a_training_window(
+    finished, tmp_path, monkeypatch, capsys
+):
+    _, run = finished
+    config = train.load_config(run / "config.yaml")
+    cpu = torch.device("cpu")
+    loaded = train.load_run(config, run, cpu)
+    monkeypatch.setattr(train, "load_run", lambda *args: loaded)
+    config["backbone"]["num_frames"] = 60
+    write_clip(tmp_path / "short.mp4", num_frames=120)
+    write_clip(tmp_path / "long.mp4", num_frames=180)
+    arguments = ["--action", "personalize", "--resume", str(run), "--clips"]
+    output = ["--output", str(tmp_path / "me.pt")]
+    args = train.parse_arguments([*arguments, str(tmp_path / "short.mp4"), *output])
+    with pytest.raises(ValueError, match="three pieces of 2.4 s are needed, there are 2"):
+        train.personalize_own(args, config, cpu)
+    args = train.parse_arguments([*arguments, str(tmp_path / "long.mp4"), *output])
+    train.personalize_own(args, config, cpu)
+    assert "made of 1 pieces of video" in capsys.readouterr().out
 
 
 class FixedFinder:
@@ -1112,6 +1133,15 @@ def test_a_dry_run_counts_scaffolds_second_vector(capsys):
         assert "epsilon inf: privacy.enabled is false" in printed
         sent.append(int(re.search(r"round: ([\d,]+) up", printed)[1].replace(",", "")))
     assert sent[1] == 2 * sent[0]
+
+
+def test_a_dry_run_counts_the_noise_on_all_that_is_sent(monkeypatch, capsys):
+    monkeypatch.setattr(train, "time_step", lambda *args: 1.0)
+    noise = []
+    for presets in (["fedavg"], ["scaffold"]):
+        train.main(["--gpus", "cpu", "--action", "dry-run", "--preset", *presets, "--set", *TINY])
+        noise.append(float(re.search(r"mean is ([\d.]+) times", capsys.readouterr().out)[1]))
+    assert noise[1] / noise[0] == pytest.approx(2**0.5, rel=0.01)  # SCAFFOLD sends two vectors
 
 
 def test_the_sync_loss_hears_the_sound_of_its_five_frames():

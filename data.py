@@ -29,7 +29,6 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -47,7 +46,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, ImageDraw, ImageOps
 from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter1d, laplace
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 FPS = 25
 SAMPLE_RATE = 16000
@@ -97,6 +96,21 @@ def refuse(message):
     sys.exit(2)
 
 
+@contextlib.contextmanager
+def errors_in_one_line(interrupted="interrupted"):
+    """Let a user's error, too little memory or Ctrl-C end the process with one line and status 2."""
+    try:
+        yield
+    except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_short_of_memory(error):
+            raise  # our fault
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # if rank 0 fails of the same, this process ends without repeating it
+        refuse(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        refuse(interrupted)
+
+
 def is_short_of_memory(error):
     """Whether an error says that there is too little memory, or that the process that makes batches
     was killed, as it is where there is none left; torch has no class of its own for either.
@@ -108,6 +122,14 @@ def is_short_of_memory(error):
 def is_first_worker():
     """Whether this is the first process of a run on this machine: the others need not print."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def in_threads(function, items, title, progress):
+    """Return [function(item)] of all items, computed by a thread for each CPU, with a progress bar
+    where there is a terminal.
+    """
+    disable = None if progress and items else True  # None: if there is no terminal
+    return thread_map(function, items, desc=title, max_workers=num_cpus(), disable=disable)
 
 
 def num_cpus():
@@ -1228,10 +1250,9 @@ class TalkingHeads:
             delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
-        with ThreadPoolExecutor(num_cpus()) as pool:
-            jobs = pool.map(decode_into_cache, missing)
-            disable = None if progress and missing else True  # None: if there is no terminal
-            reasons = dict(zip(missing, tqdm(jobs, "reading clips", len(missing), disable=disable)))
+        reasons = dict(
+            zip(missing, in_threads(decode_into_cache, missing, "reading clips", progress))
+        )
         usable = {}
         for path, file in files.items():
             if reasons.get(file):
@@ -2024,9 +2045,7 @@ def make_synthetic(
         new.mkdir()
         Path(new, "options.json").write_text(json.dumps(made | options))
         stems = [new / name / f"{i:05d}" for name, clips in people.items() for i in range(clips)]
-        with ThreadPoolExecutor(num_cpus()) as pool:
-            jobs = pool.map(functools.partial(make_clip, **options), stems)
-            list(tqdm(jobs, "making talkers", len(stems), disable=None if progress else True))
+        in_threads(functools.partial(make_clip, **options), stems, "making talkers", progress)
         try:
             new.replace(root)
         except OSError as error:  # another process has made it meanwhile, or it is a mount point
@@ -2082,19 +2101,13 @@ def main(argv=None):
     parser.error = refuse
     args = parser.parse_args(argv)
     options = {key: value for key, value in vars(args).items() if value is not None}
-    try:
+    with errors_in_one_line():
         if args.check is not None:
             check(args.check)
         elif args.look:
             contact_sheet(*args.look)
         else:
             make_synthetic(options.pop("make"), progress=True, **options)
-    except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_short_of_memory(error):
-            raise
-        refuse(str(error) or type(error).__name__)
-    except KeyboardInterrupt:
-        refuse("interrupted")
 
 
 if __name__ == "__main__":

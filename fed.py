@@ -7,6 +7,7 @@ the prompt).
 """
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -279,21 +280,20 @@ class Client:
         # n_k of ISFA: whole windows of num_frames
         self.num_samples = sum(clip.num_frames // num_frames for clip in split["train"])
         self.control_file = folder / f"{data.short_name(name)}.pt" if folder else None
-        self.validation = None
 
     def train_batch(self, model, batch_size, generator):
         """Return a random batch of training windows."""
         size = batch_size, self.num_frames
         return sample_batch(model, self.train_clips, *size, generator, self.same_clip)
 
+    # Of the latest clients only: those of a large federation would fill the memory.
+    @functools.lru_cache(maxsize=128)
     def validation_batch(self, model):
         """Return the first VALIDATION_FRAMES of the first validation clip as a batch, its reference
         picture taken from the training clips.
         """
-        if self.validation is None:
-            clips = self.split["validation"][:1]
-            self.validation = fixed_batch(model, clips, self.split["train"], VALIDATION_FRAMES)
-        return self.validation
+        clips = self.split["validation"][:1]
+        return fixed_batch(model, clips, self.split["train"], VALIDATION_FRAMES)
 
     def read_controls(self):
         """Return the last two c_i by round."""
@@ -331,10 +331,6 @@ class Client:
         controls = self.read_controls()
         if controls.pop(num_rounds, None) is not None:
             self.write_controls(controls)
-
-    def release(self):
-        """Drop the encoded validation batch: those of a large federation would fill the memory."""
-        self.validation = None
 
 
 def pool_clients(clients):

@@ -1770,7 +1770,7 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the table with values per clip")
     parser.error = data.refuse
     args = parser.parse_args(argv)
-    try:
+    with data.errors_in_one_line():
         networks, sources = load_standard(args.weights)
         if args.list:
             print(METRICS_TABLE.strip())
@@ -1791,10 +1791,6 @@ def main(argv=None):
         print_rows(rows)
         print_weights(sources)
         sys.stdout.flush()  # a reader that has gone is noticed here
-    except (ValueError, OSError) as error:
-        data.refuse(error)
-    except KeyboardInterrupt:
-        data.refuse("interrupted")
 
 
 def print_rows(rows):

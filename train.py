@@ -44,7 +44,6 @@ DEFAULTS = Path(__file__).with_name("config.yaml")
 MAX_RANK = 16  # directions of each layer that backbone.pt keeps (lora.leading_directions)
 SAVE_EVERY = 100  # steps of the backbone between two partial checkpoints
 CHECKPOINT_VERSION = 2  # another one for every change that would misread older files
-KEPT_IN_MEMORY = 128  # with more participants, none keeps its validation batch between rounds
 
 
 # ---------------------------------------------------------------- configuration
@@ -870,8 +869,6 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
             if mechanism:
                 # clip, weight, quantise, add the client's share of the noise
                 uploads[i] = mechanism.encode(update.numpy(), weight, len(cohort), (index, i))
-            if len(participants) > KEPT_IN_MEMORY:
-                client.release()
 
         # -- between clients and server
         # Dropouts are simulated, the same ones on all workers.
@@ -1985,7 +1982,8 @@ def main(argv=None):
     """Run the command line; a user's error is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    try:
+    resumable = ": continue with --resume" if args.action == "train" else ""
+    with data.errors_in_one_line("interrupted" + resumable):
         size = int(os.environ.get("WORLD_SIZE", 1))
         devices = choose_devices(args.gpus)
         if size > 1:
@@ -2006,14 +2004,6 @@ def main(argv=None):
         run_action(args, config, devices, workers)
         if size > 1:
             torch.distributed.destroy_process_group()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not data.is_short_of_memory(error):
-            raise  # our fault
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(1)  # if rank 0 fails of the same, this process ends without repeating it
-        data.refuse(str(error) or type(error).__name__)
-    except KeyboardInterrupt:
-        data.refuse("interrupted" + (": continue with --resume" if args.action == "train" else ""))
 
 
 if __name__ == "__main__":

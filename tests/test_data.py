@@ -1679,8 +1679,13 @@ def test_talkers_are_made_in_an_empty_folder_by_as_many_threads_as_may_run(tmp_p
     monkeypatch.chdir(tmp_path / "new")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     threads = []
-    pool = data.ThreadPoolExecutor
-    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda n: threads.append(n) or pool(n))
+    thread_map = data.thread_map
+
+    def counted(*args, max_workers, **kwargs):
+        threads.append(max_workers)
+        return thread_map(*args, max_workers=max_workers, **kwargs)
+
+    monkeypatch.setattr(data, "thread_map", counted)
     data.make_synthetic(".", 1, 0, 0, clips_per_public=1, seconds=0.4, size=16)
     assert len(load(tmp_path / "new").clips) == 1 and threads == [3, 3]
 

@@ -290,14 +290,15 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
     rows = torch.cat([real, fake])
     kernel = (rows @ rows.T).div_(rows.shape[1]).add_(1).pow_(3)
     kernel.fill_diagonal_(0)  # unbiased: without the pairs of a frame and itself
-    distances = []
-    for _ in range(100):
-        i = torch.randperm(len(real), generator=generator)[:m]
-        j = torch.randperm(len(fake), generator=generator)[:m] + len(real)
-        within = kernel[i[:, None], i].sum() + kernel[j[:, None], j].sum()
-        across = kernel[i[:, None], j].sum()
-        distances.append(float(within / (m * (m - 1)) - 2 * across / m**2))
-    return float(np.mean(distances)), float(np.std(distances))
+    reals = torch.zeros(100, len(rows), dtype=kernel.dtype)  # a subset a row: 1 for what is in it
+    fakes = torch.zeros_like(reals)
+    for one, other in zip(reals, fakes):
+        one[torch.randperm(len(real), generator=generator)[:m]] = 1
+        other[torch.randperm(len(fake), generator=generator)[:m] + len(real)] = 1
+    within = (reals @ kernel * reals + fakes @ kernel * fakes).sum(1)  # 100
+    across = (reals @ kernel * fakes).sum(1)
+    distances = within / (m * (m - 1)) - 2 * across / m**2
+    return float(distances.mean()), float(distances.std(correction=0))
 
 
 # ---------------------------------------------------------------- the standard networks

@@ -792,10 +792,16 @@ class SecureAggregationServer:
         self._expected = set(params.place)  # clients that may answer in this stage
         self._total = np.zeros(params.length, "<u4")
 
-    def _check(self, stage, client, message):
-        """Raise ValueError for a message of the wrong form or an unsafe or repeated public key."""
-        if stage == "mask":
-            return check_vector(message, self.params)
+    def receive(self, stage, client, message):
+        """Take one message; ValueError if it is late, early, unknown, a duplicate or malformed, or
+        if its public key is unsafe or repeated.
+        """
+        if self._stages[:1] != [stage]:
+            raise ValueError(f"{stage!r} of client {client} came late or early.")
+        if not isinstance(client, int) or client not in self._expected:
+            raise ValueError(f"Client {client} is unknown at {stage!r}.")
+        if client in self._arrived:
+            raise ValueError(f"{stage!r} of client {client} came twice.")
         neighbors = self.params.neighbors_of(client)
         if stage == "advertise":
             check_parts(message, {client: 32})
@@ -806,22 +812,13 @@ class SecureAggregationServer:
             peers = [i for i in neighbors if i in self._expected]
             own = {client: SECRET * (len(peers) + 3)}  # seeds, a tag, two commitments
             check_parts(message, dict.fromkeys(peers, 3 * SECRET) | own)
+        elif stage == "mask":
+            check_vector(message, self.params)
+            self._total = self._total + message
+            message = None  # it is in the sum, and is not kept
         else:
             peers = [i for i in neighbors if i in self._shared]
             check_parts(message, dict.fromkeys([client, *peers], SECRET))
-
-    def receive(self, stage, client, message):
-        """Take one message; ValueError if it is late, early, unknown, a duplicate or malformed."""
-        if self._stages[:1] != [stage]:
-            raise ValueError(f"{stage!r} of client {client} came late or early.")
-        if not isinstance(client, int) or client not in self._expected:
-            raise ValueError(f"Client {client} is unknown at {stage!r}.")
-        if client in self._arrived:
-            raise ValueError(f"{stage!r} of client {client} came twice.")
-        self._check(stage, client, message)
-        if stage == "mask":
-            self._total = self._total + message
-            message = None  # it is in the sum, and is not kept
         self._arrived[client] = message
 
     def close(self, stage):

@@ -6,15 +6,16 @@ Without a name it makes every table. A cell is one run, `python train.py --prese
 runs/study. It is skipped if its report is there, so that the study can be interrupted; all cells
 share one cached backbone, and once it is there --jobs cells run at once.
 `fed.seed` differs between the seeds of a cell: batches, cohorts and noise change, people and
-backbone stay. Writes tests/results/study.md: means with 95 % intervals over people and seeds
-(`crossed_ci`), and differences to the table's reference row, pair by pair (same person,
-same seed).
+backbone stay. Writes the tables into their sections of tests/results/study.md, above the words there:
+means with 95 % intervals over people and seeds (`crossed_ci`), and differences to the table's
+reference row, pair by pair (same person, same seed).
 """
 
 import argparse
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,6 @@ def make_tables():
         ("speech_in", "R", 12, 12.0, 0.2, 5.1),
         ("speech", "R", 2, 2.0, 0.2, 3.0),
         ("speech", "R", 8, 8.0, 0.2, 10.7),
-        ("", "R", 2, 2.0, 0.08, 3.2),
         ("", "B", 4, 16.0, 0.003, 1.25),
         ("", "AB", 4, 16.0, 0.01, 5.4),
     ):
@@ -301,7 +301,10 @@ def write_interval(values):
 def write_table(name, table, args):
     """Return a table as lines of Markdown: values, then differences to its first row."""
     values = {}
-    lines = [f"## {name}", "", table.question, ""]
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds"
+    lines = [f"## {name}", "", f"{table.question} Commit {commit}, {seeds}.", ""]
     lines += ["| | epsilon | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for cell in table.cells:
         reports = [run_cell(cell, seed, args) for seed in range(args.seeds)]
@@ -321,7 +324,21 @@ def write_table(name, table, args):
             comparable = own is not None and other is not None and own.shape == other.shape
             row.append(write_interval(own - other) if comparable else "-")
         lines.append(f"| {cell.label} | " + " | ".join(row) + " |")
-    return [*lines, ""]
+    return lines
+
+
+def update_page(page, name, lines):
+    """Return a page with `lines` as the section `name`: they replace what it says down to the end of
+    its last table, and the words below that stay.
+    """
+    head, *sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    new = "\n".join(lines) + "\n"
+    for i, section in enumerate(sections):
+        if section.startswith(f"## {name}\n"):
+            words = section.rpartition("|\n")[2]
+            sections[i] = new + words
+            return head + "".join(sections)
+    return page.rstrip("\n") + "\n\n" + new
 
 
 def main():
@@ -338,23 +355,12 @@ def main():
     unknown = set(args.tables) - set(tables)
     if unknown:
         sys.exit(f"unknown tables {', '.join(sorted(unknown))}; known: {', '.join(tables)}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    lines = [
-        "# The study",
-        "",
-        f"`python tests/study.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-        "",
-    ]
-    lines += [f"Commit {commit.stdout.strip()}, {args.seeds} seeds.", ""]
     run_ahead([cell for name in args.tables for cell in tables[name].cells], args)
-    for name in args.tables:
-        lines += write_table(name, tables[name], args)
     path = ROOT / "tests" / "results" / "study.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(lines))
-    print("\n".join(lines))
+    for name in args.tables:
+        lines = write_table(name, tables[name], args)
+        print("\n".join(lines), end="\n\n")
+        path.write_text(update_page(path.read_text(), name, lines))
 
 
 if __name__ == "__main__":

@@ -250,6 +250,13 @@ def test_crossed_interval_covers_the_truth(seed_std, person_std):
     assert hits / 600 > 0.93
 
 
+def test_the_study_renews_a_table_and_keeps_the_words_below_it():
+    page = "# Study\n\n## a\n\n| 1 |\n\nMinus x:\n\n| 2 |\n\nWords.\n\n## b\n\n| 3 |\n"
+    renewed = study.update_page(page, "a", ["## a", "", "| 4 |"])
+    assert renewed == "# Study\n\n## a\n\n| 4 |\n\nWords.\n\n## b\n\n| 3 |\n"
+    assert study.update_page(page, "c", ["## c", "", "| 5 |"]) == page + "\n## c\n\n| 5 |\n"
+
+
 def test_auc_counts_ties_half_and_is_that_of_two_gaussians():
     assert metrics.auc([3, 4], [1, 2]) == 1 and metrics.auc([1, 2], [3, 4]) == 0
     assert metrics.auc([1, 1], [1]) == 0.5 and metrics.auc([2, 0], [1]) == 0.5

@@ -1435,7 +1435,8 @@ class Pictures:
         sheet.paste(grid, (0, 16))
         pen = ImageDraw.Draw(sheet)
         for column, method in enumerate(["reference", *methods]):
-            pen.text((column * grid.width // (1 + len(methods)) + 4, 3), method, "black")
+            title = method.removeprefix("personal adapter, ")  # the whole name is too wide
+            pen.text((column * grid.width // (1 + len(methods)) + 4, 3), title, "black")
         save_picture(run / "grid.png", sheet)
         samples = run / "samples"
         samples.mkdir(exist_ok=True)

@@ -1000,24 +1000,6 @@ def measured_noise(inside, outside, confidence):
     return float(low), float(high)
 
 
-def canary_round(server, client, n, rng, context):
-    """Return the scores of n canaries in the data and of n outside, and the sum of weights [float]
-    that one round of n clients releases.
-    """
-    signs = rng.choice((-1.0, 1.0), server.length)
-    places = np.array_split(rng.permutation(server.length), 2 * n)  # each canary's coordinates
-    total = np.zeros(server.length + 1, "<u4")
-    for k in range(n):
-        update = np.zeros(server.length)
-        update[places[k]] = 1e3 * client.clip_norm * signs[places[k]]  # the other n stay out
-        total = total + client.encode(update, 1.0, n, (*context, k))
-    mean, weight_sum = server.decode(total, n, n, context)
-    # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
-    released = mean * max(weight_sum, server.min_weight) / server.clip_norm
-    scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
-    return scores[:n], scores[n:], weight_sum
-
-
 def canary_audit(mechanism, delta, defect=None, seed=None):
     """Return (flagged, why) of rounds of canaries, huge updates that measure the noise.
 
@@ -1047,11 +1029,19 @@ def canary_audit(mechanism, delta, defect=None, seed=None):
     outside = []
     weight_sums = []
     for r in range(rounds):
-        scores_inside, scores_outside, weight_sum = canary_round(
-            server, client, n, rng, ("audit", r)
-        )
-        inside += scores_inside
-        outside += scores_outside
+        signs = rng.choice((-1.0, 1.0), server.length)
+        places = np.array_split(rng.permutation(server.length), 2 * n)  # each canary's coordinates
+        total = np.zeros(server.length + 1, "<u4")
+        for k in range(n):  # the other n canaries stay out
+            update = np.zeros(server.length)
+            update[places[k]] = 1e3 * client.clip_norm * signs[places[k]]
+            total = total + client.encode(update, 1.0, n, ("audit", r, k))
+        mean, weight_sum = server.decode(total, n, n, ("audit", r))
+        # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
+        released = mean * max(weight_sum, server.min_weight) / server.clip_norm
+        scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
+        inside += scores[:n]
+        outside += scores[n:]
         weight_sums.append(weight_sum)
     low, high = measured_noise(inside, outside, 0.999)
     why = f"noise is {low:.3g} to {high:.3g} of a canary's norm, {due:.3g} is due; "

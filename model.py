@@ -247,12 +247,12 @@ class TextEncoder(nn.Module):
         """Return table rows [b MAX_WORDS] of the words of each prompt; unknown words are left out,
         0 pads.
         """
-        rows = torch.zeros(len(prompts), MAX_WORDS, dtype=torch.long)
-        for row, prompt in zip(rows, prompts):
+        rows = []
+        for prompt in prompts:
             known = [self.words.index(w) + 1 for w in split_words(prompt) if w in self.words]
-            known = known[:MAX_WORDS]
-            row[: len(known)] = torch.tensor(known)
-        return rows
+            padded = known + [0] * MAX_WORDS
+            rows.append(padded[:MAX_WORDS])
+        return torch.tensor(rows)
 
     def forward(self, ids):
         """Return tokens [b MAX_WORDS+1 d] of table rows [b MAX_WORDS]; the last is the summary."""

@@ -559,9 +559,9 @@ def check_parts(message, sizes, complete=True):
 
     complete: with a part for every client of sizes.
     """
-    fits = isinstance(message, dict)
-    fits = fits and all(isinstance(part, bytes) for part in message.values())
-    fits = fits and all(len(part) == sizes.get(i) for i, part in message.items())
+    fits = isinstance(message, dict) and all(
+        isinstance(part, bytes) and len(part) == sizes.get(i) for i, part in message.items()
+    )
     if not fits or (complete and len(message) != len(sizes)):
         raise ValueError("A message has the wrong form.")
 
@@ -569,7 +569,7 @@ def check_parts(message, sizes, complete=True):
 def check_vector(vector, params):
     """Raise ValueError unless vector is uint32 [length]."""
     fits = isinstance(vector, np.ndarray) and vector.shape == (params.length,)
-    if not fits or vector.dtype != np.dtype("<u4"):
+    if not fits or vector.dtype != "<u4":
         raise ValueError("A vector has the wrong form.")
 
 

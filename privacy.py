@@ -1078,10 +1078,10 @@ def presence_audit(mechanism, cohort_size, fixed_noise=False, seed=None):
         calibrated_to = cohort_size if fixed_noise else size
         mean_square = 0.0
         for r in range(rounds):
-            total = np.zeros(mechanism.length + 1, "<u4")
-            for k in range(size):
-                total = total + mechanism.encode(zeros, 0.0, calibrated_to, (trial, r, k))
-            mean, weight_sum = mechanism.decode(total, size, size, (trial, r))
+            uploads = [
+                mechanism.encode(zeros, 0.0, calibrated_to, (trial, r, k)) for k in range(size)
+            ]
+            mean, weight_sum = mechanism.decode(sum(uploads), size, size, (trial, r))
             released = mean * max(weight_sum, mechanism.min_weight)
             mean_square += np.mean(released**2) / rounds
         found += int((mean_square > middle) == joins)

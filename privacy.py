@@ -488,8 +488,7 @@ def expand(seed, params):
 
 def _xor(key, message):
     stream = hashlib.shake_256(key).digest(len(message))
-    mixed = int.from_bytes(message, "big") ^ int.from_bytes(stream, "big")
-    return mixed.to_bytes(len(message), "big")
+    return bytes(a ^ b for a, b in zip(message, stream))
 
 
 def seal(key, message):

@@ -626,8 +626,9 @@ class RoundParams:
         self.min_survivors = max(min_survivors, self.threshold, num_clients // 2 + 1)
         self.session = secrets.token_bytes(32)
         # A random circle: who drops out or is curious is independent of who is whose neighbour.
-        order = {i: derive_key(b"", self, b"place", i) for i in range(num_clients)}
-        self.circle = sorted(order, key=order.get)
+        self.circle = sorted(
+            range(num_clients), key=lambda client: derive_key(b"", self, b"place", client)
+        )
         self.place = {client: place for place, client in enumerate(self.circle)}
 
     def neighbors_of(self, client):

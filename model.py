@@ -397,12 +397,7 @@ class TalkingUNet(nn.Module):
                 f"heads, not {list(channels)}"
             )
         temb_channels = 4 * channels[0]
-        sizes = {
-            "temb_channels": temb_channels,
-            "condition_dim": condition_dim,
-            "heads": heads,
-            "radius": radius,
-        }
+        sizes = temb_channels, condition_dim, heads, radius
         self.num_frequencies = channels[0]
         self.time_mlp = nn.Sequential(
             nn.Linear(channels[0], temb_channels),
@@ -420,13 +415,13 @@ class TalkingUNet(nn.Module):
         self.up = nn.ModuleList()
         for level, width in enumerate(channels):
             narrower = channels[max(level - 1, 0)]
-            self.down.append(TalkingBlock(narrower, width, **sizes, spatial=level > 0))
+            self.down.append(TalkingBlock(narrower, width, *sizes, spatial=level > 0))
         for level in range(len(channels) - 1):
             width, wider = channels[level : level + 2]
             self.downsample.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
             self.upsample.insert(0, nn.Conv2d(wider, width, 1))
-            self.up.insert(0, TalkingBlock(width, width, **sizes, spatial=level > 0))
-        self.middle = TalkingBlock(channels[-1], channels[-1], **sizes, spatial=True)
+            self.up.insert(0, TalkingBlock(width, width, *sizes, spatial=level > 0))
+        self.middle = TalkingBlock(channels[-1], channels[-1], *sizes, spatial=True)
         self.norm_out = group_norm(channels[0])
         self.conv_out = zeroed(nn.Conv2d(channels[0], motion_channels, 3, padding=1))
         # The direct path of speech leads from speech_in to here.

@@ -118,14 +118,15 @@ def objective(model, judges, batch, noise, loss_weights, rows, bf16=False):
     judged = noise["judged"]
     if judged is not None and rows.start <= judged < rows.stop:
         row = judged - rows.start
+        clip = slice(row, row + 1)
         frames = slice(noise["judged_frame"], noise["judged_frame"] + JUDGED_FRAMES)
         inputs = {
-            "frames": own["frames"][row : row + 1, frames],
-            "mel": own["mel"][row : row + 1, frames],
-            "reference": own["reference"][row : row + 1],
-            "liveliness": own["liveliness"][row : row + 1],
+            "frames": own["frames"][clip, frames],
+            "mel": own["mel"][clip, frames],
+            "reference": own["reference"][clip],
+            "liveliness": own["liveliness"][clip],
         }
-        terms |= auxiliary_losses(model, judges, inputs, x0_hat[row : row + 1, frames].float())
+        terms |= auxiliary_losses(model, judges, inputs, x0_hat[clip, frames].float())
     total = terms["diffusion"]
     for name, term in terms.items():
         if name != "diffusion":

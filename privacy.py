@@ -545,8 +545,8 @@ def join_secret(shares, threshold):
         raise AggregationAborted(f"{len(shares)} shares arrived, {threshold} are needed.")
     clients = sorted(shares)
     draw = random.Random(0)  # every process must try the same subsets
-    for attempt in range(1000 if len(clients) > threshold else 1):
-        subset = tuple(sorted(draw.sample(clients, threshold)) if attempt else clients[:threshold])
+    for _ in range(1000 if len(clients) > threshold else 1):
+        subset = tuple(draw.sample(clients, threshold))
         value = 0
         for weight, i in zip(_lagrange(subset), subset):
             value += weight * int.from_bytes(shares[i], "big")

@@ -852,8 +852,7 @@ class SecureAggregationServer:
 
     def _recover(self, owner, revealed, commitment):
         """Return the owner's secret, from shares of which some may be wrong."""
-        holders = {owner, *self.params.neighbors_of(owner)} & set(revealed)
-        shares = {i: revealed[i][owner] for i in holders}
+        shares = {i: parts[owner] for i, parts in revealed.items() if owner in parts}
         for secret in join_secret(shares, self.params.threshold):
             if commit(secret, self.params, owner) == commitment:
                 return secret

@@ -444,21 +444,19 @@ def local_update(
     # `train_adapter` counts steps, not epochs.
     kwargs |= {"num_steps": num_steps, "lr": lr, "batch_size": batch_size}
     start = state["adapter"]
-    if "control" not in state:
-        trained, terms = train_adapter(model, judges, client, start, seed, **kwargs)
-        return trained - start, terms
-    own_control = client.load_control(state["round"], len(start))
-    correction = state["control"] - own_control
-    trained, terms = train_adapter(
-        model, judges, client, start, seed, correction=correction, **kwargs
-    )
-    # (g - phi_k) / (K lr) is the mean gradient of the K steps.
-    change = (start - trained) / (num_steps * lr) - state["control"]
-    if not change.sum().isfinite():
-        raise ValueError("the control variate is not finite")
-    update = torch.cat([trained - start, change])  # 2 d
-    sent = torch.from_numpy(privacy.clip_update(update.numpy(), clip_norm)).float()
-    client.save_control(state["round"] + 1, own_control + sent[len(start) :])
+    if "control" in state:
+        own_control = client.load_control(state["round"], len(start))
+        kwargs["correction"] = state["control"] - own_control
+    trained, terms = train_adapter(model, judges, client, start, seed, **kwargs)
+    update = trained - start
+    if "control" in state:
+        # (g - phi_k) / (K lr) is the mean gradient of the K steps.
+        change = (start - trained) / (num_steps * lr) - state["control"]
+        if not change.sum().isfinite():
+            raise ValueError("the control variate is not finite")
+        update = torch.cat([update, change])  # 2 d
+        sent = torch.from_numpy(privacy.clip_update(update.numpy(), clip_norm)).float()
+        client.save_control(state["round"] + 1, own_control + sent[len(start) :])
     return update, terms
 
 

@@ -431,8 +431,7 @@ class TalkingUNet(nn.Module):
         """Return the embedding [(b f) d] of time [b f] in [0, 1] and the summaries of speech and
         text; each block projects it to its scale and shift.
         """
-        temb = self.time_mlp(sinusoid(1000 * time.flatten(), self.num_frequencies))  # (b f) d
-        temb = temb.unflatten(0, time.shape)  # b f d
+        temb = self.time_mlp(sinusoid(1000 * time, self.num_frequencies))  # b f d
         for name, layer in (("speech", self.speech_in), ("text", self.text_in)):
             tokens, scale = conditions[name]
             summary = layer(tokens[..., -1, :])  # b d or b f d
@@ -474,10 +473,10 @@ class TalkingUNet(nn.Module):
 
 
 def sinusoid(t, dim):
-    """Return the sinusoidal embedding [n dim] of t [n] (Vaswani et al. 2017, Sec. 3.5)."""
+    """Return the sinusoidal embedding [... dim] of t [...] (Vaswani et al. 2017, Sec. 3.5)."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t[:, None] * frequencies  # n dim/2
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    angles = t[..., None] * frequencies  # ... dim/2
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 # ---------------------------------------------------------------- diffusion

@@ -36,8 +36,7 @@ def tdc_loss(eps_hat, eps):
 
     mean |(eps_hat_{f+1} - eps_hat_f) - (eps_{f+1} - eps_f)|
     """
-    error = eps_hat - eps
-    return (error[:, 1:] - error[:, :-1]).abs().mean()
+    return (eps_hat - eps).diff(dim=1).abs().mean()
 
 
 def auxiliary_losses(model, judges, batch, x0_hat):

@@ -457,7 +457,7 @@ class TalkingUNet(nn.Module):
         x = rearrange(torch.cat([x, reference], dim=2), "b f c h w -> (b f) c h w")
         x = self.conv_in(x)  # (b f) c0 h w
         # A learned map, stretched to the grid: a face has its parts at known places.
-        x = x + F.interpolate(self.position, x.shape[-2:], mode="bilinear", align_corners=False)
+        x = x + F.interpolate(self.position, grid, mode="bilinear", align_corners=False)
         skips = []
         for block, downsample in zip(self.down, self.downsample):
             x = block(x, temb, conditions, num_frames)

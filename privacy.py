@@ -1136,11 +1136,11 @@ def privacy_report(mechanism, accountant, delta, cohorts):
     participations = most_participations(cohorts, accountant.num_rounds)
     repeated = accountant.num_rounds - len(cohorts)
     known = accountant.epsilon_known_cohorts(delta, participations)
-    history = list(accountant.history)
+    spent = Accountant(accountant.history)  # a copy
     if repeated > 0:  # who is in a cohort is drawn once: sampling does not hide its second sum
-        least_noise = min(noise_multiplier for _, noise_multiplier, _ in history)
-        history.append([1.0, least_noise, repeated])
-    sampled = min(known, Accountant(history).epsilon(delta))  # who knows less learns no more
+        least_noise = min(noise_multiplier for _, noise_multiplier, _ in spent.history)
+        spent.spend(1.0, least_noise, repeated)
+    sampled = min(known, spent.epsilon(delta))  # who knows less learns no more
     reason = None
     if mechanism.seed is not None:
         reason = "the noise is seeded"

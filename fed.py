@@ -200,9 +200,8 @@ def encode_batch(model, batch):
 
 def sample_batch(model, people, batch_size, num_frames, generator, same_clip=False, mirror=False):
     """Return a random batch of windows of clips {person: [Clip]}, encoded (`data.sample_batch`)."""
-    size = batch_size, num_frames
     device = model.motion_std.device
-    batch = data.sample_batch(people, *size, generator, same_clip, mirror, device)
+    batch = data.sample_batch(people, batch_size, num_frames, generator, same_clip, mirror, device)
     return encode_batch(model, batch)
 
 

@@ -30,7 +30,8 @@ from einops import rearrange
 from scipy import stats
 from torch import nn
 from torchvision.models import inception
-from torchvision.ops import Conv2dNormActivation, box_iou, nms, roi_align, sigmoid_focal_loss
+from torchvision.ops import Conv2dNormActivation, Conv3dNormActivation
+from torchvision.ops import box_iou, nms, roi_align, sigmoid_focal_loss
 from tqdm import tqdm
 
 import data
@@ -486,12 +487,6 @@ def mfcc(audio):
     return cepstra
 
 
-def _unit(conv):
-    """Return a list of a convolution, its batch norm and a ReLU."""
-    norm = nn.BatchNorm3d if isinstance(conv, nn.Conv3d) else nn.BatchNorm2d
-    return [conv, norm(conv.out_channels), nn.ReLU()]
-
-
 def _sync_head():
     return nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
 
@@ -501,27 +496,30 @@ class SyncNet(nn.Module):
 
     def __init__(self):
         super().__init__()
+        # Convolution (inputs, outputs, kernel 3, stride 1), padded by half a kernel, norm and ReLU.
+        conv2d = partial(Conv2dNormActivation, bias=True)
+        conv3d = partial(Conv3dNormActivation, bias=True)
         self.netcnnaud = nn.Sequential(
-            *_unit(nn.Conv2d(1, 64, 3, 1, 1)),
+            *conv2d(1, 64),
             nn.Identity(),  # a pooling of 1 x 1 in the published graph
-            *_unit(nn.Conv2d(64, 192, 3, 1, 1)),
+            *conv2d(64, 192),
             nn.MaxPool2d(3, (1, 2)),
-            *_unit(nn.Conv2d(192, 384, 3, 1, 1)),
-            *_unit(nn.Conv2d(384, 256, 3, 1, 1)),
-            *_unit(nn.Conv2d(256, 256, 3, 1, 1)),
+            *conv2d(192, 384),
+            *conv2d(384, 256),
+            *conv2d(256, 256),
             nn.MaxPool2d(3, 2),
-            *_unit(nn.Conv2d(256, 512, (5, 4))),
+            *conv2d(256, 512, (5, 4), padding=0),
         )
         self.netcnnlip = nn.Sequential(
-            *_unit(nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2))),
+            *conv3d(3, 96, (5, 7, 7), (1, 2, 2), padding=0),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_unit(nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1))),
+            *conv3d(96, 256, (1, 5, 5), (1, 2, 2), padding=(0, 1, 1)),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
-            *_unit(nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1))),
-            *_unit(nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1))),
-            *_unit(nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1))),
+            *conv3d(256, 256, (1, 3, 3)),
+            *conv3d(256, 256, (1, 3, 3)),
+            *conv3d(256, 256, (1, 3, 3)),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_unit(nn.Conv3d(256, 512, (1, 6, 6))),
+            *conv3d(256, 512, (1, 6, 6), padding=0),
         )
         self.netfcaud = _sync_head()
         self.netfclip = _sync_head()

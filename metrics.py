@@ -1226,21 +1226,22 @@ def paste_faces(faces, others, generator):
     beyond recognition.
     """
     n = len(faces)
-    uniform = partial(draw_uniform, n, generator)
+    uniform = partial(draw_uniform, (n, 1, 1), generator)  # -> n 1 1
     # What is shown: light and colours as other cameras see them, but where the tracks have it.
     view = 2 * torch.rand(n, len(data.VIEW_NAMES), generator=generator) - 1
     view[:, : data.VIEW_NAMES.index("roll")] = 0
     faces = data.augment(faces[:, None], view, generator)[:, 0]
-    faces = faces * uniform(0.4, 1)[:, None, None, None]  # people sit in the dark, too
+    faces = faces * uniform(0.4, 1)[:, None]  # people sit in the dark, too
     kind = torch.multinomial(torch.tensor([5.0, 1, 1, 3, 2]), n, True, generator=generator)
-    is_face, too_small, too_large, replaced, absent = kind == torch.arange(5)[:, None]
+    kind = kind.view(n, 1, 1)
+    is_face, too_small, too_large, replaced, absent = (kind == i for i in range(5))  # n 1 1
     scenery = make_backgrounds(others, generator)
     # Hard negatives: otherwise whatever is round and shaded would pass for a face.
     upside_down = faces.flip(2)
     featureless = F.interpolate(F.avg_pool2d(faces, 16), PATCH, mode="bilinear")
     which = torch.randint(3, (n,), generator=generator)
     replacement = torch.stack([scenery.flip(0), upside_down, featureless])[which, torch.arange(n)]
-    shown = torch.where(replaced[:, None, None, None], replacement, faces)
+    shown = torch.where(replaced[:, None], replacement, faces)
     # Where, and how large.
     low, high = FACE_SIDES
     side = low * (high / low) ** uniform(0, 1)
@@ -1249,28 +1250,28 @@ def paste_faces(faces, others, generator):
     x = PATCH / 2 + room * uniform(-0.5, 0.5)
     y = PATCH / 2 + room * uniform(-0.5, 0.5)
     pixels = torch.arange(PATCH) + 0.5
-    u = (pixels - x[:, None, None]) * 2 / side[:, None, None]  # -1 to 1 inside
-    v = (pixels[:, None] - y[:, None, None]) * 2 / side[:, None, None]
+    u = (pixels - x) * 2 / side  # n 1 64, -1 to 1 inside
+    v = (pixels[:, None] - y) * 2 / side  # n 64 1
     u, v = torch.broadcast_tensors(u, v)
     blurred = F.avg_pool2d(shown, 3, 1, 1, count_include_pad=False)  # before it is made smaller
-    shown = torch.where((side < 32)[:, None, None, None], blurred, shown)
+    shown = torch.where((side < 32)[:, None], blurred, shown)
     grid = torch.stack([u, v], -1)
     shown = F.grid_sample(shown, grid, padding_mode="border", align_corners=False)
     # The edge: a square, or anything from a circle to one, soft; one in five fills the picture.
-    power = (2 * 10 ** uniform(0, 1))[:, None, None]
+    power = 2 * 10 ** uniform(0, 1)
     distance = (u.abs() ** power + v.abs() ** power) ** (1 / power)
-    softness = uniform(0.01, 0.1)[:, None, None]
-    opacity = ((uniform(0.85, 1.15)[:, None, None] - distance) / softness).sigmoid()
+    softness = uniform(0.01, 0.1)
+    opacity = ((uniform(0.85, 1.15) - distance) / softness).sigmoid()
     square = torch.maximum(u.abs(), v.abs()) < 1
-    opacity = torch.where(uniform(0, 1)[:, None, None] < 0.5, square, opacity)
-    opacity[uniform(0, 1) < 0.2] = 1
-    opacity[absent] = 0
+    opacity = torch.where(uniform(0, 1) < 0.5, square, opacity)
+    opacity = opacity.masked_fill(uniform(0, 1) < 0.2, 1).masked_fill(absent, 0)
     pictures = torch.lerp(scenery, shown, opacity[:, None])
     # 28 % are blurred, 42 % noisy.
     view = torch.zeros_like(view)
-    view[:, data.VIEW_NAMES.index("degradation")] = uniform(-0.67, 1).where(uniform(0, 1) < 0.7, 0)
+    degradation = uniform(-0.67, 1).where(uniform(0, 1) < 0.7, 0)
+    view[:, data.VIEW_NAMES.index("degradation")] = degradation.flatten()
     pictures = data.augment(pictures[:, None], view, generator)[:, 0]
-    return pictures, torch.stack([x, y, side], 1), is_face
+    return pictures, torch.cat([x, y, side], 1).flatten(1), is_face.flatten()
 
 
 def make_backgrounds(frames, generator):
@@ -1289,8 +1290,9 @@ def make_backgrounds(frames, generator):
         shuffle_blocks(blocks, generator),
     ]
     pictures = torch.cat(pictures)
-    angle = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
-    shift = 1.6 * torch.rand(n, 1, 1, generator=generator) - 0.4
+    uniform = partial(draw_uniform, (n, 1, 1), generator)
+    angle = uniform(0, 2 * math.pi)
+    shift = uniform(-0.4, 1.2)
     line = torch.linspace(-1, 1, PATCH)
     side = line * angle.cos() + line[:, None] * angle.sin() - shift  # n 64 64
     others = pictures[torch.randperm(n, generator=generator)]

@@ -1205,16 +1205,16 @@ def finder_loss(outputs, box, is_face):
     """
     centers = STRIDE * (torch.arange(outputs.shape[-1]) + 0.5)
     x, y, side = box[:, :, None, None].unbind(1)  # n 1 1
-    x = (x - centers).expand(-1, len(centers), -1)  # n h w
-    y = (y - centers[:, None]).expand_as(x)
-    distance = torch.maximum(x.abs(), y.abs())
+    x = x - centers  # n 1 w
+    y = y - centers[:, None]  # n h 1
+    distance = torch.maximum(x.abs(), y.abs())  # n h w
     is_face = is_face[:, None, None]
     inside = is_face & (distance < (0.16 * side).clamp_min(0.55 * STRIDE))
     unclear = is_face & (distance < 0.5 * side) & ~inside
     focal = sigmoid_focal_loss(outputs[:, 0], inside.float(), alpha=-1)  # n h w
     focal = focal[~unclear].sum() / inside.sum().clamp_min(1)
-    target = torch.stack([x / 32, y / 32, (side / 32).log().expand_as(x)], 1)
-    error = (outputs[:, 1:] - target).abs().sum(1)
+    target = torch.broadcast_tensors(x / 32, y / 32, (side / 32).log())
+    error = (outputs[:, 1:] - torch.stack(target, 1)).abs().sum(1)
     return focal + error[inside].sum() / inside.sum().clamp_min(1)
 
 
@@ -1306,7 +1306,7 @@ def draw_uniform(shape, generator, low, high):
 
 def make_noise(n, generator):
     """Return noise [n 3 64 64], from clouds to grain."""
-    pictures = torch.rand(n, 3, 1, 1, generator=generator).expand(-1, -1, PATCH, PATCH)
+    pictures = torch.rand(n, 3, 1, 1, generator=generator)
     for size in (2, 4, 8, 16, 32, 64):
         grey = 2 * torch.rand(n, 1, size, size, generator=generator) - 1
         grain = grey + torch.rand(n, 3, size, size, generator=generator) - 0.5

@@ -1547,6 +1547,11 @@ def segment(clips, seconds):
 # ---------------------------------------------------------------- batches
 
 
+def pick(options, generator):
+    """One of the options, drawn at random."""
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
 def sample_batch(
     people, batch_size, num_frames, generator, same_clip=False, mirror=False, device="cpu"
 ):
@@ -1565,29 +1570,25 @@ def sample_batch(
         raise ValueError(f"no clip has the {num_frames} frames that a training window needs")
     names = sorted(people)
     probability = torch.tensor([float(len(people[name])) for name in names]).sqrt()  # people
-
-    def pick(options):
-        return options[int(torch.randint(len(options), (), generator=generator))]
-
     rows = []
     drawn = torch.multinomial(probability, batch_size, replacement=True, generator=generator)
     for i in drawn.tolist():
         own = people[names[i]]
-        clip = pick(own)
-        start = pick(range(clip.num_frames - num_frames + 1))
+        clip = pick(own, generator)
+        start = pick(range(clip.num_frames - num_frames + 1), generator)
         stop = start + num_frames
-        other = clip if same_clip else pick(own)
+        other = clip if same_clip else pick(own, generator)
         indices = range(other.num_frames)
         if other is clip and clip.num_frames > num_frames:
             indices = [*range(start), *range(stop, clip.num_frames)]
         row = {
             "frames": clip.frames[start:stop],  # f 3 H W
-            "reference": other.frames[pick(indices)],  # 3 H W
+            "reference": other.frames[pick(indices, generator)],  # 3 H W
             "mel": audio_windows(clip.mel, start, stop),  # f 20 40
             "liveliness": np.float32(clip.liveliness),
             "prompt": clip.prompt if clip.prompt != other.prompt else "",
         }
-        if mirror and pick((False, True)):
+        if mirror and pick((False, True), generator):
             row["frames"] = row["frames"][..., ::-1]
             row["reference"] = row["reference"][..., ::-1]
         rows.append(row)

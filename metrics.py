@@ -947,7 +947,7 @@ def draw_windows(clips, batch_size, num_frames, generator):
     rows = []
     for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
         label, clip = clips[index]
-        start = int(torch.randint(clip.num_frames - num_frames + 1, (), generator=generator))
+        start = data.pick(range(clip.num_frames - num_frames + 1), generator)
         stop = start + num_frames
         frames = resize(unit_frames(clip.frames[start:stop]), 64)
         steps = slice(data.MELS_PER_FRAME * start, data.MELS_PER_FRAME * stop)
@@ -1180,8 +1180,8 @@ def train_finder(people, steps, seed=0, progress=False):
     frames = []
     for own in list(people.values())[:1024]:  # 8 frames of each are 400 MB
         for _ in range(max(8, 1024 // len(people))):
-            clip = own[int(torch.randint(len(own), (), generator=generator))]
-            frame = clip.frames[int(torch.randint(clip.num_frames, (), generator=generator))]
+            clip = data.pick(own, generator)
+            frame = data.pick(clip.frames, generator)
             frames.append(resize(unit_frames(frame)[None], PATCH))
     frames = torch.cat(frames)
     optimizer = torch.optim.AdamW(finder.parameters(), weight_decay=0.01)

@@ -1492,21 +1492,19 @@ def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unsee
     # Everybody else may get any role.
     free = sorted(set(names).difference(*roles.values()))
     rng_of("people", seed).shuffle(free)
-    for role, wanted in (("client", num_clients), ("unseen", num_unseen)):
-        fit = [name for name in free if role != "client" or name not in no_clients]
-        if role == "unseen":
-            fit.sort(key=lambda name: name in last_unseen)
-        missing = max(0, wanted - len(roles[role]))
-        roles[role] = roles[role][:wanted] + fit[:missing]
-        free = [name for name in free if name not in roles[role]]
-    public = sorted(roles["public"] + free)
-    if len(roles["client"]) < num_clients or len(roles["unseen"]) < num_unseen or not public:
+    fit = [name for name in free if name not in no_clients]
+    clients = (roles["client"] + fit)[:num_clients]
+    free = [name for name in free if name not in clients]
+    free.sort(key=lambda name: name in last_unseen)
+    unseen = (roles["unseen"] + free)[:num_unseen]
+    public = sorted(set(roles["public"] + free).difference(unseen))
+    if len(clients) < num_clients or len(unseen) < num_unseen or not public:
         few = f" ({len(no_clients)} with fewer than 3 clips)" if no_clients else ""
         raise ValueError(
             f"{len(names)} people{few} cannot be split into {num_clients} clients, {num_unseen} "
             "unseen people and at least one public person"
         )
-    return public, sorted(roles["client"]), sorted(roles["unseen"])
+    return public, sorted(clients), sorted(unseen)
 
 
 def num_held_out(num_clips):

@@ -412,8 +412,8 @@ def find_sounds(folder):
     for i, part in enumerate(parts):
         if part.lower() in ("mp4", "video", "videos", "clips"):
             for sound in ("aac", "m4a", "wav", "audio"):
-                folders.append(os.sep.join([*parts[:i], sound, *parts[i + 1 :]]))
-                folders.append(os.sep.join([*parts[:i], sound, *parts[i + 2 :]]))  # no camera angle
+                for rest in (parts[i + 1 :], parts[i + 2 :]):  # the second without a camera angle
+                    folders.append(os.sep.join([*parts[:i], sound, *rest]))
     sounds = {}
     for place in folders:
         try:

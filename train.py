@@ -1622,8 +1622,7 @@ def read_speech_windows(args, config):
     if args.seconds:
         audio = audio[: round(args.seconds * data.SAMPLE_RATE)]
     num_frames = max(1, len(audio) // data.SAMPLES_PER_FRAME)
-    length = num_frames * data.SAMPLES_PER_FRAME
-    audio = np.pad(audio, (0, max(0, length - len(audio))))[:length]
+    audio = np.pad(audio, (0, data.SAMPLES_PER_FRAME))[: num_frames * data.SAMPLES_PER_FRAME]
     mel = data.audio_windows(data.log_mel(audio))
     return audio, torch.from_numpy(mel)[None]
 

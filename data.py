@@ -332,11 +332,9 @@ def first_error(log):
 
 
 def file_state(path):
-    """(size, time of the last change) of a file, a path or an os.DirEntry, which may know them
-    already. Raises ValueError if it is no regular file.
-    """
+    """(size, time of the last change) of a file. Raises ValueError if it is no regular file."""
     try:
-        status = os.stat(path) if isinstance(path, str) else path.stat()
+        status = os.stat(path)
     except FileNotFoundError:
         raise ValueError("a link to nothing" if os.path.islink(path) else "no such file") from None
     except OSError as error:
@@ -1172,14 +1170,14 @@ def assign_people(paths, root):
 
 
 def find_videos(root):
-    """{path: os.DirEntry or Path} of the video files of a dataset, [(path, reason)] of folders left
-    out. Raises ValueError if there is no video.
+    """{path: whether it is a link} of the video files of a dataset, [(path, reason)] of folders
+    left out. Raises ValueError if there is no video.
     """
     left_out = []
     if root.is_dir():
         videos, left_out = walk_folder(root)
     elif root.exists():
-        videos = {str(root): root}
+        videos = {str(root): root.is_symlink()}
     else:
         names = os.listdir(root.parent) if root.parent.is_dir() else []
         near = difflib.get_close_matches(root.name, names, 1)
@@ -1192,7 +1190,8 @@ def find_videos(root):
 
 
 def walk_folder(root):
-    """{path: os.DirEntry} of the video files below a folder, [(path, reason)] of folders left out.
+    """{path: whether it is a link} of the video files below a folder, [(path, reason)] of folders
+    left out.
 
     Hidden files are ignored. Linked folders come last, and only if they were not read before: links
     in a circle neither hang nor make copies, and clips keep their true folder.
@@ -1218,7 +1217,7 @@ def walk_folder(root):
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
             elif entry.name.lower().endswith(VIDEO_SUFFIXES):
-                videos[entry.path] = entry
+                videos[entry.path] = entry.is_symlink()
     return videos, left_out
 
 
@@ -1270,18 +1269,18 @@ class TalkingHeads:
         self.note_names()
 
     def find_files(self, videos, folder, size, crop, finder):
-        """{path: its `CacheFile` in the cache's `folder`} of the `videos` {path: os.DirEntry or
-        Path} that are files.
+        """{path: its `CacheFile` in the cache's `folder`} of the `videos` {path: whether it is a
+        link} that are files.
         """
         files = {}
         distinct = {}  # links to one file share what is cached of it
         # Of hundreds of thousands of files, each folder is looked at once.
         true_folder = functools.cache(os.path.realpath)
         sounds = {}
-        for path, entry in videos.items():
+        for path, is_link in videos.items():
             try:
-                state = file_state(entry)
-                if entry.is_symlink():
+                state = file_state(path)
+                if is_link:
                     true_path = os.path.realpath(path)
                     # It does not lie beside the file, but beside each link.
                     sound = find_sound(path, sounds)
@@ -1293,10 +1292,8 @@ class TalkingHeads:
             except ValueError as error:
                 self.skipped.append((path, str(error)))
                 continue
-            if key not in distinct:
-                cached = folder / f"{key}.clip"
-                distinct[key] = CacheFile(cached, path, size, crop, finder, sounds)
-            files[path] = distinct[key]
+            file = CacheFile(folder / f"{key}.clip", path, size, crop, finder, sounds)
+            files[path] = distinct.setdefault(key, file)
         return files
 
     def drop_copies(self, assigned, files):

@@ -236,8 +236,9 @@ FFT = 512
 
 @functools.cache
 def mel_transform():
-    limits = {"f_min": 60, "f_max": 7600, "n_mels": NUM_MELS}
-    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, FFT, 400, HOP, center=False, **limits)
+    return torchaudio.transforms.MelSpectrogram(
+        SAMPLE_RATE, FFT, 400, HOP, f_min=60, f_max=7600, n_mels=NUM_MELS, center=False
+    )
 
 
 def log_mel(audio, chunk_seconds=60):
@@ -1746,11 +1747,8 @@ def make_person(seed, name, accent=0.0):
     rng = rng_of(seed, name)
     role, number = name.split("-")
     is_client = role == "client"
-    p = SimpleNamespace()
-    for key, limits in LOOKS.items():
-        setattr(p, key, rng.uniform(*limits))
-    for key, limits in HABITS.items():
-        setattr(p, key, rng.uniform(*limits[is_client]))
+    ranges = LOOKS | {key: limits[is_client] for key, limits in HABITS.items()}
+    p = SimpleNamespace(**{key: rng.uniform(*limits) for key, limits in ranges.items()})
     p.light *= rng.choice([-1, 1])
     p.background = random_colour(rng, p.brightness)
     p.clothes = random_colour(rng, 0.9 * p.brightness)

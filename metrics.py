@@ -1441,8 +1441,8 @@ class Evaluation:
     def __init__(self, cases, judges=None, networks=None, device="cpu"):
         self.device = device
         self.judges = judges
-        # kind of network -> ending of the metrics' names -> network
-        self.networks = {"lpips": {}, "arcface": {}, "inception": {}, "syncnet": {}}
+        # "lpips", "arcface", "inception" or "syncnet" -> ending of the metrics' names -> network
+        self.networks = defaultdict(dict)
         for name, network in (networks or {}).items():
             kind, underscore, variant = name.partition("_")
             self.networks[kind][underscore + variant] = network.to(device)

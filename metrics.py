@@ -348,8 +348,15 @@ class InceptionFID(inception.Inception3):
     """FID's Inception: frames [n 3 h w] -> features [n 2048] of its last pooling layer."""
 
     def __init__(self):
-        a, b, c, d, e = _BlockA, inception.InceptionB, _BlockC, inception.InceptionD, _BlockE
-        blocks = [inception.BasicConv2d, a, b, c, d, e, None]
+        blocks = [
+            inception.BasicConv2d,
+            _BlockA,
+            inception.InceptionB,
+            _BlockC,
+            inception.InceptionD,
+            _BlockE,
+            None,  # no auxiliary classifier
+        ]
         super().__init__(1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
         self.Mixed_7c = _LastBlock(2048)
         self.eval().to(memory_format=torch.channels_last)  # 1.5 times faster on CPUs

@@ -1548,10 +1548,9 @@ class Evaluation:
 
     def _embed_speeches(self, case):
         """Return the judges' embeddings [t d] of a case's speech and of other speech."""
-        # Shorter speech has too few windows to compare.
+        # Shorter speech has too few windows to compare; the case's own is long enough (`add`).
         least = LEAST_FOR_SYNC * data.MELS_PER_FRAME
-        own, *others = case.speeches
-        mels = [own] + [mel for mel in others if len(mel) >= least]
+        mels = [mel for mel in case.speeches if len(mel) >= least]
         windows = [torch.as_tensor(data.audio_windows(mel)) for mel in mels]
         return [self.judges.mouth_audio(mel[None].to(self.device))[0] for mel in windows]
 

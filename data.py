@@ -890,7 +890,7 @@ def rng_of(*keys):
     return np.random.default_rng(int(digest(keys), 16))
 
 
-def open_cache(cache, root, size, crop, finder=None):
+def open_cache(cache, root, size, crop, finder):
     """The folder for the decoded clips of a dataset, in `cache`.
 
     It is beside this module by default, or in the user's cache if that cannot be written. Clips of
@@ -1053,7 +1053,7 @@ FIRST_WORD = re.compile(
 )
 
 
-def person_of(above, below, owner, refusal=""):
+def person_of(above, below, owner, refusal):
     """The person whose clip lies at the path `above` + `below`, without suffix.
 
     `above` leads from the dataset's folder to the deepest folder that holds all clips. A known
@@ -1602,14 +1602,14 @@ def typical_liveliness(clips):
     return float(np.median([clip.liveliness for clip in clips]))
 
 
-def reference_frame(clips, most=500):
+def reference_frame(clips):
     """The frame uint8 [3 H W] of a person's clips to start from: a typical view from the front.
 
     Of the three percent of frames most like the person's mean and their own mirror image, it is the
     one with most detail in its upper half: sharp, the eyes open.
     """
-    # At least every second: neighbours hardly differ.
-    step = max(2, sum(clip.num_frames for clip in clips) // most)
+    # About 500 frames, and at most every second: neighbours hardly differ.
+    step = max(2, sum(clip.num_frames for clip in clips) // 500)
     frames = np.concatenate([clip.frames[::step] for clip in clips])  # n 3 H W
     grey = frames.mean(1, dtype=np.float32)  # n H W
     grey -= grey.mean((1, 2), keepdims=True)

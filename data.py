@@ -1114,7 +1114,7 @@ def several_people(names):
 
 def printable(text):
     """Text with \\xe9 for each byte of a file name that is not UTF-8, which `print` refuses."""
-    return text if text.isascii() else os.fsencode(text).decode(errors="backslashreplace")
+    return os.fsencode(text).decode(errors="backslashreplace")
 
 
 def assign_people(paths, root):

@@ -155,7 +155,8 @@ def make_tables():
             settings = (f"loss.tdc={weight}",)
             tdc.append(Cell(label, ("plain",), settings, "personal adapter", variant))
 
-    personal = [Cell("backbone", ("plain",), method="backbone")]
+    own = ("personal.steps=50", "personal.train=AB")
+    personal = [Cell("global adapter", ("plain",), own)]
     for factors, steps in (("R", 50), ("B", 50), ("AB", 10), ("AB", 50), ("AB", 150)):
         overrides = (f"personal.steps={steps}", f"personal.train={factors}")
         label = f"{factors}, {steps} steps"
@@ -187,7 +188,8 @@ def make_tables():
 def describe_run(cell, seed, settings):
     """Return the overrides of a cell's run and its name, which follows from all that makes it."""
     overrides = [*cell.overrides, *settings, f"fed.seed={seed}"]
-    if cell.method != "personal adapter":
+    personal = any(item.startswith("personal.") for item in cell.overrides)
+    if cell.method != "personal adapter" and not personal:
         overrides += NO_PERSONAL
     recipe = json.dumps([cell.presets, overrides, *cell.variant])
     return overrides, hashlib.sha256(recipe.encode()).hexdigest()[:12]

@@ -1250,9 +1250,8 @@ class TalkingHeads:
             delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
-        reasons = dict(
-            zip(missing, in_threads(decode_into_cache, missing, "reading clips", progress))
-        )
+        results = in_threads(decode_into_cache, missing, "reading clips", progress)
+        reasons = dict(zip(missing, results))
         usable = {}
         for path, file in files.items():
             if reasons.get(file):

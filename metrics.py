@@ -296,8 +296,10 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
     for one, other in zip(reals, fakes):
         one[torch.randperm(len(real), generator=generator)[:m]] = 1
         other[torch.randperm(len(fake), generator=generator)[:m] + len(real)] = 1
-    within = (reals @ kernel * reals + fakes @ kernel * fakes).sum(1)  # 100
-    across = (reals @ kernel * fakes).sum(1)
+    to_reals = reals @ kernel  # [subsets, rows]: a row's kernel, summed over a subset
+    to_fakes = fakes @ kernel
+    within = (to_reals * reals + to_fakes * fakes).sum(1)  # 100
+    across = (to_reals * fakes).sum(1)
     distances = within / (m * (m - 1)) - 2 * across / m**2
     return float(distances.mean()), float(distances.std(correction=0))
 

@@ -574,7 +574,7 @@ def main():
     attack_identity(report, run, people, mechanism, mu)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(report.lines) + "\n" + CLOSING
-    args.output.write_text(text)
+    args.output.write_text(text, "utf-8")
     print(text)
     if report.violations:
         print("above the bound:", *report.violations, sep="\n", file=sys.stderr)

@@ -66,9 +66,9 @@ def main(run=None, commit=None):
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         row = describe(Path(run), commit)
     print(row)
-    text = TABLE.read_text() if TABLE.exists() else HEADER
+    text = TABLE.read_text("utf-8") if TABLE.exists() else HEADER
     end = text.rindex("|\n") + 2  # of the table; notes follow
-    TABLE.write_text(text[:end] + row + "\n" + text[end:])
+    TABLE.write_text(text[:end] + row + "\n" + text[end:], "utf-8")
 
 
 if __name__ == "__main__":

@@ -300,11 +300,9 @@ def write_interval(values):
     return f"{result['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def write_table(name, table, args):
+def write_table(name, table, commit, args):
     """Return a table as lines of Markdown: values, then differences to its first row."""
     values = {}
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds"
     lines = [f"## {name}", "", f"{table.question} Commit {commit}, {seeds}.", ""]
     lines += ["| | epsilon | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
@@ -357,12 +355,15 @@ def main():
     unknown = set(args.tables) - set(tables)
     if unknown:
         sys.exit(f"unknown tables {', '.join(sorted(unknown))}; known: {', '.join(tables)}")
+    # of the code that is about to run; hours later it may be another
+    command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     run_ahead([cell for name in args.tables for cell in tables[name].cells], args)
     path = ROOT / "tests" / "results" / "study.md"
     for name in args.tables:
-        lines = write_table(name, tables[name], args)
+        lines = write_table(name, tables[name], commit, args)
         print("\n".join(lines), end="\n\n")
-        path.write_text(update_page(path.read_text(), name, lines))
+        path.write_text(update_page(path.read_text("utf-8"), name, lines), "utf-8")
 
 
 if __name__ == "__main__":

@@ -225,11 +225,9 @@ def to_unit(frames):
 
 # ---------------------------------------------------------------- spectrograms
 
-# Constants, not statistics of a dataset: speech has about zero mean and unit variance.
-MEL_FLOOR = 1e-4
-MEL_MEAN = -4.0
-MEL_STD = 3.5
-SILENCE = (float(np.log(MEL_FLOOR)) - MEL_MEAN) / MEL_STD
+MEL_STD = 3.5  # of the log power of speech, a constant
+SILENCE = -1.5  # and whatever is softer: 23 dB below the mean of speech, which is 0
+QUIETEST = -8.0  # mean log power of speech that is still made as loud as any other
 HOP = SAMPLES_PER_FRAME // MELS_PER_FRAME  # 160 samples
 FFT = 512
 
@@ -242,8 +240,9 @@ def mel_transform():
 
 
 def log_mel(audio, chunk_seconds=60):
-    """Log-mel spectrogram float32 [4 f, 40] of int16 audio [640 f].
+    """Log-mel spectrogram float32 [4 f, 40] of int16 audio [640 f]; its louder half has the mean 0.
 
+    How loud a recording is says nothing of the mouth: a network that sees it learns microphones.
     Raises ValueError if there is no audio.
     """
     if not len(audio):
@@ -257,8 +256,12 @@ def log_mel(audio, chunk_seconds=60):
     chunk = chunk_seconds * SAMPLE_RATE  # samples
     for start in range(0, len(audio), chunk):  # an hour at once would take gigabytes
         piece = torch.from_numpy(padded[start : start + chunk + 2 * margin]) / 32768
-        steps.append(mel_transform()(piece).clamp_min(MEL_FLOOR).log())  # m t
-    return ((torch.cat(steps, 1) - MEL_MEAN) / MEL_STD).T.contiguous().numpy()
+        steps.append(mel_transform()(piece).clamp_min(1e-10).log())  # m t
+    mel = torch.cat(steps, 1).T.contiguous()  # 4f m
+    loudness = mel.mean(1)
+    # of the louder half, so that pauses don't count
+    speech = loudness[loudness >= loudness.median()].mean().clamp_min(QUIETEST)
+    return ((mel - speech) / MEL_STD).clamp_min(SILENCE).numpy()
 
 
 def audio_windows(mel, start=0, stop=None):
@@ -871,7 +874,7 @@ def channels_last(frames):
 
 # ---------------------------------------------------------------- the cache of decoded clips
 
-CACHE_VERSION = 2  # raise it when files are decoded in another way
+CACHE_VERSION = 3  # raise it when files are decoded in another way
 DAYS_KEPT = 30  # days after which an unused dataset's clips are deleted from the cache
 
 
@@ -901,7 +904,7 @@ def open_cache(cache, root, size, crop, finder):
     if os.path.isabs(user_cache):  # it is not where the user has no home
         places.append(Path(user_cache, "privfedtalk"))
     fingerprint = finder and finder.fingerprint()
-    key = os.path.realpath(root), CACHE_VERSION, MEL_FLOOR, MEL_MEAN, MEL_STD, fingerprint
+    key = os.path.realpath(root), CACHE_VERSION, fingerprint
     for place in [Path(cache)] if cache else places:
         folder = place / f"{short_name(root.name)}-{digest(key)}-{size}-{crop:g}.clips"
         try:

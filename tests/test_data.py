@@ -133,6 +133,24 @@ def test_a_long_spectrogram_is_made_in_pieces_without_seams():
         data.log_mel(audio[:0])
 
 
+@pytest.mark.parametrize("gain", [0.1, 0.3, 3.0])
+def test_a_spectrogram_says_nothing_of_how_loud_the_recording_is(gain):
+    audio = 2000 * np.random.default_rng(0).standard_normal(30 * SAMPLES_PER_FRAME)
+    audio[: 4 * SAMPLES_PER_FRAME] /= 5  # a softer part
+    mel = data.log_mel(audio.astype(np.int16))
+    np.testing.assert_allclose(data.log_mel((gain * audio).astype(np.int16)), mel, atol=0.05)
+    assert mel[:12].mean() < mel[20:].mean() - 0.5
+    pause = np.zeros(20 * SAMPLES_PER_FRAME)
+    with_pause = data.log_mel(np.concatenate([gain * audio, pause]).astype(np.int16))
+    assert abs(with_pause[20:116].mean() - mel[20:116].mean()) < 0.15
+    assert (with_pause[130:] == np.float32(data.SILENCE)).all()
+
+
+def test_silence_is_not_made_loud():
+    hiss = np.random.default_rng(0).integers(-1, 2, 30 * SAMPLES_PER_FRAME).astype(np.int16)
+    assert data.log_mel(hiss).mean() < data.SILENCE + 0.3
+
+
 # ---------------------------------------------------------------- picture and sound together
 
 

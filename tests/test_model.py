@@ -140,8 +140,13 @@ def test_sampling_reaches_a_known_gaussian_with_second_order():
     assert error(40) < 1e-3
 
 
-def test_sampling_starts_at_pure_noise():
-    assert talking.Diffusion().timesteps(4).tolist() == [999, 749, 499, 249]
+def test_sampling_starts_at_pure_noise_and_takes_no_step_twice():
+    diffusion = talking.Diffusion()
+    assert diffusion.timesteps(2).tolist() == [999, 353]
+    assert diffusion.timesteps(4).tolist() == [999, 649, 353, 124]
+    for num_steps in (1, 3, 37, 300, 999, 1000):
+        times = diffusion.timesteps(num_steps)
+        assert times[0] == 999 and times[-1] >= 0 and (times.diff() < 0).all()
 
 
 # ---------------------------------------------------------------- the Gaussian prior
@@ -750,7 +755,7 @@ def test_guidance_acts_in_pure_noise_only():
     calls = []
     model.register_forward_pre_hook(lambda _, args: calls.append(args[1].max().item()))
     model.sample(conditions, latents, noise, torch.zeros_like(noise), noise[:, :0], 3, 2.0)
-    assert calls == [999, 999, 666, 332]
+    assert calls == [999, 999, 543, 191]
 
 
 @torch.no_grad()

@@ -253,7 +253,7 @@ def main():
         judge = train_expression_judge(drawn)
         lines += write_table("prompts", measure_prompts(speaker, judge, others))
     (ROOT / "tests" / "results").mkdir(exist_ok=True)
-    (ROOT / "tests" / "results" / "speak.md").write_text("\n".join(lines) + "\n")
+    (ROOT / "tests" / "results" / "speak.md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
 
 

@@ -225,9 +225,10 @@ def to_unit(frames):
 
 # ---------------------------------------------------------------- spectrograms
 
-MEL_STD = 3.5  # of the log power of speech, a constant
-SILENCE = -1.5  # and whatever is softer: 23 dB below the mean of speech, which is 0
-QUIETEST = -8.0  # mean log power of speech that is still made as loud as any other
+# Constants, not statistics of a dataset: speech has about zero mean and unit variance.
+MEL_STD = 3.5  # of log power
+SILENCE = -1.5  # all that is over 23 dB softer than the mean of speech
+QUIETEST = -8.0  # mean log power; what is softer than this is not made as loud as speech
 HOP = SAMPLES_PER_FRAME // MELS_PER_FRAME  # 160 samples
 FFT = 512
 
@@ -257,11 +258,11 @@ def log_mel(audio, chunk_seconds=60):
     for start in range(0, len(audio), chunk):  # an hour at once would take gigabytes
         piece = torch.from_numpy(padded[start : start + chunk + 2 * margin]) / 32768
         steps.append(mel_transform()(piece).clamp_min(1e-10).log())  # m t
-    mel = torch.cat(steps, 1).T.contiguous()  # 4f m
-    loudness = mel.mean(1)
-    # of the louder half, so that pauses don't count
-    speech = loudness[loudness >= loudness.median()].mean().clamp_min(QUIETEST)
-    return ((mel - speech) / MEL_STD).clamp_min(SILENCE).numpy()
+    log_power = torch.cat(steps, 1).T.contiguous()  # 4f m
+    loudness = log_power.mean(1)  # 4f
+    louder_half = loudness[loudness >= loudness.median()]  # pauses don't count
+    level = louder_half.mean().clamp_min(QUIETEST)
+    return ((log_power - level) / MEL_STD).clamp_min(SILENCE).numpy()
 
 
 def audio_windows(mel, start=0, stop=None):
@@ -904,7 +905,7 @@ def open_cache(cache, root, size, crop, finder):
     if os.path.isabs(user_cache):  # it is not where the user has no home
         places.append(Path(user_cache, "privfedtalk"))
     fingerprint = finder and finder.fingerprint()
-    key = os.path.realpath(root), CACHE_VERSION, fingerprint
+    key = os.path.realpath(root), CACHE_VERSION, MEL_STD, SILENCE, QUIETEST, fingerprint
     for place in [Path(cache)] if cache else places:
         folder = place / f"{short_name(root.name)}-{digest(key)}-{size}-{crop:g}.clips"
         try:

@@ -524,11 +524,11 @@ class Diffusion:
         return ((xt - signal * x0_hat) / noise.clamp(min=1e-3)).where(noise > 0, 0.0)
 
     def timesteps(self, num_steps):
-        """Return the timesteps of `num_steps` steps, from pure noise on: T-1 (Lin et al. 2024,
-        Table 2), then T (1 - i / num_steps)^1.5 - 1, closer to one another where noise is less.
+        """Return the timesteps T (1 - i / num_steps)^1.5 - 1 for i = 0, 1, ... [num_steps]: from
+        pure noise (Lin et al. 2024, Table 2) on, closer to one another where there is less of it.
 
-        An evenly spaced second step would take half of what moves for noise, and guidance would
-        have to bring it back.
+        Evenly spaced, the second of two steps would see as much noise as motion, and take much of
+        the motion for noise.
         """
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(
@@ -536,7 +536,8 @@ class Diffusion:
             )
         left = torch.arange(num_steps, 0, -1)  # steps that are still to come
         times = self.num_steps * (left / num_steps) ** 1.5
-        return torch.maximum(times.round().long(), left) - 1  # no timestep twice
+        # Of many steps the last ones would share a timestep: they take one each.
+        return torch.maximum(times.round().long(), left) - 1
 
     def sample(self, predict_x0, noise, num_steps):
         """Return x0: the probability-flow ODE solved from `noise` [b ...] in `num_steps` steps.

@@ -358,7 +358,7 @@ def main():
         started = time.perf_counter()
         lines = function()
         text += "\n" + "\n".join(lines) + "\n"
-        RESULTS.write_text(text)
+        RESULTS.write_text(text, "utf-8")
         print("\n".join(lines), f"\n{part}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -249,7 +249,8 @@ def main():
             cells = f"did not run: {reason} | |"
         lines.append(f"| {name} | {privacy} | {cells} |")
         print(lines[-1], flush=True)
-    Path(__file__).parent.joinpath("results", "peers.md").write_text("\n".join(lines) + "\n")
+    path = Path(__file__).parent / "results" / "peers.md"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def main(*names):
             print(lines[-1], flush=True)
     if not names:
         path = Path(__file__).parent / "results" / "rounds.md"
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

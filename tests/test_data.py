@@ -1216,6 +1216,14 @@ def test_caches_that_nobody_uses_are_deleted_but_no_other_folder(tmp_path, one_c
     assert not old.exists() and mine.exists() and len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ["CACHE_VERSION", "MEL_STD", "SILENCE", "QUIETEST"])
+def test_what_was_decoded_otherwise_is_not_used(tmp_path, monkeypatch, name):
+    before = data.open_cache(tmp_path, tmp_path / "people", 64, 1.0, None)
+    assert data.open_cache(tmp_path, tmp_path / "people", 64, 1.0, None) == before
+    monkeypatch.setattr(data, name, getattr(data, name) + 1)
+    assert data.open_cache(tmp_path, tmp_path / "people", 64, 1.0, None) != before
+
+
 def test_what_killed_runs_left_in_the_cache_is_deleted_after_a_day(tmp_path, one_clip):
     copy(one_clip, tmp_path / "anna" / "1.mp4")
     load(tmp_path / "anna")

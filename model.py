@@ -35,6 +35,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 CONDITIONS = ("speech", "identity", "text")
+LATENT_CHANNELS = 16
 KNOWN_FRAMES = 4  # frames that a window of a long clip takes over from the window before
 # Channels of each group in every GroupNorm. With a number that is no multiple of 8, torch's kernel
 # for channels_last takes 3 to 16 times as long on CPUs.
@@ -641,10 +642,8 @@ class GaussianPrior(nn.Module):
     this file).
     """
 
-    def __init__(self, num_values, num_modes, num_lags=25):
+    def __init__(self, num_values, num_modes=256, num_lags=25):
         super().__init__()
-        if num_modes < 1:
-            raise ValueError(f"the prior needs at least 1 mode, not {num_modes}")
         num_modes = min(num_modes, num_values)
         self.register_buffer("modes", torch.eye(num_values, num_modes))  # U, orthonormal columns
         self.register_buffer("variance", torch.ones(num_modes))  # v
@@ -656,17 +655,16 @@ class GaussianPrior(nn.Module):
         """Measure the covariance on clips x0 [b f m h w] of at least two frames."""
         flat = rearrange(x0, "b f m h w -> (b f) (m h w)")
         num_values, num_modes = self.modes.shape
-        if len(flat) < num_modes:
-            raise ValueError(
-                f"model.prior_modes: {num_modes} modes need as many frames, not {len(flat)}"
-            )
+        num_modes = min(num_modes, len(flat))
         # On the CPU, as it draws random numbers: every device gets the same modes.
         _, scale, modes = torch.pca_lowrank(flat.cpu(), q=num_modes, center=False, niter=4)
-        self.modes.copy_(modes)
-        self.variance.copy_(scale**2 / len(flat))
-        remaining = flat.square().sum() / len(flat) - self.variance.sum()
+        variance = scale**2 / len(flat)
+        remaining = flat.square().sum() / len(flat) - variance.sum()
         remaining = remaining / max(1, num_values - num_modes)
         self.residual_variance.copy_(remaining.clamp(min=1e-6))
+        self.modes[:, :num_modes] = modes
+        self.variance[:num_modes] = variance
+        self.variance[num_modes:] = self.residual_variance  # like all that is in no mode
         num_frames = x0.shape[1]
         power = x0.square().mean()
         for lag in range(len(self.autocorrelation)):
@@ -741,35 +739,31 @@ class TalkingHead(nn.Module):
     sampled.
 
     size: pixels a side; latent_channels, autoencoder_channels: `AutoencoderKL`; channels: widths of
-    the UNet; dim: width of the condition tokens; prior_modes: modes of the Gaussian prior;
-    speech_dropout: share of the sound, and of its features, that training leaves out.
+    the UNet; speech_dropout: share of the sound, and of its features, that training leaves out.
     """
 
     def __init__(
         self,
         size,
-        latent_channels,
         autoencoder_channels,
         channels,
-        dim,
-        prior_modes,
         speech_dropout=0.0,
+        latent_channels=LATENT_CHANNELS,
     ):
         super().__init__()
         self.autoencoder = AutoencoderKL(latent_channels, autoencoder_channels)
         coarsest = self.autoencoder.factor * 2 ** (len(channels) - 1)
         if size < coarsest or size % coarsest:
             raise ValueError(f"data.size must be a multiple of {coarsest} pixels, not {size}")
-        if dim < 1:
-            raise ValueError(f"model.dim must be at least 1, not {dim}")
         self.latent_size = size // self.autoencoder.factor
         self.motion_channels = 2 + latent_channels
+        dim = 3 * channels[0] // 2  # of the condition tokens
         self.speech_encoder = SpeechEncoder(dim, speech_dropout)
         self.identity_encoder = IdentityEncoder(dim)
         self.text_encoder = TextEncoder(dim)
         self.unet = TalkingUNet(self.motion_channels, latent_channels, channels, dim)
         self.diffusion = Diffusion()
-        self.prior = GaussianPrior(self.motion_channels * self.latent_size**2, prior_modes)
+        self.prior = GaussianPrior(self.motion_channels * self.latent_size**2)
         self.register_buffer("motion_std", torch.ones(self.motion_channels, 1, 1))
         self.register_buffer("typical_liveliness", torch.ones(()))
         self.register_buffer("reference_std", torch.ones(latent_channels, 1, 1))

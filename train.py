@@ -65,12 +65,9 @@ RANGES = {
     "data.size": (32, 1024),
     "data.crop": (0.1, 1),
     "data.clients": (2, 100_000),
-    "model.latent_channels": (1, 256),
     "model.autoencoder_channels": (8, 4096),
     "model.channels": (8, 4096),
-    "model.dim": (1, 4096),
     "model.speech_dropout": (0, 0.9),
-    "model.prior_modes": (1, 256 * data.MIN_FRAMES),  # train_unet fits them to 256 windows
     "backbone.judge_steps": (1, 1e9),
     "backbone.steps": (1, 1e9),
     "backbone.batch_size": (1, 1024),
@@ -91,7 +88,6 @@ RANGES = {
     "sampling.guidance": (0, 100),
     "sampling.window": (2 * talking.KNOWN_FRAMES, 1000),
     "evaluate.num_frames": (6, 1e9),  # two windows of the sync judges
-    "runtime.threads": (0, 1024),
 }
 CHOICES = {
     "fed.algorithm": ("isfa", "scaffold", "centralized"),
@@ -458,9 +454,8 @@ def train_autoencoder(config, public, device):
     settings = config["backbone"]
     torch.manual_seed(config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
-    sizes = config["model"]["latent_channels"], config["model"]["autoencoder_channels"]
+    sizes = talking.LATENT_CHANNELS, config["model"]["autoencoder_channels"]
     autoencoder = talking.AutoencoderKL(*sizes).to(device, memory_format=torch.channels_last)
-
     autoencoder.init_linear_path(sample_frames(public, 512, generator).to(device))
     optimizer = make_optimizer(autoencoder.parameters())
     bar = tqdm(range(settings["autoencoder_steps"]), "autoencoder", mininterval=1)
@@ -568,7 +563,7 @@ def backward_kwargs(config, device, judged):
 
 def training_views(config):
     """Return how `fed.sample_batch` shows public clips, as keyword arguments."""
-    return {"same_clip": config["data"]["same_clip_reference"], "mirror": config["data"]["mirror"]}
+    return dict.fromkeys(("same_clip", "mirror"), config["data"]["in_the_wild"])
 
 
 def find_directions(config, model, public, num_people=48):
@@ -644,7 +639,7 @@ def backbone_key(config, public):
     it.
     """
     settings = {name: config[name] for name in ("seed", "model", "backbone")}
-    recipe_keys = ("size", "crop", "same_clip_reference", "mirror")
+    recipe_keys = ("size", "crop", "in_the_wild")
     settings["data"] = [config["data"][name] for name in recipe_keys]
     clips = []
     for own in public.values():
@@ -973,7 +968,7 @@ def read_clips(config, root, finder, names=None):
 def make_clients(config, people, run):
     """Return a fed.Client for each private person."""
     num_frames = config["backbone"]["num_frames"]
-    same_clip = config["data"]["same_clip_reference"]
+    same_clip = config["data"]["in_the_wild"]
     clients = []
     for name, clips in people.clients.items():
         split = data.split_clips(clips, config["seed"])
@@ -1665,7 +1660,7 @@ def personalize_own(args, config, device):
     split = data.split_clips(pieces, config["seed"])
     model = personal_model(config, model, state["adapter"], backbone["directions"])
     start = lora.adapter_vector(model)
-    same_clip = config["data"]["same_clip_reference"]
+    same_clip = config["data"]["in_the_wild"]
     client = fed.Client("me", split, num_frames, same_clip=same_clip)
     kwargs = training_kwargs(config, "personal", device)
     trained, _ = fed.train_adapter(model, judges["loss"], client, start, config["seed"], **kwargs)
@@ -1893,7 +1888,8 @@ def run_action(args, config, devices, workers):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(devices[rank % len(devices)])
     neighbors = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(config["runtime"]["threads"] or max(1, data.num_cpus() // neighbors))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, data.num_cpus() // neighbors))
     if args.action == "generate":
         generate(args, config, device)
     elif args.action == "personalize":

@@ -116,7 +116,7 @@ def with_own_adapter(config, model, directions, name, own):
     """Return the model with an adapter trained on a person's clips `own`."""
     adapted = train.add_adapter(config, copy.deepcopy(model), directions, "personal")
     split = {"train": own, "validation": [], "test": []}
-    same_clip = config["data"]["same_clip_reference"]
+    same_clip = config["data"]["in_the_wild"]
     client = fed.Client(name, split, config["backbone"]["num_frames"], same_clip=same_clip)
     kwargs = train.training_kwargs(config, "personal", torch.device("cpu"))
     kwargs["loss_weights"] = dict.fromkeys(config["loss"], 0.0)  # there are no judges

@@ -52,7 +52,6 @@ SMALL = (
     "data.clients",
     "model",
     "backbone.num_frames",
-    "runtime.threads",
 )
 
 
@@ -136,9 +135,6 @@ def sizes(rng, folder):
     }
     ints = {
         "data.size": rng.choice((1, 4, 8, 16, 20, 32, 36, 40, 48, 64)),
-        "model.latent_channels": rng.choice((0, 1, 2, 8, 49, 200)),
-        "model.dim": rng.choice((0, 1, 3, 16)),
-        "model.prior_modes": rng.choice((0, 1, 8, 10**5)),
         "backbone.num_frames": rng.choice((1, 4, 5, 6, 9)),
         "lora.rank": rng.choice((0, 1, 4, 16, 17, 300, 10**8)),
         "personal.rank": rng.choice((0, 1, 4, 16, 17, 300, 10**8)),
@@ -276,7 +272,7 @@ def resumed(rng, folder):
         arguments += ["--reference", rng.choice(files), "--speech", rng.choice(files)]
     if action == "personalize":
         arguments += ["--clips", rng.choice(files)]
-    changes = ("lora.rank=3", "seed=9", "data.clients=6", "fed.lr=0.5", "model.dim=24")
+    changes = ("lora.rank=3", "seed=9", "data.clients=6", "fed.lr=0.5", "model.channels=[24]")
     refused = action != "dry-run" or run.name != "run"
     if rng.random() < 0.5:
         arguments += ["--set", rng.choice(changes)]

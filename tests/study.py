@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -204,7 +205,6 @@ def run_cell(cell, seed, args):
         if cell.presets:
             arguments += ["--preset", *cell.presets]
         arguments += ["--set", *overrides, f"name={name}", f"runtime.directory={RUNS}"]
-        arguments += ["runtime.threads=1"]  # cells run side by side
         unfinished = sorted(RUNS.glob(f"*-{name}"))
         if unfinished:
             arguments = ["--resume", str(unfinished[-1])]
@@ -213,7 +213,8 @@ def run_cell(cell, seed, args):
         if cell.variant:
             command = [sys.executable, variants.__file__, *cell.variant, "--", *arguments]
         print(f"{cell.label}, seed {seed}", flush=True)
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # cells run side by side
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
         found = sorted(RUNS.glob(f"*-{name}/report.json"))
     return json.loads(found[-1].read_text())
 

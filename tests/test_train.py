@@ -24,15 +24,11 @@ from test_data import sound_offset, write_clip
 
 ROOT = Path(train.__file__).parent
 TINY = [
-    "runtime.threads=1",
     "data.size=32",
     "data.clients=5",
     "data.unseen=1",
-    "model.latent_channels=8",
     "model.autoencoder_channels=[8, 16]",
     "model.channels=[16]",
-    "model.dim=16",
-    "model.prior_modes=8",
     "backbone.judge_steps=2",
     "backbone.finder_steps=0",
     "backbone.autoencoder_steps=2",
@@ -136,8 +132,6 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--preset", "centralized", "--set", "fed.sample_rate=0.5"], "centralized needs"),
         (["--preset", "centralized", "--set", "fed.dropout_rate=0.5"], "centralized needs"),
         (["--set", "model.channels=[0]"], "model.channels must lie in 8"),
-        (["--set", "model.autoencoder_channels=[8]", "model.latent_channels=49"], "too few for 49"),
-        (["--set", "model.prior_modes=6000"], "model.prior_modes must lie in 1 ... 2560"),
         (["--set", "personal.rank=0"], "personal.rank must lie in 1"),
         (["--set", "personal.train=C"], "personal.train must be one of R, B, AB"),
         (["--set", "sampling.num_steps=1001"], "sampling.num_steps must lie in 1 ... 1000"),
@@ -1020,7 +1014,7 @@ def test_speech_is_learned_before_the_unet_is_trained(finished, tmp_path, monkey
 
 def test_a_backbone_that_was_cut_off_is_continued_to_the_same(finished, tmp_path, monkeypatch):
     folder, _ = finished
-    chance = "model.speech_dropout=0.2", "data.mirror=true"
+    chance = "model.speech_dropout=0.2", "data.in_the_wild=true"
     overrides = [*TINY, *places(folder), "backbone.steps=4", *chance]
     config = train.load_config(train.DEFAULTS, overrides=overrides)
     public = train.load_people(config).public

@@ -564,11 +564,12 @@ def main():
     run = Run(args.run)
     mechanism = run.mechanism()
     mu = 1 / mechanism.noise_multiplier
-    people = []
-    for index, name in enumerate(tqdm(list(run.splits)[: args.people], "updates")):
-        people.append(run.person(name, index))
+    names = list(run.splits)[: args.people]
     report = Report()
-    report.lines = describe(run, mechanism, mu, len(people), args.trials)
+    report.lines = describe(run, mechanism, mu, len(names), args.trials)
+    people = []
+    for index, name in enumerate(tqdm(names, "updates")):
+        people.append(run.person(name, index))
     attack_membership(report, run, people, mechanism, mu, args.trials)
     attack_linkage(report, people, mechanism, mu, args.trials)
     attack_identity(report, run, people, mechanism, mu)

@@ -61,9 +61,9 @@ def describe(run, commit):
 def main(run=None, commit=None):
     with tempfile.TemporaryDirectory() as folder:
         if run is None:
-            run = run_default(Path(folder))
             command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            run = run_default(Path(folder))
         row = describe(Path(run), commit)
     print(row)
     text = TABLE.read_text("utf-8") if TABLE.exists() else HEADER

@@ -227,6 +227,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--people", type=int, default=3)
     args = parser.parse_args()
+    # of the code that is about to run; later it may be another
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     speaker = Speaker(args.run)
     everybody = train.load_people(speaker.config)
     people = []
@@ -238,8 +241,6 @@ def main():
         for scale in (0.0, 0.5, 1.5):
             scales[f"{condition} {scale}"] = {"scales": {condition: scale}}
     steps = {f"{n} steps": {"num_steps": n} for n in (1, 2, 4, 8)}
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     lines = ["# Speaking", "", f"{len(people)} unseen people, {args.seconds:g} s; commit {commit}."]
     lines += write_table("drift", drift) + write_table("windows", borders)
     lines += write_table("scales of the conditions", measure_changes(speaker, people, scales))

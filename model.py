@@ -38,7 +38,7 @@ CONDITIONS = ("speech", "identity", "text")
 LATENT_CHANNELS = 16
 KNOWN_FRAMES = 4  # frames that a window of a long clip takes over from the window before
 # Channels of each group in every GroupNorm. With a number that is no multiple of 8, torch's kernel
-# for channels_last takes 3 to 16 times as long on CPUs.
+# for channels_last takes 10 to 40 times as long on CPUs.
 GROUP_CHANNELS = 8
 
 

@@ -9,9 +9,9 @@ Adjacency is zero-out: one client's vector, or zeros in its place. Who takes par
 public; what a participant sends is protected. So the size of a cohort, the variance of the noise
 and an abort may be public, as none of them depends on a client's data.
 
-    python privacy.py --clients 100 200 400 --rate 1 --rounds 2 --noise 0.27 --delta 1e-5
+    python privacy.py --clients 100 200 400 --rate 1 --rounds 2 --noise 2.83 --delta 1e-5
     python privacy.py --clients 1000 --rate 0.01 --rounds 1000 --target-epsilon 8 --delta 1e-6
-    python privacy.py --clients 100 --noise 0.27 --audit
+    python privacy.py --clients 100 --noise 2.83 --audit
     python privacy.py --verify runs/NAME
 """
 
@@ -82,10 +82,11 @@ def sampled_rdp(q, z, order):
     """Return the Renyi DP of one Poisson-sampled Gaussian round at an order > 1, by quadrature.
 
     log E[(1 + u)^order] / (order - 1) with x ~ N(0, z^2) and u = q (r - 1), where r is the ratio of
-    the densities of N(1, z^2) and N(0, z^2) at x (Mironov et al. 2019, Thm. 4). u has mean 0, so
-    the integrand is (1 + u)^order - 1 - order u >= 0: nothing cancels. Its poles lie z^2 pi beside
-    the real line, where the mixture's two parts are equal. A sinh puts the points densely there and
-    sparsely elsewhere, which keeps the trapezoid rule's exponential convergence.
+    the densities of N(1, z^2) and N(0, z^2) at x (Mironov et al. 2019, Thm. 4). As u has mean 0,
+    E[(1 + u)^order] - 1 is the mean of (1 + u)^order - 1 - order u, which is nowhere negative: in
+    the sum nothing cancels. Its branch points lie z^2 pi beside the real line, where the mixture's
+    two parts are equal. A sinh puts the points densely there and sparsely elsewhere, which keeps
+    the trapezoid rule's exponential convergence.
     """
     crossing = 0.5 + z**2 * (math.log1p(-q) - math.log(q))
     low = -10 * z - crossing
@@ -158,7 +159,8 @@ class Accountant:
     def epsilon(self, delta, orders=None):
         """Return epsilon against an adversary who knows neither who nor how many joined a round.
 
-        (An adversary who knows that p of n joined has sampling probability p / n, not q.)
+        (For one who knows that p of n joined, rate p / n is no bound: somebody else was there in the
+        client's place. As for fixed cohorts, take rate 1.)
         orders > 1: the Renyi bound at these orders alone; None: the best of ORDERS and of the exact
         bound without sampling. Raises ValueError unless 0 < delta < 1.
         """
@@ -245,7 +247,7 @@ def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
 
 def most_participations(cohorts, num_spent=0):
     """Return an upper bound of the rounds of any one client: those of its `cohorts` [[k]], and each
-    round spent beyond them, as killed runs may have had any client.
+    round spent beyond them: which one was killed and done again is not recorded.
     """
     counts = np.bincount(np.concatenate([np.zeros(0, int), *cohorts]).astype(int))
     return int(counts.max(initial=0)) + max(0, num_spent - len(cohorts))
@@ -266,7 +268,7 @@ def clip_update(update, clip_norm):
     update = np.asarray(update, np.float64)
     norm = float(np.linalg.norm(update))
     if not math.isfinite(norm):
-        raise ValueError("The update holds NaN or infinity.")
+        raise ValueError("The update's norm is not finite.")
     return update * min(1.0, clip_norm / max(norm, 1e-300))
 
 
@@ -589,9 +591,9 @@ def choose_neighbors(num_clients):
     for degree in range(4, num_clients // 2, 2):
         threshold = degree // 2 + 1
         others = num_clients - 1
-        starved = stats.hypergeom.sf(degree - threshold, others, fifth, degree)
-        opened = stats.hypergeom.sf(threshold - 1, others, fifth, degree)
-        cut = stats.hypergeom.pmf(degree // 2, num_clients, 2 * fifth, degree // 2)
+        starved = stats.hypergeom.sf(degree - threshold, others, fifth, degree)  # (a)
+        opened = stats.hypergeom.sf(threshold - 1, others, fifth, degree)  # (b)
+        cut = stats.hypergeom.pmf(degree // 2, num_clients, 2 * fifth, degree // 2)  # (c)
         if num_clients * (starved + opened + cut) < 1e-4:
             return degree
     return None
@@ -715,6 +717,7 @@ class SecureAggregationClient:
         params = self.params
         check_parts(roster, dict.fromkeys(params.circle, 32), complete=False)
         params.check_present(roster, me)
+        self._roster = set(roster)
         self._peers = [i for i in params.neighbors_of(me) if i in roster]
         keys = {self._public, *(roster[i] for i in self._peers)}
         if roster.get(me) != self._public or len(keys) != len(self._peers) + 1:
@@ -770,8 +773,8 @@ class SecureAggregationClient:
         present = set(survivors)
         # Both secrets of a client together unmask its vector. The answer is final, so all that
         # the server may ask is checked now.
-        strangers = present - set(self.params.place)
-        silent = present & set(self._peers) - set(self._held)
+        strangers = present - self._roster
+        silent = (present & set(self._peers)) - set(self._held)
         if strangers or silent:
             raise ValueError("The survivors include a stranger, or somebody who sent no shares.")
         self.params.check_present(present, self.index)

@@ -1072,12 +1072,18 @@ def read_rounds(run):
 
 
 def check_learned(run, workers):
-    """Raise ValueError if every round of the run was aborted."""
+    """Raise ValueError if every round of the run was aborted, or none of its clients trained."""
     rounds = workers.broadcast(read_rounds(run) if workers.rank == 0 else None)
-    if rounds and all(record["aborted"] for record in rounds):
+    reasons = []
+    for record in rounds:
+        failures = record["simulation"]["failures"]
+        if record["aborted"]:
+            reasons.append(f"was aborted: {record['aborted']}")
+        elif len(failures) == record["cohort_size"]:
+            reasons.append(f"had no client that trained: {failures[0]}")
+    if rounds and len(reasons) == len(rounds):
         raise ValueError(
-            "nothing was learned: every round was aborted, the last because "
-            f"{rounds[-1]['aborted']}. "
+            f"nothing was learned, as in every round: the last one {reasons[-1]}. "
             f"Add rounds: --resume {run} --set fed.rounds={2 * len(rounds)}"
         )
 
@@ -1090,9 +1096,10 @@ def summarize_round(config, accountant, cohorts, diagnostics):
     """
     # Only a simulation sees failures: a server could not, as clients that fail send zeros.
     failures = [d["failure"] for d in diagnostics.values() if "failure" in d]
-    if diagnostics and len(failures) == len(diagnostics):
-        raise ValueError(f"every client of the round failed, the first with: {failures[0]}")
     trained = [d for d in diagnostics.values() if "failure" not in d]
+    # Of a sampled cohort that fails the next one may not: the round counts, and the run goes on.
+    if failures and not trained and config["fed"]["sample_rate"] == 1:
+        raise ValueError(f"every client failed, the first with: {failures[0]}")
     simulation = {"failures": failures}
     for name in trained[0] if trained else ():
         simulation[name] = float(np.mean([d[name] for d in trained if name in d]))

@@ -687,8 +687,25 @@ def test_a_client_that_fails_costs_its_own_update_only(monkeypatch, tmp_path):
     assert records[0]["survivors"] == 4 and records[0]["weight_sum"] == pytest.approx(3, abs=1e-3)
     alone, _ = run_rounds(monkeypatch, tmp_path / "b", quadratic_clients(), 1.0, settings)
     assert torch.allclose(state["adapter"], alone["adapter"], atol=1e-4)
-    with pytest.raises(ValueError, match="every client of the round failed"):
+    with pytest.raises(ValueError, match="every client failed"):
         run_rounds(monkeypatch, tmp_path / "c", clients[1:2] * 2, 1.0, settings)
+
+
+@pytest.mark.parametrize("private", ["true", "false"])
+def test_a_cohort_that_fails_costs_its_own_round_only(monkeypatch, tmp_path, private):
+    use_sgd(monkeypatch)
+    clients = [QuadraticClient("broken", 1.0, None)]
+    clients += [QuadraticClient(f"c{i}", 1.0, 2.0) for i in range(3)]
+    # of cohorts that the key of zeros draws
+    cohorts = [list(privacy.draw_cohort(4, 0.4, bytes(32), i)) for i in range(30)]
+    alone = cohorts.index([0])
+    assert alone < 29
+    settings = ["fed.rounds=30", "fed.sample_rate=0.4", f"privacy.enabled={private}"]
+    settings += ["privacy.clip_norm=100.0", "privacy.survivor_share=0.51"]
+    _, records = run_rounds(monkeypatch, tmp_path, clients, 1.0, settings)
+    assert len(records) == 30
+    assert records[alone]["simulation"]["failures"] == ["broken: the disk is gone"]
+    assert records[alone]["aborted"] and not records[-1]["aborted"]
 
 
 def test_a_clip_that_cannot_be_validated_is_named(monkeypatch):

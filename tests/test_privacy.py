@@ -902,6 +902,12 @@ def test_a_client_opens_one_of_two_secrets_and_only_once(toy_group):
     clients[0].mask(np.zeros(5, np.uint32), inboxes[0])
     with pytest.raises(ValueError, match="no shares"):
         clients[0].unmask([0, 1, 2, 3, 5])
+    clients, roster = advertised(RoundParams(6, 5))
+    roster.pop(5)  # it never came
+    sent = [client.share(roster) for client in clients[:5]]
+    clients[0].mask(np.zeros(5, np.uint32), {i: sent[i][0] for i in range(1, 5)})
+    with pytest.raises(ValueError, match="stranger"):
+        clients[0].unmask([0, 1, 2, 3, 5])
 
 
 def test_a_client_refuses_unfit_messages(toy_group):

@@ -753,13 +753,27 @@ def test_a_run_whose_rounds_were_all_aborted_says_that_nothing_was_learned(finis
 
     error = last_line(capsys, "--set", *settings)
     (run,) = (folder / "runs").glob("*-aborted")
-    assert error.startswith("error: nothing was learned: every round was aborted, the last because")
+    assert error.startswith(
+        "error: nothing was learned, as in every round: the last one was aborted"
+    )
     assert "the cohort has 0 clients, 2 are needed" in error and str(run) in error
     assert not (run / "report.json").exists()
     assert last_line(capsys, "--resume", str(run)) == error  # it repeats nothing
     assert len(read_rounds(run)) == 2
     train.main(["--gpus", "cpu", "--resume", str(run), "--set", "fed.rounds=3"])
     assert (run / "report.json").exists()
+
+
+def test_a_run_in_whose_rounds_nobody_trained_says_that_nothing_was_learned(tmp_path):
+    rounds = [{"aborted": None, "cohort_size": 2, "simulation": {"failures": ["a: ill", "b: ill"]}}]
+    train.write_text(tmp_path / "rounds.jsonl", json.dumps(rounds[0]) + "\n")
+    with pytest.raises(
+        ValueError, match="nothing was learned.* had no client that trained: a: ill"
+    ):
+        train.check_learned(tmp_path, fed.Workers())
+    rounds.append({"aborted": None, "cohort_size": 2, "simulation": {"failures": ["a: ill"]}})
+    train.write_text(tmp_path / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in rounds))
+    train.check_learned(tmp_path, fed.Workers())
 
 
 def last_line(capsys, *arguments):

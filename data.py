@@ -83,7 +83,7 @@ def set_up_process():
     """Let SIGTERM and SIGHUP end this process as Ctrl-C does: no half-written file stays. Have
     letters printed as escapes where the terminal's encoding lacks them.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it is closed
         stream.reconfigure(errors="backslashreplace")
     for kind in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(kind) != signal.SIG_IGN:  # as nohup leaves SIGHUP
@@ -108,6 +108,8 @@ def errors_in_one_line(interrupted="interrupted"):
             time.sleep(1)  # if rank 0 fails of the same, this process ends without repeating it
         refuse(str(error) or type(error).__name__)
     except KeyboardInterrupt:
+        if "RANK" in os.environ:  # of several workers, whose launcher says it
+            sys.exit(2)
         refuse(interrupted)
 
 

@@ -108,7 +108,7 @@ def load_config(path, presets=(), overrides=()):
     own_presets = own.pop("presets", {})
     if not isinstance(own_presets, dict):
         raise ValueError(f"{path}: presets is a section of names and settings")
-    known_presets |= own_presets
+    known_presets |= {str(name): changes for name, changes in own_presets.items()}
     merge(config, own, str(path))
     for name in presets:
         if name not in known_presets:
@@ -188,6 +188,8 @@ def convert(value, default, name, where):
     if isinstance(default, float) and type(value) in (int, str):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # also of 1e-3, which YAML 1.1 reads as a word
+    if isinstance(value, str) and value.startswith("~/"):
+        value = os.path.expanduser(value)
     if type(value) is not type(default):
         kind = type(default).__name__
         raise ValueError(f"{where}: {name} must be {kind}, not {reprlib.repr(value)}")
@@ -795,10 +797,10 @@ def train(config, people, run, device, workers):
     if "control" in state and state["control"].any() and not (run / "clients").exists():
         raise ValueError(f"{run / 'clients'}: lost or not shared, and with it the clients' c_i")
     if workers.rank == 0:
-        if state["round"] < config["fed"]["rounds"]:
-            forget_report(run)
+        # Not before the run's files have shown that they are whole.
         forget_rounds(run, state["round"])
-        save_config(run, config)  # not before the run's files have shown that they are whole
+        if state["round"] < config["fed"]["rounds"]:
+            begin_training(run, config)
     # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: without it no disk is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
@@ -818,6 +820,9 @@ def train(config, people, run, device, workers):
     stopwatch.lap("evaluation")
     if workers.rank == 0:
         report["seconds"] = backbone["seconds"] | stopwatch.seconds
+        save_config(
+            run, config
+        )  # of a finished run this late: the old report goes with the old one
         write_report(run, report, backbone["losses"])
     workers.wait()  # nobody leaves before the report is there
 
@@ -1047,8 +1052,11 @@ def save_config(run, config):
     write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
-def forget_report(run):
-    """Delete the report of a run that trains on: it tells of less training and less epsilon."""
+def begin_training(run, config):
+    """Save the settings that a run trains on with, and delete its report, which tells of less
+    training and less epsilon.
+    """
+    save_config(run, config)
     for name in ("report.json", "report.md"):
         (run / name).unlink(missing_ok=True)
 
@@ -1220,13 +1228,15 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     finished = workers.broadcast(finished)
     todo = [k for k, client in enumerate(clients) if client.name not in finished]
     if todo and workers.rank == 0:
-        forget_report(run)
+        begin_training(run, config)
     own = {}
     mine = workers.assign([1.0] * len(todo))
     for i in tqdm(mine, "personal adapters", disable=workers.rank > 0):
         client = clients[todo[i]]
         seed = fed.derive_seed(config["fed"]["seed"], todo[i])
         trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
+        share = fed.unexplained_variance(model, client.validation_batch(model), seed).mean()
+        check_converged(float(share), client.name)
         liveliness = data.typical_liveliness(client.split["train"])
         content = made_by | {"adapter": trained, "liveliness": liveliness}
         save_checkpoint(paths[client.name], "personal adapter", content)
@@ -1237,6 +1247,12 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         for name in others:  # these may be on the disk of another machine
             save_checkpoint(paths[name], "personal adapter", finished[name])
     return {name: content["adapter"] for name, content in finished.items()}
+
+
+def check_converged(share, name):
+    """Raise ValueError if a trained adapter leaves ten times as much unexplained as no motion."""
+    if not share < 10:  # NaN is not
+        raise ValueError(f"the training of {name}'s adapter diverged: lower personal.lr")
 
 
 # ---------------------------------------------------------------- evaluation and report
@@ -1597,8 +1613,9 @@ def generate(args, config, device):
     # reference 1 n 3 H W, mel 1 f n m
     stream = model.stream(reference, mel.to(device), words, generator, **how)
     started = time.perf_counter()
-    blocks = speaking_blocks(stream, mel.shape[1], not args.no_watermark)
-    data.write_video(output, blocks, audio, {"comment": "synthetic: generated by PrivFedTalk"})
+    # closed: an error's line does not follow a progress bar
+    with contextlib.closing(speaking_blocks(stream, mel.shape[1], not args.no_watermark)) as blocks:
+        data.write_video(output, blocks, audio, {"comment": "synthetic: generated by PrivFedTalk"})
     seconds = time.perf_counter() - started
     print(
         f"{output}: {mel.shape[1]} frames in {seconds:.1f} s ({mel.shape[1] / seconds:.0f} a second)"
@@ -1652,10 +1669,15 @@ def personalize_own(args, config, device):
             spread = np.linspace(0, clip.num_frames - 1, 8).astype(int)
             name = data.short_name(f"{clip.person}-{clip.name}")
             save_crops(args.look, name, clip.frames[spread])
+    if len(dataset.people) > 1:
+        names = ", ".join(sorted(dataset.people)[:5])
+        print(
+            f"--clips: {len(dataset.people)} people by their folders ({names} ...), taken for one"
+        )
     others = metrics.find_strangers(judges["loss"], dataset.clips, backbone["identity_threshold"])
     if others:
-        names = ", ".join(os.path.basename(clip.path) for clip in others)
-        print(f"--clips: another person than in the other clips may be in {names}")
+        names = ", ".join(f"{clip.person}/{Path(clip.path).name}" for clip in others[:5])
+        print(f"--clips: another person may be in {len(others)} of {len(dataset.clips)}: {names}")
     clips = [dataclasses.replace(clip, person="me") for clip in dataset.clips]
     num_frames = config["backbone"]["num_frames"]
     seconds = max(2.0, num_frames / data.FPS)
@@ -1671,14 +1693,15 @@ def personalize_own(args, config, device):
     client = fed.Client("me", split, num_frames, same_clip=same_clip)
     kwargs = training_kwargs(config, "personal", device)
     trained, _ = fed.train_adapter(model, judges["loss"], client, start, config["seed"], **kwargs)
-    content = {"adapter": trained, "description": describe_personal(config, state)}
-    content["liveliness"] = data.typical_liveliness(split["train"])
-    save_checkpoint(output, "personal adapter", content)
     batch = fed.fixed_batch(model, split["test"], split["train"], 50)
     shares = {}
     for name, vector in (("global adapter", start), ("personal adapter", trained)):
         share = fed.unexplained_variance(merged_copy(model, vector), batch, 0).mean()
         shares[name] = float(share)
+    check_converged(shares["personal adapter"], "the person")
+    content = {"adapter": trained, "description": describe_personal(config, state)}
+    content["liveliness"] = data.typical_liveliness(split["train"])
+    save_checkpoint(output, "personal adapter", content)
     limit = backbone["public_unexplained"]
     if limit and not shares["global adapter"] <= limit:  # nor if it is NaN, as nothing moves
         print(
@@ -1867,14 +1890,19 @@ def launch(argv, num_workers):
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     # Waiting threads must not hold the other workers' cores.
     variables["OMP_WAIT_POLICY"] = "passive"
-    end_with_us = functools.partial(data.die_with_parent, os.getpid())
+    launcher = os.getpid()
+
+    def set_up_worker():
+        data.die_with_parent(launcher)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the launcher ends them
+
     processes = []
     try:
         for rank in range(num_workers):
             own = variables | {"RANK": rank, "LOCAL_RANK": rank}
             environment = os.environ | {name: str(value) for name, value in own.items()}
             command = [sys.executable, __file__, *argv]
-            processes.append(subprocess.Popen(command, env=environment, preexec_fn=end_with_us))
+            processes.append(subprocess.Popen(command, env=environment, preexec_fn=set_up_worker))
         while None in [p.poll() for p in processes] and not any(p.poll() for p in processes):
             time.sleep(0.05)
         time.sleep(0.2)  # a worker whose peer failed prints why
@@ -1886,6 +1914,10 @@ def launch(argv, num_workers):
         return max(code or 0 for code in codes)
     finally:
         for process in processes:
+            process.terminate()  # half-written files go
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
             process.wait()
 
@@ -1925,14 +1957,18 @@ def run_action(args, config, devices, workers):
 def check_people(run, people):
     """Write into people.json who has which role and clips.
 
-    Raises ValueError if a resumed run had others: a client might be public now, or be tested on
-    clips that it trained on.
+    Raises ValueError if a resumed run had others, by their names and the sizes of their files: a
+    client might be public now, or be tested on clips that it trained on.
     """
     path = run / "people.json"
     roles = {}
     for role, members in zip(people._fields, people):
-        roles[role] = {name: [clip.name for clip in own] for name, own in members.items()}
+        roles[role] = {}
+        for name, own in members.items():
+            roles[role][name] = [[clip.name, os.path.getsize(clip.path)] for clip in own]
     if not path.exists():
+        if (run / "last.pt").exists():
+            raise ValueError(f"{path}: lost: who was a client is not known any more")
         write_text(path, json.dumps(roles))
         return
     try:
@@ -1985,7 +2021,7 @@ def main(argv=None):
     """Run the command line; a user's error is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    resumable = ": continue with --resume" if args.action == "train" else ""
+    resumable = "; a run that has begun continues with --resume" if args.action == "train" else ""
     with data.errors_in_one_line("interrupted" + resumable):
         size = int(os.environ.get("WORLD_SIZE", 1))
         devices = choose_devices(args.gpus)

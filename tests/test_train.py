@@ -216,9 +216,10 @@ def test_broken_yaml_is_named(tmp_path, capsys):
 
 def test_later_presets_and_settings_win(tmp_path):
     path = tmp_path / "mine.yaml"
-    own = {"fed": {"rounds": 7}, "presets": {"mine": {"fed": {"rounds": 8, "gamma": 1}}}}
+    own = {"fed": {"rounds": 7}, "presets": {1: {"fed": {"rounds": 8, "gamma": 1}}}}
     path.write_text(yaml.safe_dump(own))
-    config = train.load_config(path, ["fedavg", "mine"], ["fed.lr=1e-3"])
+    config = train.load_config(path, ["fedavg", "1"], ["fed.lr=1e-3", "data.root=~/people"])
+    assert config["data"]["root"] == str(Path.home() / "people")
     settings = config["fed"]
     assert (settings["rounds"], settings["gamma"], settings["lr"]) == (8, 1.0, 0.001)
     assert set(config) == set(train.load_config(train.DEFAULTS))
@@ -628,7 +629,12 @@ def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, t
     assert "the model does not explain these clips" in printed and "0.0000 of the w" in printed
     assert "held-out pieces" not in printed
     assert "another person" in printed and first_clip(folder, "client-001").name in printed
+    assert "people by their folders" not in printed
     assert len(list((tmp_path / "look").glob("client-001-*.png"))) == len(list(clips.glob("*.mp4")))
+    arguments[1] = str(folder / "people")
+    train.main(["--gpus", "cpu", "--action", "personalize", "--resume", str(copy), *arguments])
+    printed = capsys.readouterr().out
+    assert "15 people by their folders (client-000, client-001, " in printed
 
 
 @pytest.fixture(scope="module")
@@ -932,6 +938,55 @@ def test_training_that_diverges_is_one_line(finished, capsys):
     folder, _ = finished
     settings = [*TINY, *places(folder), "name=diverged", "backbone.lr=1e9", "backbone.steps=20"]
     assert "lower backbone.lr" in last_line(capsys, "--set", *settings)
+
+
+def test_a_personal_adapter_that_diverged_replaces_none(finished, tmp_path, capsys):
+    folder, run = finished
+    copied = copy_run(run, tmp_path)
+    diverging = "--set", "personal.lr=1000000"
+    before = snapshot(copied / "personal")
+    error = last_line(capsys, "--resume", str(copied), *diverging)
+    assert "client-000's adapter diverged: lower personal.lr" in error
+    assert snapshot(copied / "personal") == before
+    output = tmp_path / "me.pt"
+    shutil.copy(copied / "personal" / "client-000.pt", output)
+    before = output.read_bytes()
+    base = ["--action", "personalize", "--resume", str(run), "--output", str(output)]
+    base += ["--clips", str(folder / "people" / "client-000")]
+    assert "lower personal.lr" in last_line(capsys, *base, *diverging)
+    assert output.read_bytes() == before
+
+
+def test_an_interrupted_evaluation_leaves_settings_and_report(
+    finished, tmp_path, monkeypatch, capsys
+):
+    copied = copy_run(finished[1], tmp_path)
+    before = snapshot(copied)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "evaluate", stop)
+    again = ["--action", "evaluate", "--resume", str(copied), "--set", "sampling.num_steps=2"]
+    assert "interrupted" in last_line(capsys, *again)
+    after = snapshot(copied)
+    assert all(after[path] == before[path] for path in before if path.name != "log.txt")
+
+
+def test_clips_exchanged_under_their_names_and_a_lost_list_of_people_are_noticed(
+    finished, tmp_path, capsys
+):
+    folder, run = finished
+    copied = copy_run(run, tmp_path)
+    people = Path(shutil.copytree(folder / "people", tmp_path / "people"))
+    first, second = people / "client-000" / "00000.mp4", people / "client-000" / "00001.mp4"
+    first.rename(tmp_path / "third.mp4")
+    second.rename(first)
+    (tmp_path / "third.mp4").rename(second)
+    resume = ["--resume", str(copied), "--set", f"data.root={people}"]
+    assert "the clips or the role of client-000 have changed" in fails(capsys, *resume)
+    (copied / "people.json").unlink()
+    assert "people.json: lost" in fails(capsys, *resume[:2])
 
 
 def test_each_algorithms_preset_undoes_the_others():

@@ -211,6 +211,22 @@ def test_a_lost_worker_ends_the_run():
     assert not any(alive(pid) for pid in workers)
 
 
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_ctrl_c_leaves_nothing_half_written_and_is_one_line(tmp_path, whole_group):
+    settings = [f"data.root={tmp_path / 'synthetic'}", f"runtime.directory={tmp_path / 'runs'}"]
+    settings += [f"runtime.cache={tmp_path / 'cache'}", "data.clients=60"]
+    command = [sys.executable, SCRIPT, "--gpus", "cpu:2", "--set", *TINY, *settings]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as parent:
+        while not list(tmp_path.glob(".synthetic-*/new/public-*/*.mp4")):
+            assert parent.poll() is None
+            time.sleep(0.01)
+        (os.killpg if whole_group else os.kill)(parent.pid, signal.SIGINT)
+        output = parent.communicate()[0]
+    assert parent.returncode == 2 and output.count("error: interrupted") == 1, output
+    assert "Traceback" not in output and not list(tmp_path.glob(".synthetic-*"))
+
+
 # The launcher's children are workers, a worker's child makes batches for the backbone.
 @pytest.mark.parametrize("gpus, num_children", [("cpu:2", 2), ("cpu", 1)])
 def test_processes_end_with_their_parent(folder, start, gpus, num_children):

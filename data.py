@@ -1257,14 +1257,7 @@ class TalkingHeads:
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
         results = in_threads(decode_into_cache, missing, "reading clips", progress)
-        reasons = dict(zip(missing, results))
-        usable = {}
-        for path, file in files.items():
-            if reasons.get(file):
-                self.skipped.append((path, reasons[file]))
-            else:
-                usable[path] = file
-        self.clips = self.make_clips(assigned, self.drop_copies(assigned, usable))
+        self.clips = self.make_clips(assigned, files, dict(zip(missing, results)))
         if not self.clips:
             examples = "; ".join(
                 f"{os.path.basename(path)}: {reason}" for path, reason in self.skipped[:3]
@@ -1302,35 +1295,32 @@ class TalkingHeads:
             files[path] = distinct.setdefault(key, file)
         return files
 
-    def drop_copies(self, assigned, files):
-        """The `files` {path: CacheFile} without a person's second copies; notes copies across
-        people.
+    def make_clips(self, assigned, files, reasons):
+        """[Clip] of `files` {path: CacheFile}, with what their .txt says, without those that cannot
+        be used, for `reasons` {CacheFile: reason or ""}, and a person's second copies; notes copies
+        across people.
         """
-        kept = {}
-        own, anybodys = {}, {}  # content -> the first path that has it
+        clips = []
+        first_paths = {}  # content -> {person: the first path that has it}
         for path, file in files.items():
+            if reasons.get(file):
+                self.skipped.append((path, reasons[file]))
+                continue
+            person, name = assigned[path]
+            paths = first_paths.setdefault((file.info["frames"], file.info["checksum"]), {})
             # A copy might be for training, and its original for the test.
-            person, _ = assigned[path]
-            content = file.info["frames"], file.info["checksum"]
-            original = own.setdefault((person, *content), path)
+            original = paths.setdefault(person, path)
             if original != path:
                 self.skipped.append((path, f"the same picture and sound as {original}"))
                 continue
-            elsewhere = anybodys.setdefault(content, path)
+            elsewhere = next(iter(paths.values()))
+            copied = ""
             if elsewhere != path:
-                note = f"the same picture and sound as {elsewhere}: no training takes either"
-                self.notes.append((path, note))
-            kept[path] = file
-        return kept
-
-    def make_clips(self, assigned, files):
-        """[Clip] of decoded files {path: CacheFile}, with what their .txt says."""
-        clips = []
-        for path, file in files.items():
+                copied = f"the same picture and sound as {elsewhere}: no training takes either"
             text = os.path.splitext(path)[0] + ".txt"
             prompt, opening, trouble = read_notes(text, file.info["frames"])
-            clips.append(Clip(*assigned[path], path, file, file, file, prompt, opening))
-            for note in filter(None, (file.info["note"], trouble)):
+            clips.append(Clip(person, name, path, file, file, file, prompt, opening))
+            for note in filter(None, (copied, file.info["note"], trouble)):
                 self.notes.append((path, note))
         return clips
 

@@ -1233,10 +1233,11 @@ class TalkingHeads:
 
     `clips` are sorted by person and name; `people` is {person: [Clip]}; `skipped` holds (path,
     reason) of files that cannot be used, `notes` (path, note) of files that are used in part and of
-    folders whose file names suggest several people. `size` is in pixels, `crop` the share of each
-    side that is kept, from the middle; `finder` cuts out the face where the middle does not show
-    it. Only people in `names`, by default all, are read. Raises ValueError if there is no dataset
-    or nothing usable.
+    folders whose file names suggest several people. `owners` is {(num_frames, fingerprint) of a
+    clip: {person: the first path of it}}. `size` is in pixels, `crop` the share of each side that
+    is kept, from the middle; `finder` cuts out the face where the middle does not show it. Only
+    people in `names`, by default all, are read. Raises ValueError if there is no dataset or nothing
+    usable.
     """
 
     def __init__(
@@ -1244,6 +1245,7 @@ class TalkingHeads:
     ):
         self.root = Path(os.path.abspath(root))
         self.notes = []
+        self.owners = {}
         videos, self.skipped = find_videos(self.root)
         assigned, left_out = assign_people(list(videos), os.fspath(self.root))
         self.skipped += left_out
@@ -1301,19 +1303,18 @@ class TalkingHeads:
         across people.
         """
         clips = []
-        first_paths = {}  # content -> {person: the first path that has it}
         for path, file in files.items():
             if reasons.get(file):
                 self.skipped.append((path, reasons[file]))
                 continue
             person, name = assigned[path]
-            paths = first_paths.setdefault((file.info["frames"], file.info["checksum"]), {})
+            owners = self.owners.setdefault((file.info["frames"], file.info["checksum"]), {})
             # A copy might be for training, and its original for the test.
-            original = paths.setdefault(person, path)
+            original = owners.setdefault(person, path)
             if original != path:
                 self.skipped.append((path, f"the same picture and sound as {original}"))
                 continue
-            elsewhere = next(iter(paths.values()))
+            elsewhere = next(iter(owners.values()))
             copied = ""
             if elsewhere != path:
                 copied = f"the same picture and sound as {elsewhere}: no training takes either"
@@ -1434,17 +1435,15 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, min
                     "data.root"
                 )
     dataset = TalkingHeads(root, size, crop, cache, progress=True)
-    owners = {}  # fingerprint of a clip -> people
-    for clip in dataset.clips:
-        owners.setdefault(clip.fingerprint, set()).add(clip.person)
     usable = []
     for clip in dataset.clips:
+        owners = dataset.owners[clip.num_frames, clip.fingerprint]
         if clip.num_frames < min_frames:
             reason = f"only {clip.num_frames} frames long, backbone.num_frames needs {min_frames}"
             dataset.skipped.append((clip.path, reason))
-        elif len(owners[clip.fingerprint]) > 1:
+        elif len(owners) > 1:
             # One might train on what another is tested on.
-            names = ", ".join(sorted(owners[clip.fingerprint])[:5])
+            names = ", ".join(sorted(owners)[:5])
             dataset.skipped.append((clip.path, f"the same picture and sound are of {names}"))
         else:
             usable.append(clip)

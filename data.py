@@ -28,7 +28,7 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -1177,54 +1177,45 @@ def assign_people(paths, root):
 
 
 def find_videos(root):
-    """{path: whether it is a link} of the video files of a dataset, [(path, reason)] of folders
-    left out. Raises ValueError if there is no video.
+    """Paths of the video files of a dataset, [(path, reason)] of folders left out.
+
+    Hidden files are ignored. Linked folders come last, and only if they were not read before: links
+    in a circle neither hang nor make copies, and clips keep their true folder. Raises ValueError if
+    there is no video.
     """
-    left_out = []
-    if root.is_dir():
-        videos, left_out = walk_folder(root)
-    elif root.exists():
-        videos = {str(root): root.is_symlink()}
-    else:
+    if not root.exists():
         names = os.listdir(root.parent) if root.parent.is_dir() else []
         near = difflib.get_close_matches(root.name, names, 1)
         hint = f"; did you mean {root.parent / near[0]}?" if near else ""
         raise ValueError(f"no dataset at {root}{hint}")
+    videos, left_out, seen = [], [], set()
+    starts = []
+    if root.is_dir():
+        starts.append(os.fspath(root))
+    else:
+        videos.append(os.fspath(root))
+
+    def leave_out(error):
+        left_out.append((error.filename, str(error)))
+
+    for start in starts:  # and of the linked folders that are found on the way
+        for folder, subfolders, files in os.walk(start, onerror=leave_out):
+            true_folder = os.path.realpath(folder)
+            if true_folder in seen:
+                left_out.append((folder, "a link to a folder that is read already"))
+                subfolders.clear()
+                continue
+            seen.add(true_folder)
+            # macOS puts ._1.mp4 beside 1.mp4
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            paths = [os.path.join(folder, name) for name in subfolders]
+            starts += [path for path in paths if os.path.islink(path)]
+            for name in sorted(files):
+                if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
+                    videos.append(os.path.join(folder, name))
     if not videos:
         why = f": {left_out[0][1]}" if left_out else ""
         raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {root}{why}")
-    return videos, left_out
-
-
-def walk_folder(root):
-    """{path: whether it is a link} of the video files below a folder, [(path, reason)] of folders
-    left out.
-
-    Hidden files are ignored. Linked folders come last, and only if they were not read before: links
-    in a circle neither hang nor make copies, and clips keep their true folder.
-    """
-    videos, left_out, seen = {}, [], set()
-    folders, linked = deque([os.fspath(root)]), deque()
-    while folders or linked:
-        folder = folders.popleft() if folders else linked.popleft()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                raise ValueError("a link to a folder that is read already")
-            seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(folder), key=attrgetter("name"))
-        except (OSError, ValueError) as error:
-            left_out.append((folder, str(error)))
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):  # macOS puts ._1.mp4 beside 1.mp4
-                continue
-            if entry.is_symlink() and os.path.isdir(entry.path):
-                linked.append(entry.path)
-            elif entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            elif entry.name.lower().endswith(VIDEO_SUFFIXES):
-                videos[entry.path] = entry.is_symlink()
     return videos, left_out
 
 
@@ -1247,13 +1238,12 @@ class TalkingHeads:
         self.notes = []
         self.owners = {}
         videos, self.skipped = find_videos(self.root)
-        assigned, left_out = assign_people(list(videos), os.fspath(self.root))
+        assigned, left_out = assign_people(videos, os.fspath(self.root))
         self.skipped += left_out
         if names is not None:
             assigned = {path: own for path, own in assigned.items() if own[0] in names}
         folder = open_cache(cache, self.root, size, crop, finder)
-        videos = {path: videos[path] for path in assigned}
-        files = self.find_files(videos, folder, size, crop, finder)
+        files = self.find_files(assigned, folder, size, crop, finder)
         if names is None:  # what belongs to the others stays
             delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
@@ -1270,18 +1260,16 @@ class TalkingHeads:
         self.note_names()
 
     def find_files(self, videos, folder, size, crop, finder):
-        """{path: its `CacheFile` in the cache's `folder`} of the `videos` {path: whether it is a
-        link} that are files.
-        """
+        """{path: its `CacheFile` in the cache's `folder`} of the paths `videos` that are files."""
         files = {}
         distinct = {}  # links to one file share what is cached of it
         # Of hundreds of thousands of files, each folder is looked at once.
         true_folder = functools.cache(os.path.realpath)
         sounds = {}
-        for path, is_link in videos.items():
+        for path in videos:
             try:
                 state = file_state(path)
-                if is_link:
+                if os.path.islink(path):
                     true_path = os.path.realpath(path)
                     # It does not lie beside the file, but beside each link.
                     sound = find_sound(path, sounds)

@@ -126,11 +126,11 @@ def is_first_worker():
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def in_threads(function, items, title, progress):
+def in_threads(function, items, title):
     """Return [function(item)] of all items, computed by a thread for each CPU, with a progress bar
     where there is a terminal.
     """
-    disable = None if progress and items else True  # None: if there is no terminal
+    disable = None if items else True  # None: if there is no terminal
     return thread_map(function, items, desc=title, max_workers=num_cpus(), disable=disable)
 
 
@@ -1231,9 +1231,7 @@ class TalkingHeads:
     usable.
     """
 
-    def __init__(
-        self, root, size=64, crop=1.0, cache=None, progress=False, finder=None, names=None
-    ):
+    def __init__(self, root, size=64, crop=1.0, cache=None, finder=None, names=None):
         self.root = Path(os.path.abspath(root))
         self.notes = []
         self.owners = {}
@@ -1248,7 +1246,7 @@ class TalkingHeads:
             delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
-        results = in_threads(decode_into_cache, missing, "reading clips", progress)
+        results = in_threads(decode_into_cache, missing, "reading clips")
         self.clips = self.make_clips(assigned, files, dict(zip(missing, results)))
         if not self.clips:
             examples = "; ".join(
@@ -1406,7 +1404,7 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, min
         options = {"num_clients": num_clients, "num_unseen": num_unseen, "size": size, "seed": seed}
         record = root / "options.json"
         if not root.exists():
-            make_synthetic(root, progress=True, **options)
+            make_synthetic(root, **options)
         elif record.exists():
             try:
                 made = {key: float(value) for key, value in json.loads(record.read_text()).items()}
@@ -1422,7 +1420,7 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, min
                     f"{root} was made with another {', '.join(other)}: remove it, or set another "
                     "data.root"
                 )
-    dataset = TalkingHeads(root, size, crop, cache, progress=True)
+    dataset = TalkingHeads(root, size, crop, cache)
     usable = []
     for clip in dataset.clips:
         owners = dataset.owners[clip.num_frames, clip.fingerprint]
@@ -1992,7 +1990,6 @@ def make_synthetic(
     seconds=CLIP_SECONDS,
     size=64,
     seed=1,
-    progress=False,
     accent=1.0,
 ):
     """Write a dataset of synthetic talkers, whole or not at all.
@@ -2021,7 +2018,7 @@ def make_synthetic(
         new.mkdir()
         Path(new, "options.json").write_text(json.dumps(made | options))
         stems = [new / name / f"{i:05d}" for name, clips in people.items() for i in range(clips)]
-        in_threads(functools.partial(make_clip, **options), stems, "making talkers", progress)
+        in_threads(functools.partial(make_clip, **options), stems, "making talkers")
         try:
             new.replace(root)
         except OSError as error:  # another process has made it meanwhile, or it is a mount point
@@ -2033,7 +2030,7 @@ def make_synthetic(
 
 def check(root):
     """Print the people, clips and seconds of a dataset, and which files are not used and why."""
-    dataset = TalkingHeads(root, progress=True)
+    dataset = TalkingHeads(root)
     everybody = {f"{len(dataset.people)} people": dataset.clips}
     for person, clips in (dataset.people | everybody).items():
         seconds = sum(clip.num_frames for clip in clips) / FPS
@@ -2044,7 +2041,7 @@ def check(root):
 def contact_sheet(root, output, rows=12, columns=10, size=96):
     """Write a picture of a dataset: a row of frames for a clip of each of some people."""
     check_output(output, (".png",))
-    people = TalkingHeads(root, progress=True).people
+    people = TalkingHeads(root).people
     spread = np.unique(np.linspace(0, len(people) - 1, rows).astype(int))
     names = [sorted(people)[i] for i in spread]
     sheet = Image.new("RGB", (columns * size, len(names) * (size + 14)), "white")
@@ -2083,7 +2080,7 @@ def main(argv=None):
         elif args.look:
             contact_sheet(*args.look)
         else:
-            make_synthetic(options.pop("make"), progress=True, **options)
+            make_synthetic(options.pop("make"), **options)
 
 
 if __name__ == "__main__":

@@ -965,7 +965,7 @@ def read_clips(config, root, finder, names=None):
     """Return the data.TalkingHeads of a folder or video, faces cut out; prints what is not used."""
     d = config["data"]
     cache = config["runtime"]["cache"] or None
-    dataset = data.TalkingHeads(root, d["size"], d["crop"], cache, True, finder, names)
+    dataset = data.TalkingHeads(root, d["size"], d["crop"], cache, finder, names)
     data.print_troubles(dataset)
     return dataset
 

@@ -95,7 +95,7 @@ def main():
         print(f"skipped: no dataset of real people at {args.root}")
         return 0
     torch.set_num_threads(1)
-    dataset = data.TalkingHeads(args.root, progress=True)
+    dataset = data.TalkingHeads(args.root)
     tested = sorted(dataset.people)[::4]
     trained = {name: own for name, own in dataset.people.items() if name not in tested}
     started = time.process_time()

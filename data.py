@@ -836,7 +836,7 @@ def check_output(path, suffixes=(".mp4", ".m4v", ".mov")):
         raise ValueError(f"{path} cannot be written: {folder}: {error.strerror}") from None
 
 
-def write_video(path, frames, audio=None, metadata=None, crf=16, sound_codec="aac"):
+def write_video(path, frames, audio=None, comment="", crf=16, sound_codec="aac"):
     """Write a video at 25 frames per second with int16 audio [640 f], whole or not at all.
 
     `frames` is uint8 [f 3 h w] or [f h w 3], or an iterator of such blocks. Raises ValueError where
@@ -852,8 +852,8 @@ def write_video(path, frames, audio=None, metadata=None, crf=16, sound_codec="aa
     coding = f"-c:v libx264 -preset veryfast -crf {crf} -pix_fmt yuv420p -threads 1".split()
     coding += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]  # yuv420p has even sides
     coding += f"-c:a {sound_codec} -b:a 96k -movflags +faststart+use_metadata_tags".split()
-    for key, value in (metadata or {}).items():
-        coding += ["-metadata", f"{key}={value}"]
+    if comment:
+        coding += ["-metadata", f"comment={comment}"]
     with atomic_write(path) as temporary, tempfile.TemporaryDirectory() as folder:
         if audio is not None:  # ffmpeg has one standard input, and the frames are on it
             sound = Path(folder, "sound")

@@ -925,8 +925,8 @@ def open_cache(cache, root, size, crop, finder):
     raise ValueError(f"no cache for decoded clips can be written ({reason}): name another folder")
 
 
-def checksum(path, length):
-    """CRC-32 of the first `length` bytes of a file."""
+def checksum(path, length=None):
+    """CRC-32 of the first `length` bytes of a file, by default of all."""
     return zlib.crc32(np.memmap(path, np.uint8, "r")[:length])
 
 
@@ -976,13 +976,15 @@ class CacheFile:
                 raise ValueError("its sound is silent")
             if num_frames < MIN_FRAMES:
                 raise ValueError(f"only {num_frames} frames long, {MIN_FRAMES} are needed")
+            content = audio.tobytes() + log_mel(audio).tobytes()
+            self.info = {
+                "frames": num_frames,
+                "note": note[:1000],
+                "checksum": zlib.crc32(content, checksum(temporary)),
+                "sound": {sound: file_state(sound)} if sound else {},
+            }
             with open(temporary, "ab") as file:
-                file.write(audio.tobytes() + log_mel(audio).tobytes())
-            self.info = {"frames": num_frames, "note": note[:1000]}
-            self.info["checksum"] = checksum(temporary, self.num_bytes())
-            self.info["sound"] = {sound: file_state(sound)} if sound else {}
-            with open(temporary, "ab") as file:
-                file.write(b"\n" + json.dumps(self.info).encode())
+                file.write(content + b"\n" + json.dumps(self.info).encode())
 
     # 1024 maps at a time: Linux allows about 65,000, LRS3 has 150,000 clips.
     @functools.lru_cache(maxsize=1024)

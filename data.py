@@ -1823,8 +1823,6 @@ def wander(rng, num, hz, tempo=1.0):
 
 # ---------------------------------------------------------------- synthetic talkers: pictures
 
-SHADOW = np.array([0.7, 0.6, 0.57], np.float32)  # skin that lies in the shadow, times its colour
-
 
 def make_motion(rng, p, curve, num_frames, prompt):
     """Namespace of motion, each float32 [f 1 1]: head, eyes, brows, mouth of the speech curve."""
@@ -1885,12 +1883,13 @@ def draw(p, m, size):
     x = (across - m.x) / p.zoom  # f 1 w
     y = (down - m.y) / p.zoom + 1
     body = x + 0.6 * m.x
+    shaded_skin = p.skin * np.array([0.7, 0.6, 0.57], np.float32)
     if p.style == "long":
         paint(ellipse(x, np.minimum(y + 4, 0), p.width + 2 + p.volume, p.height + 1), p.hair * 0.75)
     if p.style == "bun":
         paint(ellipse(x, y + p.height + 2.5, 6, 5), p.hair * 0.9)
     paint(ellipse(body, y - 44, 30, 19), p.clothes)
-    paint(ellipse(body, y - 20, 0.52 * p.width, 10), p.skin * SHADOW)
+    paint(ellipse(body, y - 20, 0.52 * p.width, 10), shaded_skin)
 
     # Head: the jaw drops with the mouth.
     paint(ellipse(np.abs(x + 0.5 * m.yaw) - p.width, y + 1, 2.4, 4), p.skin * 0.88)  # ears
@@ -1922,8 +1921,8 @@ def draw(p, m, size):
 
     # Nose: the shadows beside it and below it.
     nose = turned - 0.5 * m.yaw
-    paint(ellipse(nose + p.light, y - p.nose / 2, 1, p.nose), p.skin * SHADOW, 0.4, blur=2.5)
-    paint(ellipse(nose, y - p.nose - 1.5, p.nose / 2, 0.5), p.skin * SHADOW, 0.8, blur=2)
+    paint(ellipse(nose + p.light, y - p.nose / 2, 1, p.nose), shaded_skin, 0.4, blur=2.5)
+    paint(ellipse(nose, y - p.nose - 1.5, p.nose / 2, 0.5), shaded_skin, 0.8, blur=2)
 
     # Mouth: lips around a dark inside with teeth and tongue, 9 units high at full opening.
     corner = (turned / ((3.8 + 3.2 * m.width) * (1 + 0.1 * m.smile))) ** 2  # 1 at the corners

@@ -2066,9 +2066,8 @@ def main(argv=None):
         "--check", metavar="DIR", help="print who has how many clips, what is skipped"
     )
     task.add_argument("--look", nargs=2, metavar=("DIR", "PNG"), help="write a contact sheet")
-    for name in ("public", "clients", "unseen"):
-        parser.add_argument(f"--num-{name}", type=int, help="people that --make makes")
-    for name in ("clips-per-public", "clips-per-client", "size", "seed"):
+    people = ("num-public", "num-clients", "num-unseen", "clips-per-public", "clips-per-client")
+    for name in (*people, "size", "seed"):
         parser.add_argument(f"--{name}", type=int, help="for --make")
     for name in ("seconds", "accent"):
         parser.add_argument(f"--{name}", type=float, help="for --make")

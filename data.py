@@ -306,8 +306,9 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
     command += map(str, arguments)
     with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block ffmpeg
         die = functools.partial(die_with_parent, os.getpid()) if watched else None
-        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": log}
-        with subprocess.Popen(command, preexec_fn=die, **pipes) as process:
+        with subprocess.Popen(
+            command, preexec_fn=die, stdin=PIPE, stdout=PIPE, stderr=log
+        ) as process:
             try:
                 with contextlib.suppress(BrokenPipeError):  # ffmpeg ended: its log says why
                     for block in blocks:

@@ -1164,7 +1164,11 @@ def assign_people(paths, root):
         else:
             assigned[path] = clip
             taken[clip] = path
-            outer = folders[: folders.index(person)] if person in folders else []
+            outer = above.split("/") + folders
+            if person in outer:
+                outer = outer[: outer.index(person)]
+            else:  # it is a part of the file's name, and may be one of its folder's: Actor_01
+                outer = [folder for folder in outer if not folder.endswith(person)]
             outer = "/".join([name for name in outer if not NOT_A_PERSON.fullmatch(name)])
             origins.setdefault(clip[0], set()).add(outer)
     for path, (person, _) in list(assigned.items()):
@@ -1315,12 +1319,13 @@ class TalkingHeads:
         return clips
 
     def note_names(self):
-        """Note people whose names differ in case only, and folders that several may share."""
+        """Note people whose names look alike, and folders that several may share."""
         spelled = {}
         for person, clips in self.people.items():
-            other = spelled.setdefault(person.casefold(), person)
+            looks = unicodedata.normalize("NFKC", person).casefold().strip()
+            other = spelled.setdefault(looks, person)
             if other != person:
-                note = f"{person} and {other} are taken for two people: they differ in case only"
+                note = f"{person} and {other} are taken for two people, though they look alike"
                 self.notes.append((os.path.dirname(clips[0].path), note))
             names = [os.path.splitext(os.path.basename(clip.path))[0] for clip in clips]
             if suspects := ", ".join(several_people(names)[:5]):
@@ -2006,8 +2011,8 @@ def make_synthetic(
         raise ValueError("numbers of people must be at least 0, and of clips at least 1")
     if not 0 <= accent <= 1:
         raise ValueError(f"accent must lie in 0 ... 1, not {accent}")
-    if seconds < MIN_FRAMES / FPS or size < 16 or size % 2:
-        raise ValueError("synthetic talkers need 0.4 seconds or more and an even size from 16 on")
+    if not MIN_FRAMES / FPS <= seconds <= 3600 or size < 16 or size % 2:
+        raise ValueError("synthetic talkers need 0.4 to 3600 seconds and an even size from 16 on")
     people = {f"public-{i:03d}": clips_per_public for i in range(num_public)}
     people |= {f"client-{i:03d}": clips_per_client for i in range(num_clients)}
     people |= {f"unseen-{i:03d}": clips_per_public for i in range(num_unseen)}

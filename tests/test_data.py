@@ -1034,6 +1034,9 @@ def test_one_person_alone_has_the_same_name(layout):
         ("cam-2/1.mp4 raw/1.mp4", "unclear who the person in cam-2"),
         ("anna/test/in/1.mp4 anna/train/in/2.mp4 bob/test/in/3.mp4", "unclear who in is"),
         ("anna/main/english/1.mp4 bob/main/english/2.mp4", "unclear who english is"),
+        # times of day that look like RAVDESS's names, and dates like CREMA-D's
+        ("anna/24-01-05-12-30-45-01.mp4 bob/24-02-05-12-30-45-01.mp4", "unclear who 01 is"),
+        ("anna/2023_DEC_NYC_A.mp4 bob/2023_DEC_NYC_B.mp4", "unclear who 2023 is"),
         ("here/M001/video/a/b/c/1.mp4 there/M001/video/a/b/c/2.mp4", "unclear who M001 is"),
     ],
 )
@@ -1099,12 +1102,13 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path, one_clip, capsys):
     assert r"Andr\xe9/\xe9.mp4: the file is empty" in capsys.readouterr().out
 
 
-def test_people_whose_names_differ_in_case_only_are_noted(tmp_path, grey_clips):
-    for source, name in zip(grey_clips, ("Anna", "anna", "bob")):
-        copy(source, tmp_path / "in" / name / "1.mp4")
+@pytest.mark.parametrize("name", ["anna", "Anna ", "\uff21nna"])  # a full-width A
+def test_people_whose_names_look_alike_are_noted(tmp_path, grey_clips, name):
+    for source, person in zip(grey_clips, ("Anna", name, "bob")):
+        copy(source, tmp_path / "in" / person / "1.mp4")
     ((path, note),) = load(tmp_path / "in").notes
-    assert path == str(tmp_path / "in" / "anna")
-    assert note == "anna and Anna are taken for two people: they differ in case only"
+    assert path == str(tmp_path / "in" / name)
+    assert note == f"{name} and Anna are taken for two people, though they look alike"
 
 
 def test_folders_whose_names_suggest_several_people_are_noted(tmp_path, grey_clips):

@@ -176,18 +176,14 @@ def perceptual_distances(embed, generated, truth):
     distances = []
     changes = []
     size = chunk_size(truth)
-    last_x = last_y = None
-    for start in range(0, len(truth), size):
-        x = embed(generated[start : start + size])  # n d
-        y = embed(truth[start : start + size])
-        distances.append(squared_distance(x, y))
-        if last_x is not None:  # from the last frames of the chunk before
-            x = torch.cat([last_x, x])
-            y = torch.cat([last_y, y])
-        change = squared_distance(x[:-1], x[1:]) - squared_distance(y[:-1], y[1:])
-        changes.append(change.abs())
-        last_x = x[-1:]
-        last_y = y[-1:]
+    last = []  # [2 1 d], of the last frames of the chunk before
+    for x, y in zip(generated.split(size), truth.split(size)):
+        vectors = torch.stack([embed(x), embed(y)])  # 2 n d
+        distances.append(squared_distance(*vectors))
+        vectors = torch.cat([*last, vectors], 1)
+        step_x, step_y = [squared_distance(clip[:-1], clip[1:]) for clip in vectors]
+        changes.append((step_x - step_y).abs())
+        last = [vectors[:, -1:]]
     return torch.cat(distances), torch.cat(changes)
 
 

@@ -32,6 +32,8 @@ from torch import nn
 from torchvision.models import inception
 from torchvision.ops import Conv2dNormActivation, Conv3dNormActivation
 from torchvision.ops import box_iou, nms, roi_align, sigmoid_focal_loss
+from torchvision.transforms.functional import normalize, resize
+
 from tqdm import tqdm
 
 import data
@@ -303,13 +305,6 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
 # ---------------------------------------------------------------- the standard networks
 
 
-def resize(frames, size):
-    """Return frames [n c h w] at `size` x `size` pixels, with antialiasing."""
-    if frames.shape[-2:] == (size, size):
-        return frames
-    return F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
-
-
 def squared_distance(x, y):
     """Return the squared Euclidean distance of rows, [n d] twice -> [n]."""
     return (x - y).square().sum(1)
@@ -395,9 +390,7 @@ class LPIPS(nn.Module):
     def embed(self, frames):
         """Return the vectors [n d] whose squared distance LPIPS is, of frames [n 3 h w]."""
         check_frames(frames)
-        shift = frames.new_tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
-        scale = frames.new_tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
-        x = (2 * frames - 1 - shift) / scale
+        x = normalize(2 * frames - 1, mean=[-0.030, -0.088, -0.188], std=[0.458, 0.448, 0.450])
         parts = []
         for i, layer in enumerate(self.features):
             x = layer(x)  # n c h w
@@ -460,7 +453,7 @@ class ArcFace(nn.Module):
 
     def forward(self, frames):
         check_frames(frames)
-        x = 2 * resize(frames, 112) - 1
+        x = 2 * resize(frames, [112, 112]) - 1
         x = self.prelu(self.bn1(self.conv1(x)))  # n 64 112 112
         x = self.layer2(self.layer1(x))  # n 128 28 28
         x = self.layer4(self.layer3(x))  # n 512 7 7
@@ -536,7 +529,7 @@ class SyncNet(nn.Module):
         Takes frames [f 3 h w] and their MFCC [4f 13].
         """
         check_frames(frames)
-        x = 255 * resize(frames, 224).flip(1)  # BGR
+        x = 255 * resize(frames, [224, 224]).flip(1)  # BGR
         x = rearrange(x, "f c h w -> 1 c f h w")
         x = self.netcnnlip(x)  # 1 512 f-4 1 1: the first layer sees 5 frames, the others one
         video = self.netfclip(rearrange(x, "1 c t 1 1 -> t c"))
@@ -807,7 +800,7 @@ class Judges(nn.Module):
     def layers(self, frames):
         """Return the outputs of the face network's four stages for frames [n 3 h w]."""
         check_frames(frames)
-        x = resize(frames, 64) - 0.5
+        x = resize(frames, [64, 64]) - 0.5
         outputs = []
         for stage in self.face:
             x = stage(x)
@@ -846,13 +839,13 @@ class Judges(nn.Module):
         if not self.has_opening:
             raise ValueError("these judges were trained on clips without known mouth opening")
         check_frames(frames)
-        return self.mouth(mouth_region(resize(frames, 64)) - 0.5).squeeze(-1)
+        return self.mouth(mouth_region(resize(frames, [64, 64])) - 0.5).squeeze(-1)
 
     def mouth_video(self, frames):
         """Return unit embeddings of the mouth in windows of 5 frames, [b f 3 h w] -> [b f-4 d]."""
         check_frames(frames)
         b = len(frames)
-        mouth = mouth_region(resize(frames.flatten(0, 1), 64)).mean(1)  # (b f) 28 28, grey
+        mouth = mouth_region(resize(frames.flatten(0, 1), [64, 64])).mean(1)  # (b f) 28 28, grey
         windows = mouth.unflatten(0, (b, -1)).unfold(1, 5, 1)  # b f-4 28 28 5
         windows = rearrange(windows, "b t h w k -> (b t) k h w")
         # The mean picture apart from the motion, or the network would learn faces by heart.
@@ -954,7 +947,7 @@ def draw_windows(clips, batch_size, num_frames, generator):
         label, clip = clips[index]
         start = data.pick(range(clip.num_frames - num_frames + 1), generator)
         stop = start + num_frames
-        frames = resize(unit_frames(clip.frames[start:stop]), 64)
+        frames = resize(unit_frames(clip.frames[start:stop]), [64, 64])
         steps = slice(data.MELS_PER_FRAME * start, data.MELS_PER_FRAME * stop)
         mel = torch.as_tensor(data.audio_windows(clip.mel[steps]))  # f 20 40
         opening = np.zeros(num_frames) if clip.opening is None else clip.opening[start:stop]
@@ -1122,7 +1115,7 @@ class FaceFinder(nn.Module):
         pyramid = {}  # pixels of the picture to one of the level -> level [1 3 h w]
         for level in [level for level in LEVELS if level <= 2 * shorter] or LEVELS[-1:]:
             h, w = [round(side * level / shorter) for side in picture.shape[2:]]
-            small = F.interpolate(picture, (h, w), mode="bilinear", antialias=True)
+            small = resize(picture, [h, w])
             margins = (MARGIN, MARGIN + -w % STRIDE, MARGIN, MARGIN + -h % STRIDE)
             pyramid[shorter / level] = F.pad(small, margins, mode="replicate")
         if usual is not None:
@@ -1187,8 +1180,8 @@ def train_finder(people, steps, seed=0, progress=False):
         for _ in range(max(8, 1024 // len(people))):
             clip = data.pick(own, generator)
             frame = data.pick(clip.frames, generator)
-            frames.append(resize(unit_frames(frame)[None], PATCH))
-    frames = torch.cat(frames)
+            frames.append(resize(unit_frames(frame), [PATCH, PATCH]))
+    frames = torch.stack(frames)
     optimizer = torch.optim.AdamW(finder.parameters(), weight_decay=0.01)
     for step in tqdm(range(steps), "face finder", mininterval=1, disable=not progress):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
@@ -1528,7 +1521,7 @@ class Evaluation:
         if self.networks["syncnet"]:
             sync[""] = lse(self.networks["syncnet"][""], frames, case.audio)
         if self.judges:
-            small = per_frame(partial(resize, size=64), frames)
+            small = per_frame(partial(resize, size=[64, 64]), frames)
             mouth = self.judges.mouth_video(small[None])[0]  # f-4 d
             if case.key not in self.speech:  # the same for every method
                 self.speech[case.key] = self._embed_speeches(case)

@@ -1491,7 +1491,11 @@ class Evaluation:
         if min(len(frames), len(case.audio) // data.SAMPLES_PER_FRAME) >= LEAST_FOR_SYNC:
             found |= self._sync_scores(case, frames)
         if self.judges and self.judges.has_opening and len(frames) > 1:
-            found |= self._opening_scores(case, frames, truth)
+            opening = per_frame(self.judges.opening, frames).cpu()  # f
+            true = per_frame(self.judges.opening, truth).cpu()
+            known = true if case.opening is None else case.opening
+            found["mouth_correlation*"] = mouth_correlation(opening, known)
+            found["mouth_std_ratio*"] = opening.std() / true.std().clamp(min=1e-3)
         features = {}
         for ending, extract in self.networks["inception"].items():
             features[method, ending, key] = per_frame(extract, frames).cpu()
@@ -1516,10 +1520,11 @@ class Evaluation:
 
     def _sync_scores(self, case, frames):
         """Return the metrics of lip sync of a case that is long enough."""
-        sync = {}  # ending -> scores
         found = {}
-        if self.networks["syncnet"]:
-            sync[""] = lse(self.networks["syncnet"][""], frames, case.audio)
+        sync = {}  # ending -> scores
+        for ending, network in self.networks["syncnet"].items():
+            sync[ending] = lse(network, frames, case.audio)
+
         if self.judges:
             small = per_frame(partial(resize, size=[64, 64]), frames)
             mouth = self.judges.mouth_video(small[None])[0]  # f-4 d
@@ -1544,16 +1549,6 @@ class Evaluation:
         mels = [mel for mel in case.speeches if len(mel) >= least]
         windows = [torch.as_tensor(data.audio_windows(mel)) for mel in mels]
         return [self.judges.mouth_audio(mel[None].to(self.device))[0] for mel in windows]
-
-    def _opening_scores(self, case, frames, truth):
-        """Return the metrics of the mouth opening, as the judges see it in both clips."""
-        opening = per_frame(self.judges.opening, frames).cpu()  # f
-        true = per_frame(self.judges.opening, truth).cpu()
-        known = true if case.opening is None else case.opening
-        return {
-            "mouth_correlation*": mouth_correlation(opening, known),
-            "mouth_std_ratio*": opening.std() / true.std().clamp(min=1e-3),
-        }
 
     def rows(self):
         """Return {method: {metric: row}} for all METRICS.

@@ -1369,8 +1369,6 @@ def shuffle_blocks(frames, generator):
 LEAST_FOR_LPIPS = 31  # pixels a side, of AlexNet
 LEAST_FOR_KID = 50  # frames
 LEAST_FOR_FID = {"": 2048, "*": 960}  # frames: 1 for each feature, 4 for each of the judges'
-# metrics with a known level of chance, which `score_judges` reports
-AGAINST_CHANCE = ("right_person*", "right_speech*", "offset_found*", "mouth_correlation*")
 
 
 @dataclass(eq=False)
@@ -1564,7 +1562,7 @@ class Evaluation:
                 file = "" if needs["file"] == "–" else f" and {needs['file']}"
                 row = {"mean": None, "reason": f"needs {needs['least']}{file}"}
                 if values := select(self.scores, method, metric):
-                    row = self._row(values)
+                    row = self.row(values)
                 rows[method][metric] = row
             for ending in self.networks["inception"]:
                 real = torch.cat(list(select(self.features, "", ending).values()))
@@ -1585,10 +1583,12 @@ class Evaluation:
             own = select(self.scores, method, metric)
             differences = {key: own[key] - others[key] for key in own if key in others}
             if differences:
-                rows[metric] = self._row(differences)
+                rows[metric] = self.row(differences)
+
         return rows
 
-    def _row(self, values):
+    def row(self, values):
+        """Return the row of {"person/clip": value}, as in `rows`."""
         groups = [self.people[key] for key in values]
         return mean_ci(list(values.values()), groups) | {"values": values}
 
@@ -1621,9 +1621,9 @@ def score_judges(judges, people, device="cpu"):
     scores = {"people": len(splits), "clips": len(cases)}
     if wrong:
         scores["verification_auc"] = auc(right, wrong)
-    for metric, row in evaluation.rows().get("truth", {}).items():
-        if metric in AGAINST_CHANCE and row["mean"] is not None:
-            scores[metric] = row["mean"]
+    for metric in ("right_person*", "offset_found*", "right_speech*", "mouth_correlation*"):
+        if values := select(evaluation.scores, "truth", metric):
+            scores[metric] = evaluation.row(values)["mean"]
     return scores
 
 

@@ -946,11 +946,10 @@ def draw_windows(clips, batch_size, num_frames, generator):
     for index in torch.randint(len(clips), (batch_size,), generator=generator).tolist():
         label, clip = clips[index]
         start = data.pick(range(clip.num_frames - num_frames + 1), generator)
-        stop = start + num_frames
-        frames = resize(unit_frames(clip.frames[start:stop]), [64, 64])
-        steps = slice(data.MELS_PER_FRAME * start, data.MELS_PER_FRAME * stop)
-        mel = torch.as_tensor(data.audio_windows(clip.mel[steps]))  # f 20 40
-        opening = np.zeros(num_frames) if clip.opening is None else clip.opening[start:stop]
+        window = data.slice_clip(clip, start, start + num_frames)
+        frames = resize(unit_frames(window.frames), [64, 64])
+        mel = torch.as_tensor(data.audio_windows(window.mel))  # f 20 40
+        opening = np.zeros(num_frames) if window.opening is None else window.opening
         opening = torch.tensor(opening, dtype=torch.float32)
         rows.append((torch.tensor(label), frames, mel, opening))
     return [torch.stack(column) for column in zip(*rows)]
@@ -1407,20 +1406,20 @@ def make_cases(splits, num_frames, clips_per_person):
         reference = data.reference_frame(split["train"])
         clips = [clip for part in split.values() for clip in part]
         for clip in split["test"][:clips_per_person]:
-            f = min(clip.num_frames, num_frames)
+            cut = data.slice_clip(clip, 0, num_frames)
             others = [other for other in clips if other is not clip]
             others.sort(key=lambda other: -other.num_frames)
-            speeches = [own.mel[: f * data.MELS_PER_FRAME] for own in (clip, *others[:20])]
-            other_mel = np.resize(speeches[1], speeches[0].shape)
+            speeches = [cut.mel, *(other.mel[: len(cut.mel)] for other in others[:20])]
+            other_mel = np.resize(speeches[1], cut.mel.shape)
             case = Case(
                 clip=clip,
-                frames=unit_frames(clip.frames[:f]),
-                audio=clip.audio[: f * data.SAMPLES_PER_FRAME],
+                frames=unit_frames(cut.frames),
+                audio=cut.audio,
                 speeches=speeches,
-                opening=None if clip.opening is None else torch.tensor(clip.opening[:f]),
+                opening=None if cut.opening is None else torch.tensor(cut.opening),
                 training_clips=split["train"],
                 reference=reference,
-                mel=torch.as_tensor(data.audio_windows(speeches[0])),
+                mel=torch.as_tensor(data.audio_windows(cut.mel)),
                 other_mel=torch.as_tensor(data.audio_windows(other_mel)),
             )
             cases.append(case)

@@ -901,9 +901,7 @@ def split_for_judges(public, seed):
     return tuple({name: public[name] for name in sorted(half)} for half in halves)
 
 
-def train_judges(
-    people, steps=150, seed=0, batch_size=8, num_frames=28, progress=False, device="cpu"
-):
+def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, device="cpu"):
     """Return Judges trained on people {name: [data.Clip]}; every eighth is held out to score them.
 
     Each step sees `batch_size` windows of `num_frames` frames, or of fewer where half of the clips
@@ -928,7 +926,7 @@ def train_judges(
         prototypes = torch.randn(len(trained), judges.face_head[-1].num_features)
         prototypes = nn.Parameter(prototypes.to(device))
         optimizer = torch.optim.AdamW([*judges.parameters(), prototypes], weight_decay=0.05)
-        for step in tqdm(range(steps), "judges", mininterval=1, disable=not progress):
+        for step in tqdm(range(steps), "judges", mininterval=1):
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
             batch = draw_windows(clips, batch_size, num_frames, generator)
             loss = judge_loss(judges, prototypes, *batch, generator)
@@ -1166,7 +1164,7 @@ class FaceFinder(nn.Module):
         return (scores * near).amax(1).mean()
 
 
-def train_finder(people, steps, seed=0, progress=False):
+def train_finder(people, steps, seed=0):
     """Return a FaceFinder trained on people {name: [data.Clip]}, pasted into backgrounds."""
     batch_size = 48
     generator = torch.Generator().manual_seed(seed)
@@ -1182,7 +1180,7 @@ def train_finder(people, steps, seed=0, progress=False):
             frames.append(resize(unit_frames(frame), [PATCH, PATCH]))
     frames = torch.stack(frames)
     optimizer = torch.optim.AdamW(finder.parameters(), weight_decay=0.01)
-    for step in tqdm(range(steps), "face finder", mininterval=1, disable=not progress):
+    for step in tqdm(range(steps), "face finder", mininterval=1):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         chosen = torch.randint(len(frames), (2, batch_size), generator=generator)
         pictures, box, is_face = paste_faces(frames[chosen[0]], frames[chosen[1]], generator)

@@ -705,11 +705,11 @@ def pretrain(config, public, cache, device, workers):
             model, losses = train_unet(config, autoencoder, public, device, partial)
             trained = model.state_dict(), losses, find_directions(config, model, public)
         elif name == "face finder":
-            finder = metrics.train_finder(public, b["finder_steps"], config["seed"], progress=True)
+            finder = metrics.train_finder(public, b["finder_steps"], config["seed"])
             trained = finder.state_dict()
         else:
             people = for_losses if name == "loss judges" else for_tables
-            judges = metrics.train_judges(people, *judge_settings, progress=True, device=device)
+            judges = metrics.train_judges(people, *judge_settings, device=device)
             trained = judges.state_dict()
         finished[name] = {"trained": trained, "seconds": time.perf_counter() - started}
         if workers.rank == 0:

@@ -99,7 +99,7 @@ def main():
     tested = sorted(dataset.people)[::4]
     trained = {name: own for name, own in dataset.people.items() if name not in tested}
     started = time.process_time()
-    finder = metrics.train_finder(trained, args.steps, progress=True)
+    finder = metrics.train_finder(trained, args.steps)
     print(f"trained on {len(trained)} people in {time.process_time() - started:.0f} s of CPU time")
     rng = np.random.default_rng(0)
     faces = []

@@ -168,7 +168,7 @@ def validity(root, steps, max_people):
     strangers = {name: people[name] for name in strangers[:max_people]}
     for name, half, other in zip(("losses", "tables"), halves, halves[::-1]):
         start = time.perf_counter()
-        judges = metrics.train_judges(half, steps, progress=True)
+        judges = metrics.train_judges(half, steps)
         taken = time.perf_counter() - start
         print(f"\njudges of the {name}: {len(half)} people, {steps} steps, {taken:.0f} s")
         for group, unknown in (("the other half", other), ("clients", strangers)):

@@ -289,7 +289,7 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
     rows = torch.cat([real, fake])
     kernel = (rows @ rows.T).div_(rows.shape[1]).add_(1).pow_(3)
     kernel.fill_diagonal_(0)  # unbiased: without the pairs of a frame and itself
-    reals = torch.zeros(100, len(rows), dtype=kernel.dtype)  # a subset a row: 1 for what is in it
+    reals = kernel.new_zeros(100, len(rows))  # a subset a row: 1 for what is in it
     fakes = torch.zeros_like(reals)
     for one, other in zip(reals, fakes):
         one[torch.randperm(len(real), generator=generator)[:m]] = 1
@@ -684,7 +684,7 @@ def load_weights(module, path, prefix=""):
         key = key.removeprefix("module.")  # of DataParallel
         if key.startswith(prefix):
             state[key.removeprefix(prefix)] = value
-    for key in [*own, *state]:
+    for key in own | state:
         if key not in state or key not in own or state[key].shape != own[key].shape:
             raise ValueError(f"{path} does not fit its network: first misfit {prefix}{key}")
     module.load_state_dict(state)
@@ -1805,7 +1805,7 @@ def check_arguments(args):
     try:
         # float64, which Apple's GPUs lack, and a value, which the device "meta" lacks
         torch.zeros(1, dtype=torch.float64, device=args.device).item()
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+    except (RuntimeError, AssertionError, TypeError):
         raise ValueError(f"--device {args.device}: torch cannot use it") from None
 
 

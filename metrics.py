@@ -1157,8 +1157,8 @@ class FaceFinder(nn.Module):
         cut = torch.cat([corner, corner + PATCH * pixel], 1) / scale + MARGIN  # v 4, in the level
         patches = roi_align(pyramid[scale], [cut], PATCH, sampling_ratio=1, aligned=True)
         boxes, scores = self.boxes(torch.cat([patches, patches.flip(-1)]))  # 2v p 4, 2v p
-        left, top, right, bottom = boxes[len(looks) :].unbind(-1)
-        boxes[len(looks) :] = torch.stack([PATCH - right, top, PATCH - left, bottom], -1)
+        mirrored = boxes[len(looks) :]
+        mirrored[..., [0, 2]] = PATCH - mirrored[..., [2, 0]]  # left and right
         boxes = boxes * pixel.repeat(2, 1)[:, None] + corner.repeat(2, 2)[:, None]
         near = box_iou(box[None], boxes.flatten(0, 1)).view_as(scores) > 0.4
         return (scores * near).amax(1).mean()

@@ -33,7 +33,6 @@ from torchvision.models import inception
 from torchvision.ops import Conv2dNormActivation, Conv3dNormActivation
 from torchvision.ops import box_iou, nms, roi_align, sigmoid_focal_loss
 from torchvision.transforms.functional import normalize, resize
-
 from tqdm import tqdm
 
 import data
@@ -1519,7 +1518,6 @@ class Evaluation:
         sync = {}  # ending -> scores
         for ending, network in self.networks["syncnet"].items():
             sync[ending] = lse(network, frames, case.audio)
-
         if self.judges:
             small = per_frame(partial(resize, size=[64, 64]), frames)
             mouth = self.judges.mouth_video(small[None])[0]  # f-4 d

@@ -413,7 +413,8 @@ def test_a_finished_run_speaks_on_the_gpu(runs, config, tmp_path, monkeypatch):
 
 
 def test_a_person_gets_an_own_adapter_on_the_gpu(runs, config, tmp_path, monkeypatch, capsys):
-    dataset = SimpleNamespace(clips=noise_clips(tmp_path, "me", 4), skipped=[], notes=[])
+    clips = noise_clips(tmp_path, "me", 4)
+    dataset = SimpleNamespace(clips=clips, people={"me": clips}, skipped=[], notes=[])
     monkeypatch.setattr(data, "TalkingHeads", lambda *args, **kwargs: dataset)
     output = tmp_path / "me.pt"
     arguments = ["--action", "personalize", "--resume", str(runs[0]), "--clips", "me"]

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -221,6 +222,9 @@ def test_ctrl_c_leaves_nothing_half_written_and_is_one_line(tmp_path, whole_grou
         while not list(tmp_path.glob(".synthetic-*/new/public-*/*.mp4")):
             assert parent.poll() is None
             time.sleep(0.01)
+        for pid in children_of(parent.pid):  # or tidying up would be interrupted, too
+            (ignored,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+            assert int(ignored, 16) & 1 << signal.SIGINT - 1
         (os.killpg if whole_group else os.kill)(parent.pid, signal.SIGINT)
         output = parent.communicate()[0]
     assert parent.returncode == 2 and output.count("error: interrupted") == 1, output

@@ -494,7 +494,7 @@ def train_speech_path(model, batches, num_steps, lr):
 
 
 def train_unet(config, autoencoder, public, device, partial):
-    """Return a TalkingHead trained on public people and its loss by step.
+    """Return the state of a TalkingHead trained on public people and its loss by step.
 
     Every SAVE_EVERY steps everything goes to the file `partial`, from which an interrupted run
     continues.
@@ -550,8 +550,7 @@ def train_unet(config, autoencoder, public, device, partial):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state["losses"] = losses
             save_checkpoint(partial, "partial backbone", state)
-    # a copy is not compiled, as its shapes will be others
-    return copy.deepcopy(model).eval(), losses
+    return model.state_dict(), losses
 
 
 def backward_kwargs(config, device, judged):
@@ -702,8 +701,7 @@ def pretrain(config, public, cache, device, workers):
                 save_checkpoint(path, "autoencoder", train_autoencoder(config, public, device))
             autoencoder = load_checkpoint(path, "autoencoder")
             partial = cache / "partial.pt"
-            model, losses = train_unet(config, autoencoder, public, device, partial)
-            trained = model.state_dict(), losses, find_directions(config, model, public)
+            trained = train_unet(config, autoencoder, public, device, partial)
         elif name == "face finder":
             finder = metrics.train_finder(public, b["finder_steps"], config["seed"])
             trained = finder.state_dict()
@@ -715,19 +713,24 @@ def pretrain(config, public, cache, device, workers):
         if workers.rank == 0:
             save_checkpoint(paths[name], name, finished[name])
     finished = workers.merge(finished)
+    trained = {name: content["trained"] for name, content in finished.items()}
+    state, losses = trained["UNet"]
+    backbone = {"model": state, "losses": losses, "finder": trained["face finder"]}
+    backbone["judges"] = {kind: trained[f"{kind} judges"] for kind in ("loss", "table")}
+    backbone["seconds"] = {name: round(c["seconds"], 1) for name, c in finished.items()}
+    model, judges = restore_backbone(config, backbone, device)
+    measured = {}
+    for i in workers.assign([2.0, 1.0]):
+        if i == 0:
+            measured["directions"] = find_directions(config, model, public)
+        else:  # what personalize holds clips against that may be of a stranger, or of no face
+            threshold = metrics.identity_threshold(judges["loss"], for_tables)
+            measured["identity_threshold"] = threshold
+            measured["public_unexplained"] = public_unexplained(model, public)
+            measured["public_jitter"] = metrics.mean_jitter(clips)
+    backbone |= workers.merge(measured)
     if workers.rank > 0:
         return
-    trained = {name: content["trained"] for name, content in finished.items()}
-    state, losses, directions = trained["UNet"]
-    backbone = {"model": state, "directions": directions, "losses": losses}
-    backbone["judges"] = {kind: trained[f"{kind} judges"] for kind in ("loss", "table")}
-    backbone["finder"] = trained["face finder"]
-    backbone["seconds"] = {name: round(c["seconds"], 1) for name, c in finished.items()}
-    backbone["public_jitter"] = metrics.mean_jitter(clips)
-    # What personalize holds clips against that may be of a stranger, or of no face.
-    model, judges = restore_backbone(config, backbone, device)
-    backbone["identity_threshold"] = metrics.identity_threshold(judges["loss"], for_tables)
-    backbone["public_unexplained"] = public_unexplained(model, public)
     save_checkpoint(cache / "backbone.pt", "backbone", backbone)
     for name in (*costs, "autoencoder", "partial"):
         (cache / f"{name}.pt").unlink(missing_ok=True)
@@ -820,9 +823,7 @@ def train(config, people, run, device, workers):
     stopwatch.lap("evaluation")
     if workers.rank == 0:
         report["seconds"] = backbone["seconds"] | stopwatch.seconds
-        save_config(
-            run, config
-        )  # of a finished run this late: the old report goes with the old one
+        save_config(run, config)  # until now the old report went with the old settings
         write_report(run, report, backbone["losses"])
     workers.wait()  # nobody leaves before the report is there
 

@@ -80,10 +80,11 @@ def pretrain(config, public, work):
     path = work / f"unet-{key}.pt"
     if not path.exists():
         partial = work / f"partial-{key}.pt"
-        model, _ = train.train_unet(config, autoencoder, public, device, partial)
-        directions = train.find_directions(config, model, public)
-        content = {"model": model.state_dict(), "directions": directions}
-        train.save_checkpoint(path, "UNet", content)
+        state, _ = train.train_unet(config, autoencoder, public, device, partial)
+        model = train.build_model(config)
+        model.load_state_dict(state)
+        directions = train.find_directions(config, model.eval(), public)
+        train.save_checkpoint(path, "UNet", {"model": state, "directions": directions})
     content = train.load_checkpoint(path, "UNet")
     model = train.build_model(config)
     model.load_state_dict(content["model"])

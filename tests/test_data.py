@@ -1704,7 +1704,9 @@ def test_the_same_seed_makes_the_same_frames(tmp_path, synthetic):
     assert not np.array_equal(again.frames, other.frames)
 
 
-def test_talkers_are_made_in_an_empty_folder_by_as_many_threads_as_may_run(tmp_path, monkeypatch):
+def test_talkers_are_made_in_an_empty_folder_by_a_thread_for_each_cpu_and_one_more(
+    tmp_path, monkeypatch
+):
     (tmp_path / "new").mkdir()
     monkeypatch.chdir(tmp_path / "new")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
@@ -1717,7 +1719,7 @@ def test_talkers_are_made_in_an_empty_folder_by_as_many_threads_as_may_run(tmp_p
 
     monkeypatch.setattr(data, "thread_map", counted)
     data.make_synthetic(".", 1, 0, 0, clips_per_public=1, seconds=0.4, size=16)
-    assert len(load(tmp_path / "new").clips) == 1 and threads == [3, 3]
+    assert len(load(tmp_path / "new").clips) == 1 and threads == [4, 4]
 
 
 def test_synthetic_talkers_refuse_bad_numbers(tmp_path):

@@ -1107,9 +1107,7 @@ def test_a_backbone_that_was_cut_off_is_continued_to_the_same(finished, tmp_path
     assert len(calls) == 5 and whole[1] == cut[1] and len(cut[1]) == 4
     # From a batch's own seed its first person would decide the noise levels.
     assert not set(calls) & {fed.derive_seed(config["seed"], step) for step in range(4)}
-    assert train.checksum(whole[0].state_dict()) == train.checksum(cut[0].state_dict())
-    directions = [train.find_directions(config, model, public) for model, _ in (whole, cut)]
-    assert train.checksum(directions[0]) == train.checksum(directions[1])
+    assert train.checksum(whole[0]) == train.checksum(cut[0])
 
 
 def skip_evaluation(monkeypatch):

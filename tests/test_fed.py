@@ -461,7 +461,7 @@ def quadratic_backward(model, judges, batch, *args):
     x = torch.cat([p.flatten() for p in parameters])
     loss = batch["curvature"] / 2 * (x - batch["target"]).square().sum()
     loss.backward()
-    return {"diffusion": float(loss)}
+    return {"diffusion": float(loss.detach())}
 
 
 def run_rounds(monkeypatch, tmp_path, clients, start, settings, scaffold=False):

@@ -2078,15 +2078,17 @@ def main(argv=None):
     for name in ("seconds", "accent"):
         parser.add_argument(f"--{name}", type=float, help="for --make")
     parser.error = refuse
-    args = parser.parse_args(argv)
-    options = {key: value for key, value in vars(args).items() if value is not None}
+    options = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
+    tasks = {name: options.pop(name) for name in ("make", "check", "look") if name in options}
+    if options and "make" not in tasks:
+        refuse(f"--{next(iter(options)).replace('_', '-')} is for --make")
     with errors_in_one_line():
-        if args.check is not None:
-            check(args.check)
-        elif args.look:
-            contact_sheet(*args.look)
+        if "check" in tasks:
+            check(tasks["check"])
+        elif "look" in tasks:
+            contact_sheet(*tasks["look"])
         else:
-            make_synthetic(options.pop("make"), **options)
+            make_synthetic(tasks["make"], **options)
 
 
 if __name__ == "__main__":

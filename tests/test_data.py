@@ -875,7 +875,8 @@ def test_what_others_have_in_the_cache_stays(tmp_path, one_clip):
     assert set((tmp_path / "cache").rglob("*.clip")) == cached
 
 
-def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores():
+def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as it is where the shell has closed it
     kinds = signal.SIGTERM, signal.SIGHUP
     before = [signal.getsignal(kind) for kind in kinds]
     try:
@@ -1756,6 +1757,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ["--check", ""],
         ["--make", str(tmp_path / "new"), "--num-public", "abc"],
         ["--make", str(tmp_path / "new"), "--seconds", "inf"],
+        ["--check", str(tmp_path / "people"), "--clips-per-public", "3"],
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -1803,7 +1803,7 @@ def check_arguments(args):
     try:
         # float64, which Apple's GPUs lack, and a value, which the device "meta" lacks
         torch.zeros(1, dtype=torch.float64, device=args.device).item()
-    except (RuntimeError, AssertionError, TypeError):
+    except (RuntimeError, AssertionError, TypeError, ImportError):
         raise ValueError(f"--device {args.device}: torch cannot use it") from None
 
 

@@ -1311,6 +1311,7 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):
         ("full full --judges random.pt", "never trained"),
         ("full full --size 3", "--size must lie in 11 ... 4096"),
         ("full full --device tpu", "torch cannot use it"),
+        ("full full --device hpu", "torch cannot use it"),  # ModuleNotFoundError
     ):
         words = arguments.split()
         plain = ("--size", "3", "--device", "tpu", "meta")

@@ -1314,7 +1314,7 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):
         ("full full --device hpu", "torch cannot use it"),  # ModuleNotFoundError
     ):
         words = arguments.split()
-        plain = ("--size", "3", "--device", "tpu", "meta")
+        plain = ("--size", "3", "--device", "tpu", "hpu", "meta")
         words = [w if w in plain or w.startswith("--") else str(tmp_path / w) for w in words]
         with pytest.raises(SystemExit) as stop:
             metrics.main(words)

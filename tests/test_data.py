@@ -1758,6 +1758,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ["--check", ""],
         ["--make", str(tmp_path / "new"), "--num-public", "abc"],
         ["--make", str(tmp_path / "new"), "--seconds", "inf"],
+        ["--make", str(tmp_path / "new"), "--seconds", "1e12"],
         ["--check", str(tmp_path / "people"), "--clips-per-public", "3"],
     ):
         capsys.readouterr()

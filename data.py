@@ -985,7 +985,7 @@ class CacheFile:
                 "sound": {sound: file_state(sound)} if sound else {},
             }
             with open(temporary, "ab") as file:
-                file.write(content + b"\n" + json.dumps(self.info).encode())
+                file.writelines([content, b"\n", json.dumps(self.info).encode()])
 
     # 1024 maps at a time: Linux allows about 65,000, LRS3 has 150,000 clips.
     @functools.lru_cache(maxsize=1024)
@@ -1164,13 +1164,13 @@ def assign_people(paths, root):
         else:
             assigned[path] = clip
             taken[clip] = path
-            outer = above.split("/") + folders
-            if person in outer:
-                outer = outer[: outer.index(person)]
+            all_folders = above.split("/") + folders
+            if person in all_folders:
+                outer = all_folders[: all_folders.index(person)]
             else:  # it is a part of the file's name, and may be one of its folder's: Actor_01
-                outer = [folder for folder in outer if not folder.endswith(person)]
-            outer = "/".join([name for name in outer if not NOT_A_PERSON.fullmatch(name)])
-            origins.setdefault(clip[0], set()).add(outer)
+                outer = [folder for folder in all_folders if not folder.endswith(person)]
+            origin = "/".join([name for name in outer if not NOT_A_PERSON.fullmatch(name)])
+            origins.setdefault(clip[0], set()).add(origin)
     for path, (person, _) in list(assigned.items()):
         # anna/test/indoor and bob/test/indoor: not two people "indoor"
         if len(origins[person]) > 1:

@@ -1579,7 +1579,6 @@ class Evaluation:
             differences = {key: own[key] - others[key] for key in own if key in others}
             if differences:
                 rows[metric] = self.row(differences)
-
         return rows
 
     def row(self, values):

@@ -757,6 +757,8 @@ class TalkingHead(nn.Module):
             raise ValueError(f"data.size must be a multiple of {coarsest} pixels, not {size}")
         self.latent_size = size // self.autoencoder.factor
         self.motion_channels = 2 + latent_channels
+        if not channels:
+            raise ValueError(f"channels must be multiples of {GROUP_CHANNELS}, one or more")
         dim = 3 * channels[0] // 2  # of the condition tokens
         self.speech_encoder = SpeechEncoder(dim, speech_dropout)
         self.identity_encoder = IdentityEncoder(dim)

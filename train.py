@@ -564,7 +564,8 @@ def backward_kwargs(config, device, judged):
 
 def training_views(config):
     """Return how `fed.sample_batch` shows public clips, as keyword arguments."""
-    return dict.fromkeys(("same_clip", "mirror"), config["data"]["in_the_wild"])
+    in_the_wild = config["data"]["in_the_wild"]
+    return {"same_clip": in_the_wild, "mirror": in_the_wild}
 
 
 def find_directions(config, model, public, num_people=48):
@@ -719,15 +720,16 @@ def pretrain(config, public, cache, device, workers):
     backbone["judges"] = {kind: trained[f"{kind} judges"] for kind in ("loss", "table")}
     backbone["seconds"] = {name: round(c["seconds"], 1) for name, c in finished.items()}
     model, judges = restore_backbone(config, backbone, device)
+    backbone["public_jitter"] = metrics.mean_jitter(clips)
+    tasks = ["directions", "limits"]
     measured = {}
-    for i in workers.assign([2.0, 1.0]):
-        if i == 0:
+    for i in workers.assign([2.0, 1.0]):  # the directions take longer
+        if tasks[i] == "directions":
             measured["directions"] = find_directions(config, model, public)
         else:  # what personalize holds clips against that may be of a stranger, or of no face
             threshold = metrics.identity_threshold(judges["loss"], for_tables)
             measured["identity_threshold"] = threshold
             measured["public_unexplained"] = public_unexplained(model, public)
-            measured["public_jitter"] = metrics.mean_jitter(clips)
     backbone |= workers.merge(measured)
     if workers.rank > 0:
         return
@@ -1101,7 +1103,7 @@ def summarize_round(config, accountant, cohorts, diagnostics):
     """Return the rest of a round's record: the guarantee of the rounds of `cohorts`, and under
     "simulation" what only a simulation can log.
 
-    Raises ValueError if every client failed.
+    Raises ValueError if everybody takes part in each round and every client failed.
     """
     # Only a simulation sees failures: a server could not, as clients that fail send zeros.
     failures = [d["failure"] for d in diagnostics.values() if "failure" in d]

@@ -368,6 +368,7 @@ def test_each_width_after_the_first_halves_the_latents(widths, factor):
         ({"autoencoder_channels": [12]}, "widths that are multiples of 8, .*12"),
         ({"autoencoder_channels": []}, "widths"),
         ({"channels": [20]}, "channels must be multiples of .*20"),
+        ({"channels": []}, "channels must be multiples of"),
     ],
 )
 def test_impossible_sizes_raise(change, message):

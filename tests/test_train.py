@@ -1108,6 +1108,12 @@ def test_a_backbone_that_was_cut_off_is_continued_to_the_same(finished, tmp_path
     # From a batch's own seed its first person would decide the noise levels.
     assert not set(calls) & {fed.derive_seed(config["seed"], step) for step in range(4)}
     assert train.checksum(whole[0]) == train.checksum(cut[0])
+    directions = []
+    for state, _ in (whole, cut):
+        model = train.build_model(config)
+        model.load_state_dict(state)
+        directions.append(train.find_directions(config, model.eval(), public))
+    assert train.checksum(directions[0]) == train.checksum(directions[1])
 
 
 def skip_evaluation(monkeypatch):

@@ -845,7 +845,8 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
         # Charged and saved first: if the run is killed, what was sent already may have been seen.
         accountant.spend(accounted_rate(f), mechanism.noise_multiplier if mechanism else 0.0)
         state["accountant"] = accountant.history
-        save_state(run, state, workers)
+        if mechanism:
+            save_state(run, state, workers)
         uploads = {}
         diagnostics = {}
         # i is a client's place in the cohort, its name in the secure sum.

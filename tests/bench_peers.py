@@ -3,13 +3,15 @@
     pip install "flwr[simulation]" pfl psutil
     python tests/bench_peers.py
 
-100 clients with a batch of 8 rows each, 10 of them in a round, 100 rounds, one local step on 1,024
-trained numbers. Each system runs in processes of its own, one after another, once without privacy
-and once with all of secure sum and noise that it has. It writes tests/results/peers.md: the median
-of a round by the clock, the processor time of the whole run, and the largest memory of all its
-processes together.
+100 clients with a batch of 8 rows each, 10 of them in a round, 100 rounds, one local step on the
+same adapter of 1,024 numbers: AdamW, its gradient clipped. Each system runs in processes of its
+own, one after another, once without privacy and once with all of secure sum and noise that it has.
+PrivFedTalk saves its state before and after each round, pfl-research after each where it is
+"resumable", the others never. It writes tests/results/peers.md: the median of a round by the clock,
+the processor time of the whole run, and the largest memory of all its processes together.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -26,16 +28,21 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import lora
+
 NUM_CLIENTS = 100
 COHORT = 10
 NUM_ROUNDS = 100
-NUM_INPUTS = 1023  # and a bias
+NUM_INPUTS = 127  # of a linear layer with one output; rank 8
 CLIP_NORM = 2.6
 SYSTEMS = {
     "bare loop": ("loop", False, "–"),
     "PrivFedTalk": ("ours", False, "–"),
     "Flower": ("flower", False, "–"),
     "pfl-research": ("pfl", False, "–"),
+    "pfl-research, resumable": ("resumable pfl", False, "–"),
     "PrivFedTalk, private": ("ours", True, "secure sum, noise of the clients"),
     "Flower, private": ("flower", True, "secure sum (SecAgg+), noise of the server"),
     "pfl-research, private": ("pfl", True, "noise of the server"),
@@ -43,45 +50,67 @@ SYSTEMS = {
 
 
 def make_batch(client):
-    """Return a client's x [8 1023] and y [8 1]."""
+    """Return a client's x [8 127] and y [8 1]."""
     generator = torch.Generator().manual_seed(client)
     x = torch.randn(8, NUM_INPUTS, generator=generator)
     return x, torch.randn(8, 1, generator=generator)
 
 
+def make_net():
+    """Return a linear layer that is frozen, with an adapter of 1,024 numbers."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(NUM_INPUTS, 1))
+    lora.inject_lora(net, 8, 1.0, 0.0, "AB")
+    return net
+
+
+def get_adapter(net):
+    """Return copies of the trained tensors."""
+    return [p.detach().clone() for p in net.parameters() if p.requires_grad]
+
+
+def set_adapter(net, tensors):
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for parameter, tensor in zip(trained, tensors):
+        parameter.data.copy_(tensor)
+
+
 def train_step(net, x, y):
-    """Take one local step."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    """Take one local step, as `fed.train_adapter` does."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    net.zero_grad()
     (net(x) - y).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
 
 
 def run_loop(private):
     """Return the moments at which rounds ended, in seconds."""
-    start = torch.nn.Linear(NUM_INPUTS, 1).state_dict()
+    batches = [make_batch(client) for client in range(NUM_CLIENTS)]
+    net = make_net()
+    start = get_adapter(net)
     rng = np.random.default_rng(0)
     moments = [time.perf_counter()]
     for _ in range(NUM_ROUNDS):
-        total = {name: torch.zeros_like(value) for name, value in start.items()}
+        total = [torch.zeros_like(value) for value in start]
         for client in rng.choice(NUM_CLIENTS, COHORT, replace=False).tolist():
-            net = torch.nn.Linear(NUM_INPUTS, 1)
-            net.load_state_dict(start)
-            train_step(net, *make_batch(client))
-            total = {name: total[name] + value for name, value in net.state_dict().items()}
-        start = {name: value / COHORT for name, value in total.items()}
+            set_adapter(net, start)
+            train_step(net, *batches[client])
+            total = [old + value for old, value in zip(total, get_adapter(net))]
+        start = [value / COHORT for value in total]
         moments.append(time.perf_counter())
     return moments
 
 
 def run_ours(private):
-    """Return the moments at which rounds ended; adapters of 1,024 numbers, saved every round."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    """Return the moments at which rounds ended."""
     from bench_rounds import run_linear
 
     settings = [] if private else ["privacy.enabled=false"]
     clock = time.process_time
     time.process_time = time.perf_counter  # run_linear counts processor time
-    seconds, _, _ = run_linear(NUM_ROUNDS, NUM_INPUTS + 1, NUM_CLIENTS, *settings)
+    seconds, _, _ = run_linear(NUM_ROUNDS, 8 * (NUM_INPUTS + 1), NUM_CLIENTS, *settings)
     time.process_time = clock
     return np.cumsum([0, *seconds]).tolist()
 
@@ -101,25 +130,26 @@ def run_flower(private):
             self.number = number
 
         def fit(self, parameters, config):
-            net = torch.nn.Linear(NUM_INPUTS, 1)
-            names = list(net.state_dict())
-            net.load_state_dict(dict(zip(names, map(torch.tensor, parameters))))
+            net = make_net()
+            set_adapter(net, map(torch.tensor, parameters))
             x, y = make_batch(self.number)
             train_step(net, x, y)
-            return [value.numpy() for value in net.state_dict().values()], len(x), {}
+            return [value.numpy() for value in get_adapter(net)], len(x), {}
 
     class Timed(FedAvg):
-        def aggregate_fit(self, *args):
+        def aggregate_fit(self, server_round, results, failures):
+            assert len(results) == COHORT and not failures, failures[:1]
             moments.append(time.perf_counter())
-            return super().aggregate_fit(*args)
+            return super().aggregate_fit(server_round, results, failures)
 
     moments = []
-    start = torch.nn.Linear(NUM_INPUTS, 1).state_dict()
+    start = get_adapter(make_net())
     strategy = Timed(
         fraction_fit=COHORT / NUM_CLIENTS,
         fraction_evaluate=0.0,
+        min_fit_clients=COHORT,  # while clients still sign in, a tenth is fewer
         min_available_clients=NUM_CLIENTS,
-        initial_parameters=ndarrays_to_parameters([value.numpy() for value in start.values()]),
+        initial_parameters=ndarrays_to_parameters([value.numpy() for value in start]),
     )
     fit = None
     mods = []
@@ -147,12 +177,13 @@ def run_flower(private):
     return moments
 
 
-def run_pfl(private):
-    """Return the moments at which rounds ended."""
+def run_pfl(private, folder=None):
+    """Return the moments at which rounds ended; with a folder the state is saved there each time."""
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.algorithm.base import NNAlgorithmParams
     from pfl.algorithm.federated_averaging import FederatedAveraging
     from pfl.callback.base import TrainingProcessCallback
+    from pfl.callback.restore_training import RestoreTrainingCallback
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.data.pytorch import PyTorchTensorDataset
     from pfl.data.sampling import get_user_sampler
@@ -162,7 +193,14 @@ def run_pfl(private):
     from pfl.privacy.gaussian_mechanism import GaussianMechanism
     from pfl.privacy.privacy_mechanism import CentrallyAppliedPrivacyMechanism
 
-    class Net(torch.nn.Linear):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = make_net()
+
+        def forward(self, x):
+            return self.layers(x)
+
         def loss(self, x, y, eval=False):
             return (self(x) - y).square().mean()
 
@@ -175,15 +213,21 @@ def run_pfl(private):
             return False, Metrics()
 
     moments = []
+    batches = [make_batch(client) for client in range(NUM_CLIENTS)]
     users = FederatedDataset(
-        lambda user: PyTorchTensorDataset(make_batch(user)),
+        lambda user: PyTorchTensorDataset(batches[user]),
         get_user_sampler("random", list(range(NUM_CLIENTS))),
     )
     mechanism = CentrallyAppliedPrivacyMechanism(GaussianMechanism(CLIP_NORM, 1.0))
     backend = SimulatedBackend(users, users, [mechanism] if private else [])
-    net = Net(NUM_INPUTS, 1)
-    model = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), lr=1.0))
-    FederatedAveraging().run(
+    net = Net()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    model = PyTorchModel(net, torch.optim.AdamW, torch.optim.SGD(trained, lr=1.0))
+    algorithm = FederatedAveraging()
+    callbacks = [Clock()]
+    if folder:
+        callbacks.insert(0, RestoreTrainingCallback([model, algorithm], folder))
+    algorithm.run(
         NNAlgorithmParams(
             central_num_iterations=NUM_ROUNDS,
             evaluation_frequency=10**6,
@@ -192,9 +236,14 @@ def run_pfl(private):
         ),
         backend,
         model,
-        NNTrainHyperParams(local_num_epochs=1, local_learning_rate=0.01, local_batch_size=None),
+        NNTrainHyperParams(
+            local_num_epochs=1,
+            local_learning_rate=0.01,
+            local_batch_size=None,
+            local_max_grad_norm=1.0,
+        ),
         NNEvalHyperParams(local_batch_size=None),
-        [Clock()],
+        callbacks,
     )
     return moments
 
@@ -209,7 +258,9 @@ def watch(function, private):
         output = Path(folder, "moments.json")
         command = [sys.executable, __file__, function, str(int(private)), str(output)]
         with open(Path(folder, "log"), "w+") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
+            # Ray's workers import `lora`, too.
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             tree = psutil.Process(process.pid)
             while process.poll() is None:
                 memory = 0
@@ -258,6 +309,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         _, function, private, output = sys.argv
         runs = {"loop": run_loop, "ours": run_ours, "flower": run_flower, "pfl": run_pfl}
+        runs["resumable pfl"] = functools.partial(run_pfl, folder=str(Path(output).parent))
         moments = runs[function](private == "1")
         Path(output).write_text(json.dumps(moments))
     else:

@@ -1194,6 +1194,10 @@ def describe_privacy(config, state):
 
 # ---------------------------------------------------------------- personal adapters
 
+# How far a personal adapter goes from the global one towards its own clips' optimum. All the way it
+# forgets mouths that its few seconds do not show (tests/results/ablations.md).
+PERSONAL_SHARE = 0.8
+
 
 def merged_copy(model, vector):
     """Return a copy of the adapted `model` with the adapter `vector` folded into its weights."""
@@ -1207,6 +1211,15 @@ def personal_model(config, model, adapter, directions):
     top.
     """
     return add_adapter(config, merged_copy(model, adapter), directions, "personal")
+
+
+def train_personal(model, judges, client, start, seed, **kwargs):
+    """Return a personal adapter [d]: its weights are interpolated between `start` and those that a
+    client's own clips lead to (Deng et al. 2020, APFL; Wortsman et al. 2022, WiSE-FT); kwargs as
+    `fed.train_adapter`.
+    """
+    trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
+    return torch.lerp(start, trained, PERSONAL_SHARE)
 
 
 def personalize(config, model, judges, clients, state, directions, run, device, workers):
@@ -1238,7 +1251,8 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     for i in tqdm(mine, "personal adapters", disable=workers.rank > 0):
         client = clients[todo[i]]
         seed = fed.derive_seed(config["fed"]["seed"], todo[i])
-        trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
+        trained = train_personal(model, judges, client, start, seed, **kwargs)
+        lora.load_adapter_vector(model, trained)
         share = fed.unexplained_variance(model, client.validation_batch(model), seed).mean()
         check_converged(float(share), client.name)
         liveliness = data.typical_liveliness(client.split["train"])
@@ -1696,7 +1710,7 @@ def personalize_own(args, config, device):
     same_clip = config["data"]["in_the_wild"]
     client = fed.Client("me", split, num_frames, same_clip=same_clip)
     kwargs = training_kwargs(config, "personal", device)
-    trained, _ = fed.train_adapter(model, judges["loss"], client, start, config["seed"], **kwargs)
+    trained = train_personal(model, judges["loss"], client, start, config["seed"], **kwargs)
     batch = fed.fixed_batch(model, split["test"], split["train"], 50)
     shares = {}
     for name, vector in (("global adapter", start), ("personal adapter", trained)):

@@ -122,7 +122,7 @@ def with_own_adapter(config, model, directions, name, own):
     kwargs = train.training_kwargs(config, "personal", torch.device("cpu"))
     kwargs["loss_weights"] = dict.fromkeys(config["loss"], 0.0)  # there are no judges
     start = lora.adapter_vector(adapted)
-    trained, _ = fed.train_adapter(adapted, None, client, start, config["seed"], **kwargs)
+    trained = train.train_personal(adapted, None, client, start, config["seed"], **kwargs)
     return train.merged_copy(adapted, trained)
 
 

@@ -2,9 +2,10 @@
 
     python tests/study.py [TABLE ...] [--seeds 1] [--jobs 2] [--gpus cpu] [--set KEY=VALUE ...]
 
-Without a name it makes every table. A cell is one run, `python train.py --preset ... --set ...`, in
-runs/study. It is skipped if its report is there, so that the study can be interrupted; all cells
-share one cached backbone, and once it is there --jobs cells run at once.
+Without a name it makes every table but those whose cells train other backbones (BACKBONES). A cell
+is one run, `python train.py --preset ... --set ...`, in runs/study. It is skipped if its report is
+there, so that the study can be interrupted; all cells share one cached backbone, and once it is
+there --jobs cells run at once.
 `fed.seed` differs between the seeds of a cell: batches, cohorts and noise change, people and
 backbone stay. Writes the tables into their sections of tests/results/study.md, above the words there:
 means with 95 % intervals over people and seeds (`crossed_ci`), and differences to the table's
@@ -41,6 +42,8 @@ METRICS = (
     "jitter_error",  # |jitter_ratio - 1|
     "psnr",
 )
+# Tables whose cells train a backbone each.
+BACKBONES = ("parts", "unseen")
 # Without personal adapters there is time to look at more people.
 NO_PERSONAL = ["personal.steps=0", "personal.clients=30"]
 
@@ -162,6 +165,10 @@ def make_tables():
         overrides = (f"personal.steps={steps}", f"personal.train={factors}")
         label = f"{factors}, {steps} steps"
         personal.append(Cell(label, ("plain",), overrides, "personal adapter"))
+    for share in ("0.5", "1.0"):
+        label = f"AB, 50 steps, {share} of the way"
+        variant = "--personal-share", share
+        personal.append(Cell(label, ("plain",), own, "personal adapter", variant))
 
     parts = [Cell("all parts", ("plain",))]
     parts.append(Cell("without guidance", ("plain",), ("sampling.guidance=1.0",)))
@@ -347,7 +354,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("tables", nargs="*", default=list(tables), metavar="TABLE")
+    default = [name for name in tables if name not in BACKBONES]
+    parser.add_argument("tables", nargs="*", default=default, metavar="TABLE")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="cells that run at once")
     parser.add_argument("--gpus", default="cpu", help="of each cell: cpu, or the index of a GPU")

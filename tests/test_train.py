@@ -494,6 +494,23 @@ def test_own_videos_become_an_adapter_that_only_its_run_accepts(
     assert not (tmp_path / "no.mp4").exists()
 
 
+def test_a_personal_adapter_goes_part_of_the_way_that_its_clips_lead(finished):
+    _, run = finished
+    config = train.load_config(run / "config.yaml")
+    cpu = torch.device("cpu")
+    backbone, model, judges, state = train.load_run(config, run, cpu)
+    model = train.personal_model(config, model, state["adapter"], backbone["directions"])
+    client = train.make_clients(config, train.load_people(config), run)[0]
+    start = lora.adapter_vector(model)
+    kwargs = train.training_kwargs(config, "personal", cpu)
+    seed = fed.derive_seed(config["fed"]["seed"], 0)
+    trained, _ = fed.train_adapter(model, judges["loss"], client, start, seed, **kwargs)
+    expected = start + 0.8 * (trained - start)
+    saved = train.load_checkpoint(run / "personal" / f"{client.name}.pt", "personal adapter")
+    assert (trained - start).abs().max() > 1e-4
+    torch.testing.assert_close(saved["adapter"], expected, atol=1e-6, rtol=1e-4)
+
+
 def test_own_videos_are_cut_into_pieces_as_long_as_a_training_window(
     finished, tmp_path, monkeypatch, capsys
 ):

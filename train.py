@@ -806,6 +806,7 @@ def train(config, people, run, device, workers):
         forget_rounds(run, state["round"])
         if state["round"] < config["fed"]["rounds"]:
             begin_training(run, config)
+            save_state(run, state, workers)  # the sampling key is drawn once
     # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: without it no disk is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
@@ -1095,7 +1096,7 @@ def check_learned(run, workers):
             reasons.append(f"had no client that trained: {failures[0]}")
     if rounds and len(reasons) == len(rounds):
         raise ValueError(
-            f"nothing was learned, as in every round: the last one {reasons[-1]}. "
+            f"nothing was learned, as every round failed: the last one {reasons[-1]}. "
             f"Add rounds: --resume {run} --set fed.rounds={2 * len(rounds)}"
         )
 

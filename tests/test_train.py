@@ -777,7 +777,7 @@ def test_a_run_whose_rounds_were_all_aborted_says_that_nothing_was_learned(finis
     error = last_line(capsys, "--set", *settings)
     (run,) = (folder / "runs").glob("*-aborted")
     assert error.startswith(
-        "error: nothing was learned, as in every round: the last one was aborted"
+        "error: nothing was learned, as every round failed: the last one was aborted"
     )
     assert "the cohort has 0 clients, 2 are needed" in error and str(run) in error
     assert not (run / "report.json").exists()
@@ -955,6 +955,31 @@ def test_training_that_diverges_is_one_line(finished, capsys):
     folder, _ = finished
     settings = [*TINY, *places(folder), "name=diverged", "backbone.lr=1e9", "backbone.steps=20"]
     assert "lower backbone.lr" in last_line(capsys, "--set", *settings)
+
+
+@pytest.mark.parametrize("killed_in", ["log_round", "summarize_round"])
+def test_a_first_round_in_the_clear_that_is_killed_is_done_again(
+    killed_in, finished, tmp_path, monkeypatch, capsys
+):
+    folder, _ = finished
+    runs = tmp_path / "runs"
+    shutil.copytree(folder / "runs" / "backbones", runs / "backbones")
+    settings = [*TINY, *places(folder), f"runtime.directory={runs}", "personal.steps=0"]
+    settings += ["privacy.enabled=false", "fed.sample_rate=0.6", "fed.rounds=1"]
+    called = getattr(train, killed_in)
+
+    def stop(*args):
+        called(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, killed_in, stop)
+    assert "interrupted" in last_line(capsys, "--set", *settings)
+    monkeypatch.undo()
+    run = next(runs.glob("*-talkers"))
+    key = train.load_checkpoint(run / "last.pt", "global adapter")["sampling_key"]
+    train.main(["--gpus", "cpu", "--resume", str(run)])
+    state = train.load_checkpoint(run / "last.pt", "global adapter")
+    assert state["sampling_key"] == key and state["round"] == len(read_rounds(run)) == 1
 
 
 def test_a_personal_adapter_that_diverged_replaces_none(finished, tmp_path, capsys):

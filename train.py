@@ -1233,6 +1233,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     start = lora.adapter_vector(model)
     kwargs = training_kwargs(config, "personal", device)
     recipe = {key: kwargs[key] for key in ("num_steps", "lr", "batch_size", "loss_weights")}
+    recipe["share"] = PERSONAL_SHARE
     made_by = {"description": describe_personal(config, state), "training": checksum(recipe)}
     folder = run / "personal"
     paths = {client.name: folder / f"{data.short_name(client.name)}.pt" for client in clients}

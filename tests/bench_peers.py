@@ -6,9 +6,10 @@
 100 clients with a batch of 8 rows each, 10 of them in a round, 100 rounds, one local step on the
 same adapter of 1,024 numbers: AdamW, its gradient clipped. Each system runs in processes of its
 own, one after another, once without privacy and once with all of secure sum and noise that it has.
-PrivFedTalk saves its state before and after each round, pfl-research after each where it is
-"resumable", the others never. It writes tests/results/peers.md: the median of a round by the clock,
-the processor time of the whole run, and the largest memory of all its processes together.
+PrivFedTalk saves its state after each round and before each one with noise, pfl-research after each
+where it is "resumable", the others never. It writes tests/results/peers.md: the median of a round
+by the clock, the processor time of the whole run, and the largest memory of all its processes
+together.
 """
 
 import functools

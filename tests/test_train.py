@@ -494,7 +494,9 @@ def test_own_videos_become_an_adapter_that_only_its_run_accepts(
     assert not (tmp_path / "no.mp4").exists()
 
 
-def test_a_personal_adapter_goes_part_of_the_way_that_its_clips_lead(finished):
+def test_a_personal_adapter_goes_part_of_the_way_that_its_clips_lead(
+    finished, tmp_path, monkeypatch
+):
     _, run = finished
     config = train.load_config(run / "config.yaml")
     cpu = torch.device("cpu")
@@ -505,10 +507,18 @@ def test_a_personal_adapter_goes_part_of_the_way_that_its_clips_lead(finished):
     kwargs = train.training_kwargs(config, "personal", cpu)
     seed = fed.derive_seed(config["fed"]["seed"], 0)
     trained, _ = fed.train_adapter(model, judges["loss"], client, start, seed, **kwargs)
-    expected = start + 0.8 * (trained - start)
-    saved = train.load_checkpoint(run / "personal" / f"{client.name}.pt", "personal adapter")
     assert (trained - start).abs().max() > 1e-4
-    torch.testing.assert_close(saved["adapter"], expected, atol=1e-6, rtol=1e-4)
+    copied = copy_run(run, tmp_path)
+    path = copied / "personal" / f"{client.name}.pt"
+    saved = train.load_checkpoint(path, "personal adapter")["adapter"]
+    expected = start + 0.8 * (trained - start)
+    torch.testing.assert_close(saved, expected, atol=1e-6, rtol=1e-4)
+    # Those of another share are trained anew.
+    monkeypatch.setattr(train, "PERSONAL_SHARE", 0.5)
+    train.main(["--gpus", "cpu", "--resume", str(copied)])
+    saved = train.load_checkpoint(path, "personal adapter")["adapter"]
+    expected = start + 0.5 * (trained - start)
+    torch.testing.assert_close(saved, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_own_videos_are_cut_into_pieces_as_long_as_a_training_window(

@@ -372,10 +372,13 @@ def train_adapter(
     Raises ValueError for an adapter that is not finite.
     """
     parameters = lora.load_adapter_vector(model, start)
+    # g, which the parameters are about to leave
+    anchors = lora.split_vector(parameters, start)
     if correction is None:
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     else:
         optimizer = torch.optim.SGD(parameters, lr=lr)
+        corrections = lora.split_vector(parameters, correction)
     generator = torch.Generator().manual_seed(seed)
     # Seeds the adapters' dropout; torch.manual_seed would ask every kind of device each time.
     dropout_seed = derive_seed(seed)
@@ -389,14 +392,14 @@ def train_adapter(
             batch = client.train_batch(model, batch_size, generator)
             terms = backward(model, judges, batch, loss_weights, generator, micro_batch, bf16)
             if proximal:
-                for parameter, anchor in zip(parameters, lora.split_vector(parameters, start)):
+                for parameter, anchor in zip(parameters, anchors):
                     parameter.grad += proximal * (parameter.detach() - anchor)
             if correction is None:
                 optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             else:
                 # Option II divides phi_k - g by K lr: neither clipping nor momentum may interfere.
-                for parameter, piece in zip(parameters, lora.split_vector(parameters, correction)):
+                for parameter, piece in zip(parameters, corrections):
                     parameter.grad += piece
             optimizer.step()
             for name, value in terms.items():

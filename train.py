@@ -1195,9 +1195,9 @@ def describe_privacy(config, state):
 
 # ---------------------------------------------------------------- personal adapters
 
-# How far a personal adapter goes from the global one towards its own clips' optimum. All the way it
-# forgets mouths that its few seconds do not show (tests/results/ablations.md).
-PERSONAL_SHARE = 0.8
+# Between the global adapter (0) and the one that a client's own clips lead to (1), which forgets
+# mouths that its few seconds do not show (tests/results/ablations.md).
+MIXING_COEFFICIENT = 0.8
 
 
 def merged_copy(model, vector):
@@ -1215,12 +1215,11 @@ def personal_model(config, model, adapter, directions):
 
 
 def train_personal(model, judges, client, start, seed, **kwargs):
-    """Return a personal adapter [d]: its weights are interpolated between `start` and those that a
-    client's own clips lead to (Deng et al. 2020, APFL; Wortsman et al. 2022, WiSE-FT); kwargs as
-    `fed.train_adapter`.
+    """Return a personal adapter [d], trained on a client's own clips from `start` [d] and mixed with
+    it (Deng et al. 2020, APFL; Wortsman et al. 2022, WiSE-FT); kwargs as `fed.train_adapter`.
     """
     trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
-    return torch.lerp(start, trained, PERSONAL_SHARE)
+    return torch.lerp(start, trained, MIXING_COEFFICIENT)
 
 
 def personalize(config, model, judges, clients, state, directions, run, device, workers):
@@ -1233,7 +1232,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     start = lora.adapter_vector(model)
     kwargs = training_kwargs(config, "personal", device)
     recipe = {key: kwargs[key] for key in ("num_steps", "lr", "batch_size", "loss_weights")}
-    recipe["share"] = PERSONAL_SHARE
+    recipe["mixing_coefficient"] = MIXING_COEFFICIENT
     made_by = {"description": describe_personal(config, state), "training": checksum(recipe)}
     folder = run / "personal"
     paths = {client.name: folder / f"{data.short_name(client.name)}.pt" for client in clients}

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import lora
 
@@ -65,41 +65,29 @@ def make_net():
     return net
 
 
-def get_adapter(net):
-    """Return copies of the trained tensors."""
-    return [p.detach().clone() for p in net.parameters() if p.requires_grad]
-
-
-def set_adapter(net, tensors):
-    trained = [p for p in net.parameters() if p.requires_grad]
-    for parameter, tensor in zip(trained, tensors):
-        parameter.data.copy_(tensor)
-
-
-def train_step(net, x, y):
-    """Take one local step, as `fed.train_adapter` does."""
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.01)
+def train_step(net, start, x, y):
+    """Return the adapter [1024] after one local step from `start`, as `fed.train_adapter` takes it."""
+    parameters = lora.load_adapter_vector(net, start)
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
     net.zero_grad()
     (net(x) - y).square().mean().backward()
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
+    return lora.adapter_vector(net)
 
 
 def run_loop(private):
     """Return the moments at which rounds ended, in seconds."""
     batches = [make_batch(client) for client in range(NUM_CLIENTS)]
     net = make_net()
-    start = get_adapter(net)
+    start = lora.adapter_vector(net)
     rng = np.random.default_rng(0)
     moments = [time.perf_counter()]
     for _ in range(NUM_ROUNDS):
-        total = [torch.zeros_like(value) for value in start]
+        total = torch.zeros_like(start)
         for client in rng.choice(NUM_CLIENTS, COHORT, replace=False).tolist():
-            set_adapter(net, start)
-            train_step(net, *batches[client])
-            total = [old + value for old, value in zip(total, get_adapter(net))]
-        start = [value / COHORT for value in total]
+            total += train_step(net, start, *batches[client])
+        start = total / COHORT
         moments.append(time.perf_counter())
     return moments
 
@@ -131,11 +119,10 @@ def run_flower(private):
             self.number = number
 
         def fit(self, parameters, config):
-            net = make_net()
-            set_adapter(net, map(torch.tensor, parameters))
+            (start,) = parameters
             x, y = make_batch(self.number)
-            train_step(net, x, y)
-            return [value.numpy() for value in get_adapter(net)], len(x), {}
+            trained = train_step(make_net(), torch.tensor(start), x, y)
+            return [trained.numpy()], len(x), {}
 
     class Timed(FedAvg):
         def aggregate_fit(self, server_round, results, failures):
@@ -144,13 +131,13 @@ def run_flower(private):
             return super().aggregate_fit(server_round, results, failures)
 
     moments = []
-    start = get_adapter(make_net())
+    start = lora.adapter_vector(make_net())
     strategy = Timed(
         fraction_fit=COHORT / NUM_CLIENTS,
         fraction_evaluate=0.0,
         min_fit_clients=COHORT,  # while clients still sign in, a tenth is fewer
         min_available_clients=NUM_CLIENTS,
-        initial_parameters=ndarrays_to_parameters([value.numpy() for value in start]),
+        initial_parameters=ndarrays_to_parameters([start.numpy()]),
     )
     fit = None
     mods = []
@@ -222,8 +209,8 @@ def run_pfl(private, folder=None):
     mechanism = CentrallyAppliedPrivacyMechanism(GaussianMechanism(CLIP_NORM, 1.0))
     backend = SimulatedBackend(users, users, [mechanism] if private else [])
     net = Net()
-    trained = [p for p in net.parameters() if p.requires_grad]
-    model = PyTorchModel(net, torch.optim.AdamW, torch.optim.SGD(trained, lr=1.0))
+    central_optimizer = torch.optim.SGD(lora.adapter_parameters(net), lr=1.0)
+    model = PyTorchModel(net, torch.optim.AdamW, central_optimizer)
     algorithm = FederatedAveraging()
     callbacks = [Clock()]
     if folder:

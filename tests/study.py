@@ -165,9 +165,9 @@ def make_tables():
         overrides = (f"personal.steps={steps}", f"personal.train={factors}")
         label = f"{factors}, {steps} steps"
         personal.append(Cell(label, ("plain",), overrides, "personal adapter"))
-    for share in ("0.5", "1.0"):
-        label = f"AB, 50 steps, {share} of the way"
-        variant = "--personal-share", share
+    for coefficient in ("0.5", "1.0"):
+        label = f"AB, 50 steps, {coefficient} of the way"
+        variant = "--mixing-coefficient", coefficient
         personal.append(Cell(label, ("plain",), own, "personal adapter", variant))
 
     parts = [Cell("all parts", ("plain",))]

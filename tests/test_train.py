@@ -513,8 +513,8 @@ def test_a_personal_adapter_goes_part_of_the_way_that_its_clips_lead(
     saved = train.load_checkpoint(path, "personal adapter")["adapter"]
     expected = start + 0.8 * (trained - start)
     torch.testing.assert_close(saved, expected, atol=1e-6, rtol=1e-4)
-    # Those of another share are trained anew.
-    monkeypatch.setattr(train, "PERSONAL_SHARE", 0.5)
+    # Those of another coefficient are trained anew.
+    monkeypatch.setattr(train, "MIXING_COEFFICIENT", 0.5)
     train.main(["--gpus", "cpu", "--resume", str(copied)])
     saved = train.load_checkpoint(path, "personal adapter")["adapter"]
     expected = start + 0.5 * (trained - start)

@@ -1,7 +1,7 @@
 """A run of train.py with a part of it exchanged, as the study's tables ask for.
 
     python tests/variants.py [--tdc x0|v|size] [--fault NAME --share 0.25] [--tone]
-        [--reliability gain|sync] [--personal-share 1] [--without PART] -- ARGUMENTS
+        [--reliability gain|sync] [--mixing-coefficient 1] [--without PART] -- ARGUMENTS
 
 --tdc: Eq. 8 of errors of x0 or of the velocity instead of the noise, or of how much x0 changes from
 frame to frame instead of how. --fault: what is wrong with a share of the clients, evenly spread:
@@ -10,7 +10,7 @@ or they plant a backdoor (Bagdasaryan et al. 2020), and send that tenfold: where
 heard, the face is to stand still. --tone: it is heard in all clips that are tested. --reliability
 gain: by what share local training lowers the unexplained motion of the client's own validation
 clip, instead of identity and stability; sync: how well its mouth and its sound fit together.
---personal-share: how far personal adapters go from the global one, instead of PERSONAL_SHARE.
+--mixing-coefficient: of personal adapters, instead of train.MIXING_COEFFICIENT.
 --without: the backbone is pretrained without the Gaussian prior (a scalar sigma_data instead), the
 warp of the reference, the loss's weights by place, the division by liveliness, the emphasis on
 noisy steps, or the direct path of speech. ARGUMENTS are those of train.py, for one device.
@@ -250,7 +250,7 @@ def main():
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--tone", action="store_true")
     parser.add_argument("--reliability", choices=RELIABILITIES)
-    parser.add_argument("--personal-share", type=float, default=train.PERSONAL_SHARE)
+    parser.add_argument("--mixing-coefficient", type=float, default=train.MIXING_COEFFICIENT)
     parser.add_argument("--without", choices=PARTS)
     parser.add_argument("arguments", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
@@ -266,7 +266,7 @@ def main():
         use_tone_in_tests()
     if args.reliability:
         RELIABILITIES[args.reliability]()
-    train.PERSONAL_SHARE = args.personal_share
+    train.MIXING_COEFFICIENT = args.mixing_coefficient
     if args.without:
         leave_out(args.without)
     train.launch = refuse_workers

@@ -1095,7 +1095,8 @@ def several_people(names):
     # Dates at the beginning are no names: 20240105_1.mp4.
     dateless = [re.sub(r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d", "", name) for name in names]
     first_words = [FIRST_WORD.match(name)[0] for name in dateless]
-    # The first word that may be a name, where a number comes last: anna in session1_anna_01.
+    # The first word that may be a name, in names that are counted by a number or letter at their
+    # end or beginning: anna in session1_anna_01, 1-anna, clip_anna_a.
     numbered = []
     numbers = []
     for name in dateless:
@@ -1104,9 +1105,10 @@ def several_people(names):
             for word in re.split(r"[\W_]+", name)
             if word.rstrip(digits).lower() not in NOT_A_NAME
         ]
-        if words and name[-1].isdigit() and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
+        count = re.search(r"\d+$|[\W_][a-z]$", name) or re.match(r"\d+", name)
+        if words and (count or name[-1].isdigit()) and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
             numbered.append(words[0])
-            numbers.append(re.search(r"\d*$", name)[0])  # "" of other digits, such as ²
+            numbers.append(count[0] if count else "")  # "" of other digits, such as ²
     # All end in one number: the first clips of several people (anna_1, bob_1). Those of one person
     # would be numbered on.
     all_first = len(set(numbers)) == 1
@@ -1319,8 +1321,10 @@ class TalkingHeads:
         return clips
 
     def note_names(self):
-        """Note people whose names look alike, and folders that several may share."""
+        """Note people whose names look alike, and folders that several may share or one may have."""
         spelled = {}
+        subsets = {}  # folder above one such as `test` -> people in that
+        base = os.path.commonpath([os.path.dirname(clip.path) for clip in self.clips])
         for person, clips in self.people.items():
             looks = unicodedata.normalize("NFKC", person).casefold().strip()
             other = spelled.setdefault(looks, person)
@@ -1331,6 +1335,17 @@ class TalkingHeads:
             if suspects := ", ".join(several_people(names)[:5]):
                 note = f"the names suggest several people ({suspects} ...), taken for one"
                 self.notes.append((os.path.dirname(clips[0].path), note))
+            for path in (Path(clip.path) for clip in clips):
+                if len(path.relative_to(base).parts) >= 4:
+                    folder, split, above = path.parents[:3]
+                    if folder.name == person and NOT_A_PERSON.fullmatch(split.name):
+                        subsets.setdefault(above, set()).add(person)
+        # anna/test/kitchen is laid out as lrs3/test/anna is.
+        for above, inside in subsets.items():
+            if not NOT_A_PERSON.fullmatch(above.name):
+                names = ", ".join(sorted(inside)[:5])
+                note = f"the folders in it are taken for people of their own ({names} ...)"
+                self.notes.append((os.fspath(above), note))
 
 
 def delete_unused(folder, used):

@@ -1030,6 +1030,9 @@ def test_one_person_alone_has_the_same_name(layout):
         ("b1-take-one_1.mp4 b1-take-one_2.mp4 b2-take-one_1.mp4 b2-take-one_2.mp4", "b1, b2"),
         ("john_smith_01.mp4 john_smith_02.mp4 jane_doe_1.mp4", "several people .jane, john"),
         ("rec_anna_1.mp4 rec_anna_2.mp4 session2_bob_1.mp4", "several people .anna, bob"),
+        ("1-anna.mp4 2-anna.mp4 3-bob.mp4", "several people .anna, bob"),
+        ("3-anna-1.mp4 4-bob-1.mp4", "several people .anna, bob"),
+        ("clip_anna_a.mp4 clip_anna_b.mp4 clip_bob_a.mp4", "several people .anna, bob"),
         ("train/real/1.mp4 train/fake/2.mp4", "unclear who the person in real"),
         ("batch_1/1.mp4 batch_2/1.mp4", "unclear who the person in batch_1"),
         ("day1/1.mp4 day2/1.mp4", "unclear who the person in day1"),
@@ -1123,6 +1126,20 @@ def test_folders_whose_names_suggest_several_people_are_noted(tmp_path, grey_cli
     assert "the same picture and sound as" in copied and copied.endswith("no training takes either")
     assert path == str(tmp_path / "in" / "group")
     assert note == "the names suggest several people (anna, bob ...), taken for one"
+
+
+def test_folders_that_may_be_of_one_person_are_noted(tmp_path, grey_clips):
+    root = tmp_path / "in"
+    paths = ["anna/test/kitchen", "anna/train/garden", "lrs3/test/bob", "lrs3/trainval/cara"]
+    for source, path in zip(grey_clips, paths):
+        copy(source, root / path / "1.mp4")
+    note = "the folders in it are taken for people of their own"
+    assert sorted(load(root).notes) == [
+        (str(root / "anna"), f"{note} (garden, kitchen ...)"),
+        (str(root / "lrs3"), f"{note} (bob, cara ...)"),
+    ]
+    shutil.rmtree(root / "anna")
+    assert load(root).notes == []
 
 
 # ---------------------------------------------------------------- the cache

@@ -99,8 +99,8 @@ def make_tables():
     for epsilon in (1.0, 0.5):
         label = f"ISFA, epsilon {epsilon}"
         epsilons.append(Cell(label, (), (f"privacy.target_epsilon={epsilon}",)))
-    many = ("data.root=datasets/synthetic-300", "data.clients=300")
-    epsilons_300 = [replace(cell, overrides=(*cell.overrides, *many)) for cell in epsilons]
+    of_300 = ("data.root=datasets/synthetic-300", "data.clients=300")
+    epsilons_300 = [replace(cell, overrides=(*cell.overrides, *of_300)) for cell in epsilons]
 
     adapters = [plain, private]  # R, rank 8, the layer where speech enters
     places = {"speech_in": "where speech enters", "speech": "layers that hear speech"}
@@ -150,13 +150,14 @@ def make_tables():
         for presets, title in titles.items():
             poisoned.append(Cell(f"{label}, {title}", presets, variant=variant))
 
-    tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0",), "personal adapter")]
-    forms = {"eps": (0.05, 5.0), "x0": (5.0,), "v": (5.0,), "size": (0.1, 0.5)}
+    many = ("personal.clients=30",)  # twelve cannot tell a jitter nearer to 1 from one as far off
+    tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0", *many), "personal adapter")]
+    forms = {"eps": (0.05, 5.0), "x0": (5.0,), "v": (5.0,), "size": (0.5, 1.0)}
     for quantity, weights in forms.items():
         variant = () if quantity == "eps" else ("--tdc", quantity)
         for weight in weights:
             label = f"TDC of {quantity}, lambda {weight}"
-            settings = (f"loss.tdc={weight}",)
+            settings = (f"loss.tdc={weight}", *many)
             tdc.append(Cell(label, ("plain",), settings, "personal adapter", variant))
 
     own = ("personal.steps=50", "personal.train=AB")

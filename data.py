@@ -98,7 +98,7 @@ def refuse(message):
 
 @contextlib.contextmanager
 def errors_in_one_line(interrupted="interrupted"):
-    """Let a user's error, too little memory or Ctrl-C end the process with one line and status 2."""
+    """Let a user's error, too little memory or Ctrl-C end the process: one line, status 2."""
     try:
         yield
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
@@ -114,15 +114,15 @@ def errors_in_one_line(interrupted="interrupted"):
 
 
 def is_short_of_memory(error):
-    """Whether an error says that there is too little memory, or that the process that makes batches
-    was killed, as it is where there is none left; torch has no class of its own for either.
+    """Return whether an error says that there is too little memory, or that the process that makes
+    batches was killed, as it is where there is none left; torch has no class of its own for either.
     """
     messages = "(out of|allocate) memory|^DataLoader worker"
     return isinstance(error, MemoryError) or bool(re.search(messages, str(error)))
 
 
 def is_first_worker():
-    """Whether this is the first process of a run on this machine: the others need not print."""
+    """Return whether this is a run's first process on this machine; the others do not print."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -135,7 +135,7 @@ def in_threads(function, items, title):
 
 
 def num_cpus():
-    """Number of CPUs that this process may use, which Slurm and containers limit."""
+    """Return the number of CPUs that this process may use, which Slurm and containers limit."""
     if hasattr(os, "sched_getaffinity"):  # on Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
@@ -175,12 +175,12 @@ class Clip:
 
     @property
     def num_frames(self):
-        """f, without opening the cache."""
+        """Return f, without opening the cache."""
         return len(self.__dict__["_frames"])
 
     @property
     def fingerprint(self):
-        """Checksum of frames and sound; of a cached clip it is known without reading them."""
+        """Return the checksum of frames and sound, for a cached clip without reading them."""
         frames = self.__dict__["_frames"]
         if isinstance(frames, CacheFile):
             return frames.info["checksum"]
@@ -188,7 +188,8 @@ class Clip:
 
     @functools.cached_property
     def liveliness(self):
-        """Standard deviation of the picture over time: RMS over 16 x 16 grey cells, at least .002.
+        """Return the standard deviation of the picture over time: RMS over 16 x 16 grey cells, at
+        least .002.
 
         It differs by a factor of ten between people, so the model divides motion by it.
         """
@@ -202,7 +203,7 @@ class Clip:
 
 
 def slice_clip(clip, start, stop, **changes):
-    """Frames `start` to `stop` of a clip with their sound; `changes` replaces other fields."""
+    """Return frames `start` to `stop` of a clip and their sound; `changes` are other fields."""
     return replace(
         clip,
         frames=clip.frames[start:stop],
@@ -214,14 +215,14 @@ def slice_clip(clip, start, stop, **changes):
 
 
 def to_float(frames, device="cpu"):
-    """uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]."""
+    """Return uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]."""
     # torch warns of read-only memory and refuses negative strides.
     frames = torch.from_numpy(np.require(frames, requirements="CW"))
     return frames.to(device).float().mul_(1 / 127.5).sub_(1)
 
 
 def to_unit(frames):
-    """Frames in [-1, 1] as frames in [0, 1], clamped."""
+    """Return frames in [-1, 1] as frames in [0, 1], clamped."""
     return ((frames + 1) / 2).clamp(0, 1)
 
 
@@ -243,7 +244,8 @@ def mel_transform():
 
 
 def log_mel(audio, chunk_seconds=60):
-    """Log-mel spectrogram float32 [4 f, 40] of int16 audio [640 f]; its louder half has the mean 0.
+    """Return the log-mel spectrogram float32 [4 f, 40] of int16 audio [640 f]; its louder half has
+    the mean 0.
 
     How loud a recording is says nothing of the mouth: a network that sees it learns microphones.
     Raises ValueError if there is no audio.
@@ -268,7 +270,8 @@ def log_mel(audio, chunk_seconds=60):
 
 
 def audio_windows(mel, start=0, stop=None):
-    """Windows float32 [f 20 40] of mel, AUDIO_WINDOW frames each, around frames `start` to `stop`.
+    """Return windows float32 [f 20 40] of mel, AUDIO_WINDOW frames each, around frames `start` to
+    `stop`.
 
     Silence pads both ends.
     """
@@ -294,7 +297,7 @@ TONE_MAPPING = (
 
 
 def run_ffmpeg(*arguments, blocks=(), watched=False):
-    """Run ffmpeg with `blocks` of bytes as its input -> (exit status, output bytes, log).
+    """Run ffmpeg with `blocks` of bytes as its input; return (exit status, output bytes, log).
 
     If this process is killed, ffmpeg ends when its pipes close. A call that uses neither of them
     must be `watched` (`die_with_parent`), which makes its start slow.
@@ -332,7 +335,7 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
 
 
 def first_error(log):
-    """The first error in ffmpeg's log, or ''."""
+    """Return the first error in ffmpeg's log, or ''."""
     # What it says of its output, or of having none as in `probe`, is no error of the file.
     ours = "At least one output|Application provided invalid"
     errors = re.findall(rf"^.*\[(?:error|fatal)\] (?!{ours})(.*)", log, re.MULTILINE)
@@ -340,7 +343,7 @@ def first_error(log):
 
 
 def file_state(path):
-    """(size, time of the last change) of a file. Raises ValueError if it is no regular file."""
+    """Return (size, time of the last change) of a file; raises ValueError if it is not regular."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -353,7 +356,7 @@ def file_state(path):
 
 
 def explain(path):
-    """Why neither ffmpeg nor PIL can read a file and what to do about it, or ''."""
+    """Return why neither ffmpeg nor PIL can read a file and what to do about it, or ''."""
     try:
         file_state(path)
         with open(path, "rb") as file:
@@ -384,7 +387,7 @@ class Streams(NamedTuple):
 
 
 def probe(path):
-    """The `Streams` of a file. Raises ValueError with the reason if it cannot be read."""
+    """Return the `Streams` of a file. Raises ValueError with the reason if it cannot be read."""
     file_state(path)
     _, _, log = run_ffmpeg("-i", f"file:{path}")
     videos, sounds = [], []
@@ -408,7 +411,8 @@ def probe(path):
 
 
 def find_sounds(folder):
-    """{name without suffix: sound file} of what belongs to the videos in a folder, an absolute path.
+    """Return {name without suffix: sound file} of what belongs to the videos in a folder, an
+    absolute path.
 
     A sound file has the video's name and lies beside it, or in the folder for sound where VoxCeleb2
     (aac for mp4), MEAD (audio/angry for video/front/angry) and HDTF have a folder for videos.
@@ -440,9 +444,7 @@ def find_sounds(folder):
 
 
 def find_sound(path, known):
-    """The sound file that belongs to a video, or None; `known` {folder: find_sounds(folder)} is
-    added to.
-    """
+    """Return the sound file of a video, or None; `known` keeps {folder: find_sounds(folder)}."""
     folder, name = os.path.split(path)
     if folder not in known:
         known[folder] = find_sounds(os.path.abspath(folder))
@@ -450,7 +452,7 @@ def find_sound(path, known):
 
 
 def probe_sound(path):
-    """The `Streams` of a file with sound. Raises ValueError, which names the file, for others."""
+    """Return the `Streams` of a file; raises ValueError, which names it, if it has no sound."""
     try:
         streams = probe(path)
     except ValueError as error:
@@ -461,12 +463,12 @@ def probe_sound(path):
 
 
 def is_silent(audio):
-    """Whether int16 audio varies by less than 2/1000 of full scale; an offset is silence."""
+    """Return whether int16 audio varies by less than 2/1000 of full scale; an offset is silence."""
     return not len(audio) or int(audio.max()) - int(audio.min()) < 66
 
 
 def decode_sound(inputs, track, *picture):
-    """Decode a sound track, `picture` (output options) in the same run -> (int16 audio, log)."""
+    """Decode a sound track, with `picture` (output options) too; return (int16 audio, log)."""
     _, output, log = run_ffmpeg(*inputs, *picture, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
     if "audio parameters changed" in log:
         # There new filters begin, which insert silence from 0 on: first make the sound uniform.
@@ -483,7 +485,7 @@ def decode_sound(inputs, track, *picture):
 
 
 def picture_filters(video, shorter=None, fps=FPS):
-    """ffmpeg's filters from `Streams.video` to planar G, B, R with square pixels.
+    """Return ffmpeg's filters from `Streams.video` to planar G, B, R with square pixels.
 
     The shorter side gets that many pixels, or as many as in the file.
     """
@@ -528,7 +530,7 @@ def can_tone_map():
 
 
 def decode_video(path, size, crop, output, sound_file=None, finder=None):
-    """Write a video's frames, uint8 [f 3 h w], to the file `output` -> ((h, w), audio, note).
+    """Write a video's frames, uint8 [f 3 h w], to the file `output`; return ((h, w), audio, note).
 
     Audio is int16 [640 f], from `sound_file` if the video has none or is silent; without either it
     is empty. The note says how much of a damaged file is used, and how many faces were found.
@@ -584,19 +586,19 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
 
 
 def escape(path):
-    """A path as ffmpeg reads it in a list of filters: as an option's value, then in the list."""
+    """Return a path as ffmpeg reads it in a list of filters: as an option's value, in the list."""
     value = re.sub(r"([\\':])", r"\\\1", path)
     return re.sub(r"([\\'\[\],;])", r"\\\1", value)
 
 
 def raw_picture(filters, output):
-    """ffmpeg's options that write the filtered picture, planar R, G, B, to the file `output`."""
+    """Return ffmpeg's options that write the filtered picture, planar R, G, B, to `output`."""
     filters = ",".join([*filters, "shuffleplanes=2:0:1"])  # from G, B, R to R, G, B
     return ["-map", "0:V:0", "-vf", filters, "-pix_fmt", "gbrp", "-f", "rawvideo", f"file:{output}"]
 
 
 def raw_shape(log, output):
-    """(h, w) of the frames that ffmpeg wrote to the file `output`, from its log.
+    """Return (h, w) of the frames that ffmpeg wrote to the file `output`, from its log.
 
     Raises ValueError with ffmpeg's reason if there are none.
     """
@@ -616,7 +618,7 @@ ALREADY_CUT = 0.5  # overlap with the middle of the picture above which nothing 
 
 
 def find_track(inputs, video, crop, output, finder):
-    """Commands for ffmpeg's filter crop that follow the face in a video, and a note.
+    """Return commands for ffmpeg's filter crop that follow the face in a video, and a note.
 
     The commands are '' if the face already fills the middle `crop` of the picture. `output` names a
     file for the frames in between. Raises ValueError if there is no face in most of the video.
@@ -645,7 +647,8 @@ def find_track(inputs, video, crop, output, finder):
 
 
 def follow_face(frames, crop, finder):
-    """The largest face in frames uint8 [f 3 h w]: indices [k] of frames, boxes [k 4], a note.
+    """Return the largest face in frames uint8 [f 3 h w]: indices [k] of frames, boxes [k 4], a
+    note.
 
     A face in the middle `crop`, where training clips have it, is accepted at a lower score. Raises
     ValueError if there is none in four fifths of the frames.
@@ -677,14 +680,14 @@ def follow_face(frames, crop, finder):
 
 
 def box_overlap(a, b):
-    """Intersection over union of two boxes (left, top, right, bottom)."""
+    """Return the intersection over union of two boxes (left, top, right, bottom)."""
     sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])  # 2
     shared = np.prod(sides.clip(0))
     return shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared)
 
 
 def middle(height, width, crop):
-    """The box of the middle `crop` of a picture's central square."""
+    """Return the box of the middle `crop` of a picture's central square."""
     center = np.array([width, height]) / 2
     half = min(width, height) * crop / 2
     return np.concatenate([center - half, center + half])
@@ -694,7 +697,7 @@ def middle(height, width, crop):
 
 
 def read_video(path, size=None, crop=1.0, finder=None):
-    """Decode a video -> (frames uint8 [f 3 h w] at 25 per second, audio int16 [640 f]).
+    """Decode a video; return (frames uint8 [f 3 h w] at 25 per second, audio int16 [640 f]).
 
     Frames are `size` pixels square, the middle `crop` of each side, or the face that `finder`
     finds; with size None they are as large as in the file. Audio is empty if there is none. Raises
@@ -715,7 +718,7 @@ def read_video(path, size=None, crop=1.0, finder=None):
 
 
 def read_speech(path):
-    """Sound int16 [n] at 16 kHz, mono, of a sound or video file.
+    """Return the sound int16 [n] at 16 kHz, mono, of a sound or video file.
 
     Raises ValueError if there is none or it is silent; warns if only a part of it can be read.
     """
@@ -731,7 +734,8 @@ def read_speech(path):
 
 
 def read_image(path, size=None, crop=1.0, finder=None):
-    """Picture uint8 [3 size size], the middle `crop` of its central square, or the face in it.
+    """Return a picture uint8 [3 size size]: the middle `crop` of its central square, or the face in
+    it.
 
     With size None it is as large as in the file. Transparent parts become grey. Raises ValueError
     with the reason if it cannot be read, or if `finder` finds no face; warns if it finds several.
@@ -774,12 +778,12 @@ def read_image(path, size=None, crop=1.0, finder=None):
 
 
 def channels_first(image):
-    """An RGB picture as uint8 [3 h w]."""
+    """Return an RGB picture as uint8 [3 h w]."""
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
 def to_srgb(image):
-    """A picture of 8 bits in sRGB, if it has a colour profile that can be read; cameras differ."""
+    """Return a picture of 8 bits in sRGB, if it has a colour profile that can be read."""
     if image.mode != "CMYK":
         image = image.convert("RGBA")
     try:
@@ -792,7 +796,7 @@ def to_srgb(image):
 
 
 def to_8_bits(image):
-    """A picture of 16 bits or floats per pixel as one of 8 bits; `convert` would make it white."""
+    """Return a picture of 16 bits or floats as one of 8 bits; `convert` would make it white."""
     if image.mode[0] not in "IF":
         return image
     values = np.nan_to_num(np.asarray(image, np.float32))
@@ -868,7 +872,7 @@ def write_video(path, frames, audio=None, comment="", crf=16, sound_codec="aac")
 
 
 def channels_last(frames):
-    """uint8 frames [f 3 h w] or [f h w 3] as contiguous [f h w 3]; ValueError for anything else."""
+    """Return uint8 frames [f 3 h w] or [f h w 3] as [f h w 3]; raises ValueError for others."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or not len(frames):
         raise ValueError(f"a video needs uint8 frames [f 3 h w], not {frames.dtype} {frames.shape}")
     if frames.shape[3] != 3:
@@ -883,22 +887,22 @@ DAYS_KEPT = 30  # days after which an unused dataset's clips are deleted from th
 
 
 def digest(key):
-    """The first 16 hexadecimal digits of the SHA-256 of a key's repr."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of a key's repr."""
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
 
 def short_name(name):
-    """The name, or its first 30 letters and a hash: short enough for a part of a file's name."""
+    """Return a name short enough for a file's: if it is long, its first 30 letters and a hash."""
     return name if len(name) <= 40 else f"{name[:30]}-{digest(name)[:8]}"
 
 
 def rng_of(*keys):
-    """A random generator for these keys."""
+    """Return a random generator for these keys."""
     return np.random.default_rng(int(digest(keys), 16))
 
 
 def open_cache(cache, root, size, crop, finder):
-    """The folder for the decoded clips of a dataset, in `cache`.
+    """Return the folder for the decoded clips of a dataset, in `cache`.
 
     It is beside this module by default, or in the user's cache if that cannot be written. Clips of
     datasets that are no longer used are deleted. Raises ValueError if no folder can be written.
@@ -927,7 +931,7 @@ def open_cache(cache, root, size, crop, finder):
 
 
 def checksum(path, length=None):
-    """CRC-32 of the first `length` bytes of a file, by default of all."""
+    """Return the CRC-32 of the first `length` bytes of a file, by default of all."""
     return zlib.crc32(np.memmap(path, np.uint8, "r")[:length])
 
 
@@ -946,11 +950,11 @@ class CacheFile:
 
     @property
     def bytes_per_frame(self):
-        """Of frames, audio and mel."""
+        """Return the bytes of a frame's picture, audio and mel."""
         return [3 * self.size**2, 2 * SAMPLES_PER_FRAME, 4 * MELS_PER_FRAME * NUM_MELS]
 
     def load_info(self):
-        """Read `info`. False if it cannot be read, or if the sound file it names has changed."""
+        """Read `info`; return whether that worked and the sound file that it names is as it was."""
         try:
             with open(self.path, "rb") as file:
                 # The line may hold a path of 4096 bytes, which JSON makes longer.
@@ -990,7 +994,7 @@ class CacheFile:
     # 1024 maps at a time: Linux allows about 65,000, LRS3 has 150,000 clips.
     @functools.lru_cache(maxsize=1024)
     def arrays(self):
-        """{"frames", "audio", "mel"}, memory-mapped. A damaged or missing file is made anew."""
+        """Return {"frames", "audio", "mel"}, memory-mapped; a damaged or lost file is made anew."""
         whole = self.load_info()
         if whole and not self.verified:  # once in a process
             whole = checksum(self.path, self.num_bytes()) == self.info["checksum"]
@@ -1063,7 +1067,7 @@ FIRST_WORD = re.compile(
 
 
 def person_of(above, below, owner, refusal):
-    """The person whose clip lies at the path `above` + `below`, without suffix.
+    """Return the person whose clip lies at the path `above` + `below`, without suffix.
 
     `above` leads from the dataset's folder to the deepest folder that holds all clips. A known
     layout is recognised at any depth of the dataset. Otherwise `below` must be /<person>/<clip>; a
@@ -1089,7 +1093,7 @@ def person_of(above, below, owner, refusal):
 
 
 def several_people(names):
-    """The words at the beginning of names that suggest two people or more, or []."""
+    """Return the words at the beginning of names that suggest two people or more, or []."""
     if len({name.rstrip(digits) for name in names}) < 2:  # counted on: 00001, 00002
         return []
     # Dates at the beginning are no names: 20240105_1.mp4.
@@ -1124,12 +1128,13 @@ def several_people(names):
 
 
 def printable(text):
-    """Text with \\xe9 for each byte of a file name that is not UTF-8, which `print` refuses."""
+    """Return a text with \\xe9 for each byte that is not UTF-8, which `print` refuses."""
     return os.fsencode(text).decode(errors="backslashreplace")
 
 
 def assign_people(paths, root):
-    """{path: (person, clip name)} of the videos of the dataset `root`, [(path, reason)] of others.
+    """Return {path: (person, clip name)} of the videos of the dataset `root`, and [(path, reason)]
+    of the others.
 
     Paths are absolute.
     """
@@ -1186,7 +1191,7 @@ def assign_people(paths, root):
 
 
 def find_videos(root):
-    """Paths of the video files of a dataset, [(path, reason)] of folders left out.
+    """Return the paths of the video files of a dataset, and [(path, reason)] of folders left out.
 
     Hidden files are ignored. Linked folders come last, and only if they were not read before: links
     in a circle neither hang nor make copies, and clips keep their true folder. Raises ValueError if
@@ -1267,7 +1272,7 @@ class TalkingHeads:
         self.note_names()
 
     def find_files(self, videos, folder, size, crop, finder):
-        """{path: its `CacheFile` in the cache's `folder`} of the paths `videos` that are files."""
+        """Return {path: `CacheFile` in the cache's `folder`} of the `videos` that are files."""
         files = {}
         distinct = {}  # links to one file share what is cached of it
         # Of hundreds of thousands of files, each folder is looked at once.
@@ -1293,9 +1298,11 @@ class TalkingHeads:
         return files
 
     def make_clips(self, assigned, files, reasons):
-        """[Clip] of `files` {path: CacheFile}, with what their .txt says, without those that cannot
-        be used, for `reasons` {CacheFile: reason or ""}, and a person's second copies; notes copies
+        """Return [Clip] of `files` {path: CacheFile}, each with what its .txt says, and note copies
         across people.
+
+        Left out are those that cannot be used, for `reasons` {CacheFile: reason or ""}, and second
+        copies of one person's.
         """
         clips = []
         for path, file in files.items():
@@ -1321,7 +1328,7 @@ class TalkingHeads:
         return clips
 
     def note_names(self):
-        """Note people whose names look alike, and folders that several may share or one may have."""
+        """Note names that look alike, and folders that several may share or one may have."""
         spelled = {}
         subsets = {}  # folder above one such as `test` -> people in that
         base = os.path.commonpath([os.path.dirname(clip.path) for clip in self.clips])
@@ -1360,7 +1367,7 @@ def delete_unused(folder, used):
 
 
 def decode_into_cache(file):
-    """Write a `CacheFile` -> '', or the reason why its source cannot be used.
+    """Write a `CacheFile`; return '', or the reason why its source cannot be used.
 
     Raises OSError where that is not the source's fault: the disk is full, ffmpeg was stopped.
     """
@@ -1372,7 +1379,9 @@ def decode_into_cache(file):
 
 
 def read_notes(path, num_frames):
-    """Prompt ('' if none), opening (None if none) in a .txt file, and what is wrong with it."""
+    """Return the prompt ('' if none) and the opening (None if none) in a .txt file, and what is
+    wrong with it.
+    """
     if not os.path.isfile(path):
         return "", None, ""
     try:
@@ -1391,7 +1400,7 @@ def read_notes(path, num_frames):
 
 
 def by_person(clips, min_frames=0):
-    """{person: [Clip of at least `min_frames`]}, in the order of the clips."""
+    """Return {person: [Clip of at least `min_frames`]}, in the order of the clips."""
     people = {}
     for clip in clips:
         if clip.num_frames >= min_frames:
@@ -1416,8 +1425,8 @@ class People(NamedTuple):
 
 
 def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, min_frames=0):
-    """The people of a dataset by role, with clips of at least `min_frames`; prints which files are
-    not used, and why.
+    """Return the people of a dataset by role, with clips of at least `min_frames`; print which
+    files are not used, and why.
 
     If `root` does not exist and its name begins with "synthetic", the dataset is made first, by
     `make_synthetic`. Raises ValueError if it was made with other settings.
@@ -1480,7 +1489,7 @@ def print_troubles(dataset, most=None):
 
 
 def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unseen=()):
-    """Disjoint sorted lists of public people, clients and unseen people.
+    """Return disjoint sorted lists of public people, clients and unseen people.
 
     Names such as client-003 keep their role, but nobody in `no_clients`, who have too few clips, is
     a client, and those in `last_unseen` are unseen only where nobody else is left. Raises
@@ -1509,12 +1518,12 @@ def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unsee
 
 
 def num_held_out(num_clips):
-    """How many of a person's clips are for validation; as many are for testing."""
+    """Return how many of a person's clips are for validation; as many are for testing."""
     return max(1, round(num_clips / 5))
 
 
 def split_clips(clips, seed):
-    """{"train", "validation", "test": clips} of one person; a fifth in each of the last two.
+    """Return {"train", "validation", "test": clips} of one person; a fifth in each of the last two.
 
     Raises ValueError for fewer than three clips.
     """
@@ -1532,7 +1541,7 @@ def split_clips(clips, seed):
 
 
 def segment(clips, seconds):
-    """Cut clips into pieces of `seconds`; a rest that is at least half as long is one, too."""
+    """Return clips cut into pieces of `seconds`; a rest of at least half that is one, too."""
     pieces = []
     length = max(1, round(seconds * FPS))
     for clip in clips:
@@ -1547,16 +1556,17 @@ def segment(clips, seconds):
 
 
 def pick(options, generator):
-    """One of the options, drawn at random."""
+    """Return one of the options, drawn at random."""
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
 def sample_batch(
     people, batch_size, num_frames, generator, same_clip=False, mirror=False, device="cpu"
 ):
-    """Draw windows of clips {person: [Clip of at least num_frames]}, each with a reference picture:
-    a frame of any of the person's clips, or of the same one, outside of the window where there is
-    room. With `mirror` half of the windows, drawn at random, are mirrored with their reference.
+    """Return windows of clips {person: [Clip of at least num_frames]}, drawn at random, each with a
+    reference picture: a frame of any of the person's clips, or of the same one, outside of the
+    window where there is room. With `mirror` half of the windows, drawn at random, are mirrored
+    with their reference.
 
     A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
     people with one clip would be learned by heart; in proportion, a person with 300 would dominate.
@@ -1601,12 +1611,13 @@ def sample_batch(
 
 
 def typical_liveliness(clips):
-    """The median of the clips' liveliness."""
+    """Return the median of the clips' liveliness."""
     return float(np.median([clip.liveliness for clip in clips]))
 
 
 def reference_frame(clips):
-    """The frame uint8 [3 H W] of a person's clips to start from: a typical view from the front.
+    """Return the frame uint8 [3 H W] of a person's clips to start from: a typical view from the
+    front.
 
     Of the three percent of frames most like the person's mean and their own mirror image, it is the
     one with most detail in its upper half: sharp, the eyes open.
@@ -1642,7 +1653,7 @@ VIEW_NAMES = (
 
 
 def augment(clips, view, generator):
-    """Clips [b f 3 h w] in [0, 1] as other cameras would record them; `view` [b 11]: VIEW_NAMES."""
+    """Return clips [b f 3 h w] in [0, 1] as other cameras see them; view [b 11]: VIEW_NAMES."""
     b, f, _, h, w = clips.shape
     zoom, shift_x, shift_y, roll, brightness, gamma, warmth, *rest = view.to(clips.device).T  # b
     light_x, light_y, degradation, mirror = rest  # b
@@ -1746,7 +1757,7 @@ def random_colour(rng, value):
 
 
 def make_person(seed, name, accent=0.0):
-    """Looks, voice, habits and camera of the synthetic person called <role>-<number>."""
+    """Return looks, voice, habits and camera of the synthetic person called <role>-<number>."""
     rng = rng_of(seed, name)
     role, number = name.split("-")
     is_client = role == "client"
@@ -1784,7 +1795,7 @@ REST = (0, 0.5, 500, 1500, 0, 0)  # mouth opening and width, two formants, voici
 
 
 def speech_curve(rng, seconds, mouths):
-    """Syllables (str), and the curve float64 [t 6] at 200 Hz of what `REST` lists."""
+    """Return syllables (str), and the curve float64 [t 6] at 200 Hz of what `REST` lists."""
     keys = [(-2.0, *REST)]  # (seconds, values), between which the curve is smooth
     syllables = []
     t = -rng.uniform(0.05, 1.2)
@@ -1814,7 +1825,7 @@ def speech_curve(rng, seconds, mouths):
 
 
 def synthesize(rng, p, curve):
-    """Formant synthesis -> int16 at 16 kHz: harmonics weighted by three resonances, and hiss."""
+    """Return int16 sound at 16 kHz: harmonics weighted by three resonances (formants), and hiss."""
     _, _, formant1, formant2, voicing, hiss = curve.T
     pitch = p.pitch * (1 + 0.08 * wander(rng, len(curve), CONTROL_HZ))
     harmonic = np.arange(1, int(5000 / p.pitch) + 1)[:, None]
@@ -1835,7 +1846,7 @@ def synthesize(rng, p, curve):
 
 
 def wander(rng, num, hz, tempo=1.0):
-    """A smooth random walk [num] of unit variance; its periods are 1 to 4 seconds at tempo 1."""
+    """Return a smooth random walk [num] of unit variance, of periods of 1 to 4 s at tempo 1."""
     periods = np.exp(rng.uniform(0, np.log(4), 5)) / tempo
     phases = rng.uniform(0, 2 * np.pi, 5)
     t = np.arange(num)[:, None] / hz
@@ -1846,7 +1857,7 @@ def wander(rng, num, hz, tempo=1.0):
 
 
 def make_motion(rng, p, curve, num_frames, prompt):
-    """Namespace of motion, each float32 [f 1 1]: head, eyes, brows, mouth of the speech curve."""
+    """Return motion, each float32 [f 1 1]: head, eyes, brows, and the speech curve's mouth."""
     smile, lift, slant, eye_opening = PROMPTS[prompt or "calm"]
     t = (np.arange(num_frames) + 0.5) / FPS
     opening, width, _, _, voicing, _ = curve[(t * CONTROL_HZ).astype(int)].T  # f
@@ -1874,18 +1885,18 @@ def make_motion(rng, p, curve, num_frames, prompt):
 
 
 def ellipse(x, y, rx, ry):
-    """Signed distance to an ellipse at the origin, to first order."""
+    """Return the signed distance to an ellipse at the origin, to first order."""
     slope = 2 * np.sqrt((x / rx**2) ** 2 + (y / ry**2) ** 2)
     return ((x / rx) ** 2 + (y / ry) ** 2 - 1) / np.maximum(slope, 1e-3)
 
 
 def overlap(*distances):
-    """Signed distance to the intersection of several shapes."""
+    """Return the signed distance to the intersection of several shapes."""
     return functools.reduce(np.maximum, distances)
 
 
 def draw(p, m, size):
-    """Pictures uint8 [f 3 size size] of person `p` in motion `m`.
+    """Return pictures uint8 [f 3 size size] of person `p` in motion `m`.
 
     Shapes are signed distances, negative inside, in 64ths of the picture; y points down.
     """

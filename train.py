@@ -141,12 +141,21 @@ def read_yaml(path):
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Loader that refuses a section with one key twice, of which PyYAML would drop the first."""
+    """Loader that refuses a section with one key twice, of which PyYAML would drop the first, and
+    numbers that it would read otherwise than people do.
+    """
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         if len({str(key.value) for key, _ in node.value}) < len(node.value):
             raise ValueError(f"one key stands twice in a section{node.start_mark}")
+        return node
+
+    def compose_scalar_node(self, anchor):
+        node = super().compose_scalar_node(anchor)
+        # YAML 1.1 takes 010 for 8 and 1:30 for 90.
+        if node.tag.endswith((":int", ":float")) and re.match(r"[-+]?0\d|.*:", node.value):
+            raise ValueError(f"{node.value} is no decimal number{node.start_mark}")
         return node
 
 

@@ -126,6 +126,8 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--set", "fed.lr=!!bool x"], "--set fed.lr is not valid YAML"),
         (["--set", "fed.lr=" + "[" * 3000], "--set fed.lr is not valid YAML"),
         (["--set", "data={size: 32, size: 64}"], "stands twice"),
+        (["--set", "fed.rounds=010"], "010 is no decimal number"),
+        (["--set", "fed.lr=1:30.5"], "1:30.5 is no decimal number"),
         (["--set", f"model.channels={[8] * 9}"], "1 to 8 numbers"),
         (["--set", "model.channels=[]", "model.channels=[64]"], "1 to 8 numbers"),
         (["--set", "lora.train=B", "lora.rank=17"], "lora.rank must be at most 16"),

@@ -152,7 +152,7 @@ def make_tables():
 
     many = ("personal.clients=30",)  # twelve cannot tell a jitter nearer to 1 from one as far off
     tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0", *many), "personal adapter")]
-    forms = {"eps": (0.05, 5.0), "x0": (5.0,), "v": (5.0,), "size": (0.5, 1.0)}
+    forms = {"eps": (0.05, 5.0), "x0": (5.0,), "v": (5.0,), "size": (0.5,)}
     for quantity, weights in forms.items():
         variant = () if quantity == "eps" else ("--tdc", quantity)
         for weight in weights:

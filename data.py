@@ -203,7 +203,7 @@ class Clip:
 
 
 def slice_clip(clip, start, stop, **changes):
-    """Return frames `start` to `stop` of a clip and their sound; `changes` are other fields."""
+    """Return frames `start` to `stop` of a clip, with their sound; `changes` replaces fields."""
     return replace(
         clip,
         frames=clip.frames[start:stop],
@@ -468,7 +468,7 @@ def is_silent(audio):
 
 
 def decode_sound(inputs, track, *picture):
-    """Decode a sound track, with `picture` (output options) too; return (int16 audio, log)."""
+    """Decode a sound track, in one run with `picture` (output options); return (audio, log)."""
     _, output, log = run_ffmpeg(*inputs, *picture, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
     if "audio parameters changed" in log:
         # There new filters begin, which insert silence from 0 on: first make the sound uniform.
@@ -586,7 +586,7 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
 
 
 def escape(path):
-    """Return a path as ffmpeg reads it in a list of filters: as an option's value, in the list."""
+    """Return a path escaped for ffmpeg's filters: as an option's value, then for their list."""
     value = re.sub(r"([\\':])", r"\\\1", path)
     return re.sub(r"([\\'\[\],;])", r"\\\1", value)
 
@@ -1110,9 +1110,10 @@ def several_people(names):
             if word.rstrip(digits).lower() not in NOT_A_NAME
         ]
         count = re.search(r"\d+$|[\W_][a-z]$", name) or re.match(r"\d+", name)
-        if words and (count or name[-1].isdigit()) and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
+        is_counted = count or name[-1].isdigit()  # ² is a digit, but no \d
+        if words and is_counted and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
             numbered.append(words[0])
-            numbers.append(count[0] if count else "")  # "" of other digits, such as ²
+            numbers.append(count[0] if count else "")
     # All end in one number: the first clips of several people (anna_1, bob_1). Those of one person
     # would be numbered on.
     all_first = len(set(numbers)) == 1
@@ -1270,6 +1271,7 @@ class TalkingHeads:
         self.clips.sort(key=attrgetter("person", "name"))
         self.people = by_person(self.clips)
         self.note_names()
+        self.note_subsets()
 
     def find_files(self, videos, folder, size, crop, finder):
         """Return {path: `CacheFile` in the cache's `folder`} of the `videos` that are files."""
@@ -1328,10 +1330,8 @@ class TalkingHeads:
         return clips
 
     def note_names(self):
-        """Note names that look alike, and folders that several may share or one may have."""
+        """Note people whose names look alike, and folders that several may share."""
         spelled = {}
-        subsets = {}  # folder above one such as `test` -> people in that
-        base = os.path.commonpath([os.path.dirname(clip.path) for clip in self.clips])
         for person, clips in self.people.items():
             looks = unicodedata.normalize("NFKC", person).casefold().strip()
             other = spelled.setdefault(looks, person)
@@ -1342,17 +1342,24 @@ class TalkingHeads:
             if suspects := ", ".join(several_people(names)[:5]):
                 note = f"the names suggest several people ({suspects} ...), taken for one"
                 self.notes.append((os.path.dirname(clips[0].path), note))
-            for path in (Path(clip.path) for clip in clips):
-                if len(path.relative_to(base).parts) >= 4:
-                    folder, split, above = path.parents[:3]
-                    if folder.name == person and NOT_A_PERSON.fullmatch(split.name):
-                        subsets.setdefault(above, set()).add(person)
-        # anna/test/kitchen is laid out as lrs3/test/anna is.
-        for above, inside in subsets.items():
-            if not NOT_A_PERSON.fullmatch(above.name):
-                names = ", ".join(sorted(inside)[:5])
-                note = f"the folders in it are taken for people of their own ({names} ...)"
-                self.notes.append((os.fspath(above), note))
+
+    def note_subsets(self):
+        """Note folders that may be of one person although those in them are taken for people:
+        anna/test/kitchen is laid out as lrs3/test/anna is.
+        """
+        places = {(os.path.dirname(clip.path), clip.person) for clip in self.clips}
+        base = Path(os.path.commonpath([folder for folder, _ in places]))
+        subsets = {}  # folder above one such as `test` -> people in it
+        for folder, person in places:
+            split = Path(folder).parent
+            above = split.parent
+            in_a_split = os.path.basename(folder) == person and NOT_A_PERSON.fullmatch(split.name)
+            if in_a_split and base in above.parents and not NOT_A_PERSON.fullmatch(above.name):
+                subsets.setdefault(os.fspath(above), set()).add(person)
+        for above, people in sorted(subsets.items()):
+            names = ", ".join(sorted(people)[:5])
+            note = f"the folders in it are taken for people of their own ({names} ...)"
+            self.notes.append((above, note))
 
 
 def delete_unused(folder, used):

@@ -150,14 +150,14 @@ def make_tables():
         for presets, title in titles.items():
             poisoned.append(Cell(f"{label}, {title}", presets, variant=variant))
 
-    many = ("personal.clients=30",)  # twelve cannot tell a jitter nearer to 1 from one as far off
-    tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0", *many), "personal adapter")]
+    thirty = "personal.clients=30"  # twelve cannot tell a jitter nearer to 1 from one as far off
+    tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0", thirty), "personal adapter")]
     forms = {"eps": (0.05, 5.0), "x0": (5.0,), "v": (5.0,), "size": (0.5,)}
     for quantity, weights in forms.items():
         variant = () if quantity == "eps" else ("--tdc", quantity)
         for weight in weights:
             label = f"TDC of {quantity}, lambda {weight}"
-            settings = (f"loss.tdc={weight}", *many)
+            settings = (f"loss.tdc={weight}", thirty)
             tdc.append(Cell(label, ("plain",), settings, "personal adapter", variant))
 
     own = ("personal.steps=50", "personal.train=AB")

@@ -1142,6 +1142,8 @@ def test_folders_that_may_be_of_one_person_are_noted(tmp_path, grey_clips):
     assert load(root).notes == []
     # Here the file's name tells the person, in whatever folders it lies.
     copy(grey_clips[0], root / "crema" / "actors" / "1001" / "1001_DFA_ANG_XX.mp4")
+    # Here a folder above does (GRID).
+    copy(grey_clips[1], root / "s1" / "video" / "mpg_6000" / "bbaf2n.mp4")
     assert load(root).notes == [(str(root / "lrs3"), f"{note} (bob, cara ...)")]
 
 

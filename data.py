@@ -58,7 +58,7 @@ MIN_FRAMES = 10  # of a usable clip
 
 VIDEO_SUFFIXES = tuple(
     ".mp4 .mov .m4v .mkv .webm .avi .mpg .mpeg .mpe .m2v .flv .f4v .wmv .asf .3gp .3g2 .ts .mts "
-    ".m2ts .ogv .ogm .mxf .vob .dv .divx .qt .rm .rmvb .nut .y4m".split()
+    ".m2ts .ogv .ogm .mxf .vob .dv .divx .qt .rm .rmvb .nut .y4m .gif".split()
 )
 SOUND_SUFFIXES = tuple(
     ".wav .m4a .mp3 .flac .aac .ogg .oga .opus .wma .aif .aiff .ac3 .amr .caf .mka .mp2".split()
@@ -286,8 +286,10 @@ def audio_windows(mel, start=0, stop=None):
 
 # ---------------------------------------------------------------- ffmpeg
 
-# Late sound and holes stay where they are.
-RESAMPLE = f"aresample={SAMPLE_RATE}:async=1:first_pts=0"
+# Late sound and holes, of half a frame or more, stay where they are.
+RESAMPLE = f"aresample={SAMPLE_RATE}:async=1:min_hard_comp={0.5 / FPS}:first_pts=0"
+# An output that is thrown away: time begins with the first stream that is read, in a .ts file.
+EVERYTHING = "-map 0:V? -map 0:a? -c copy -f null -".split()
 AS_SAMPLES = "-ac 1 -f s16le -".split()
 # PQ or HLG to SDR: 203 nits become white (ITU-R BT.2408), brighter parts are clipped.
 TONE_MAPPING = (
@@ -410,6 +412,9 @@ def probe(path):
     )
 
 
+CAMERA_ANGLE = r"(front|left|right|top|down)(_\d+)?"  # MEAD's, which share one recording
+
+
 def find_sounds(folder):
     """Return {name without suffix: sound file} of what belongs to the videos in a folder, an
     absolute path.
@@ -421,8 +426,10 @@ def find_sounds(folder):
     parts = folder.split(os.sep)
     for i, part in enumerate(parts):
         if part.lower() in ("mp4", "video", "videos", "clips"):
+            below = parts[i + 1 :]
+            angleless = [part for part in below if not re.fullmatch(CAMERA_ANGLE, part)]
             for sound in ("aac", "m4a", "wav", "audio"):
-                for rest in (parts[i + 1 :], parts[i + 2 :]):  # the second without a camera angle
+                for rest in (below, angleless):
                     folders.append(os.sep.join([*parts[:i], sound, *rest]))
     sounds = {}
     for place in folders:
@@ -469,13 +476,16 @@ def is_silent(audio):
 
 def decode_sound(inputs, track, *picture):
     """Decode a sound track, in one run with `picture` (output options); return (audio, log)."""
-    _, output, log = run_ffmpeg(*inputs, *picture, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
+    others = picture or EVERYTHING
+    _, output, log = run_ffmpeg(*inputs, *others, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
+    inputs = [*inputs, *EVERYTHING]
     if "audio parameters changed" in log:
         # There new filters begin, which insert silence from 0 on: first make the sound uniform.
         with tempfile.NamedTemporaryFile(suffix=".nut") as uniform:
             coding = f"-ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le".split()
             run_ffmpeg(*inputs, "-map", track, *coding, uniform.name)
-            _, output, _ = run_ffmpeg("-i", uniform.name, "-af", RESAMPLE, *AS_SAMPLES)
+            late = ["-copyts", "-i", uniform.name]  # as late as it was
+            _, output, _ = run_ffmpeg(*late, "-af", RESAMPLE, *AS_SAMPLES)
     audio = np.frombuffer(output, np.int16)
     if is_silent(audio):  # left and right may cancel each other: try the left channel alone
         left = f"pan=mono|c0=c0,{RESAMPLE}"
@@ -560,6 +570,10 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
         else:
             audio = np.zeros(0, np.int16)
             _, _, log = run_ffmpeg(*inputs, *picture, watched=True)
+    if "video parameters changed" in log:  # there new filters begin, which count time anew
+        raise ValueError(
+            "its picture changes size or colours midway: ffmpeg -i IN OUT.mp4 mends it"
+        )
     if sound_file and is_silent(audio):
         track = f"0:{probe_sound(sound_file).sound}"
         audio, sound_log = decode_sound(["-i", f"file:{sound_file}"], track)
@@ -602,10 +616,10 @@ def raw_shape(log, output):
 
     Raises ValueError with ffmpeg's reason if there are none.
     """
-    shape = re.search(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)
-    if not shape or not os.path.getsize(output):
+    shapes = re.findall(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)
+    if not shapes or not os.path.getsize(output):
         raise ValueError(first_error(log) or "it has no frames")
-    width, height = map(int, shape.groups())
+    width, height = map(int, shapes[-1])  # the source may be of this kind, too
     return height, width
 
 
@@ -625,18 +639,21 @@ def find_track(inputs, video, crop, output, finder):
     """
     filters = picture_filters(video, LOOK_SIZE, LOOK_HZ)
     picture = raw_picture(filters, output)
-    _, _, log = run_ffmpeg(*inputs, *picture, watched=True)
+    _, _, log = run_ffmpeg(*inputs, *EVERYTHING, *picture, watched=True)
     height, width = raw_shape(log, output)
     frames = np.memmap(output, np.uint8, "r").reshape(-1, 3, height, width)
     times, boxes, note = follow_face(frames, crop, finder)
-    if box_overlap(np.median(boxes, 0), middle(height, width, crop)) > ALREADY_CUT:
+    usual = middle(height, width, crop)
+    # nearly always: a face that swings from side to side is in the middle on average
+    if np.quantile([box_overlap(box, usual) for box in boxes], 0.05) > ALREADY_CUT:
         return "", note
     side = min(np.median(boxes[:, 2] - boxes[:, 0]), width, height)
     num_frames = len(frames) * FPS // LOOK_HZ
+    seen_at = (times + 0.5) / LOOK_HZ - 0.5 / FPS  # the middle of each fifth of a second
     path = []  # of the left upper corner, as a share of width and height
     for axis, whole in enumerate((width, height)):
         middles = boxes[:, axis::2].mean(1)
-        at = np.interp(np.arange(num_frames) / FPS, times / LOOK_HZ, middles)  # num_frames
+        at = np.interp(np.arange(num_frames) / FPS, seen_at, middles)  # num_frames
         at = gaussian_filter1d(at, STEADY * FPS, mode="nearest") - side / 2
         path.append(at.clip(0, whole - side) / whole)
     size = f"min(iw,ih)*{side / min(width, height):.5f}"
@@ -743,6 +760,8 @@ def read_image(path, size=None, crop=1.0, finder=None):
     try:
         file_state(path)  # PIL would wait for a pipe
         with Image.open(path) as file:
+            # A phone's .jpg holds a second one for itself.
+            num_pictures = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
             image = to_srgb(to_8_bits(ImageOps.exif_transpose(file))).convert("RGBA")
     except Exception as error:  # PIL raises many kinds, struct.error for odd EXIF among them
         reason = explain(path)
@@ -755,6 +774,10 @@ def read_image(path, size=None, crop=1.0, finder=None):
         # ffmpeg reads more kinds: RGB of floats, EXR, ...
         frames, _ = read_video(path, size, crop, finder)
         return frames[0]
+    if num_pictures > 1:
+        warnings.warn(
+            f"{path}: only the first of its {num_pictures} pictures is used", stacklevel=2
+        )
     image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image).convert("RGB")
     if finder:
         whole = image.size
@@ -882,7 +905,7 @@ def channels_last(frames):
 
 # ---------------------------------------------------------------- the cache of decoded clips
 
-CACHE_VERSION = 3  # raise it when files are decoded in another way
+CACHE_VERSION = 4  # raise it when files are decoded in another way
 DAYS_KEPT = 30  # days after which an unused dataset's clips are deleted from the cache
 
 
@@ -1027,7 +1050,7 @@ class CacheFile:
 # begins with the dataset's own folder: those above it say nothing about who is in it.
 LAYOUTS = re.compile(
     r"""
-    /(id\d{5})/[\w-]{11}/[^/]+$                 # VoxCeleb2: id00012/21Uxsk56VDQ/00001
+    /(id\d{5})[/\#][\w-]{11}[/\#][^/]+$         # VoxCeleb: id00012/21Uxsk56VDQ/00001, or with #
     | /([MW]\d{3})/video/(?:[^/]+/){3}[^/]+$    # MEAD: M003/video/front/angry/level_1/001
     | /(s\d{1,2})/video/[^/]+/[^/]+$            # GRID: s1/video/mpg_6000/bbaf2n
     | /(\d{4})_[A-Z]{3}_[A-Z]{3}_[A-Z]{1,2}$    # CREMA-D: 1001_DFA_ANG_XX
@@ -1051,7 +1074,7 @@ LAYOUTS_BELOW = re.compile(
 NOT_A_PERSON = re.compile(
     r"(?i)(pre)?train(val)?|val(id(ation)?)?|dev|test|main|mp4|mpg|aac|wav|videos?|audios?|clips?"
     r"|frames|faces|media|files|data(sets?)?|dcim|camera|downloads?|pictures|movies"
-    r"|(front|left|right|top|down)(_\d+)?|level_\d|(19|20)\d\d[-_.]?\d\d([-_.]?\d\d)?"
+    rf"|{CAMERA_ANGLE}|level_\d|(19|20)\d\d[-_.]?\d\d([-_.]?\d\d)?"
     r"|(session|take|part|day|week|batch|cam|group|fold)[-_ ]?\d+|raw|cut|cropped|real|fake"
 )
 # Beginnings of file names that say nothing about who is in them. "" is what a mere number leaves.
@@ -1191,24 +1214,15 @@ def assign_people(paths, root):
 # ---------------------------------------------------------------- datasets
 
 
-def find_videos(root):
-    """Return the paths of the video files of a dataset, and [(path, reason)] of folders left out.
+def find_files(root, suffixes):
+    """Return the paths of the files in a folder whose names end in one of `suffixes`, and [(path,
+    reason)] of folders left out.
 
     Hidden files are ignored. Linked folders come last, and only if they were not read before: links
-    in a circle neither hang nor make copies, and clips keep their true folder. Raises ValueError if
-    there is no video.
+    in a circle neither hang nor make copies, and files keep their true folder.
     """
-    if not root.exists():
-        names = os.listdir(root.parent) if root.parent.is_dir() else []
-        near = difflib.get_close_matches(root.name, names, 1)
-        hint = f"; did you mean {root.parent / near[0]}?" if near else ""
-        raise ValueError(f"no dataset at {root}{hint}")
-    videos, left_out, seen = [], [], set()
-    starts = []
-    if root.is_dir():
-        starts.append(os.fspath(root))
-    else:
-        videos.append(os.fspath(root))
+    found, left_out, seen = [], [], set()
+    starts = [os.fspath(root)]
 
     def leave_out(error):
         left_out.append((error.filename, str(error)))
@@ -1226,8 +1240,24 @@ def find_videos(root):
             paths = [os.path.join(folder, name) for name in subfolders]
             starts += [path for path in paths if os.path.islink(path)]
             for name in sorted(files):
-                if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
-                    videos.append(os.path.join(folder, name))
+                if name.lower().endswith(suffixes) and not name.startswith("."):
+                    found.append(os.path.join(folder, name))
+    return found, left_out
+
+
+def find_videos(root):
+    """Return the paths of the video files of a dataset, and [(path, reason)] of folders left out.
+
+    Raises ValueError if there is no video.
+    """
+    if not root.exists():
+        names = os.listdir(root.parent) if root.parent.is_dir() else []
+        near = difflib.get_close_matches(root.name, names, 1)
+        hint = f"; did you mean {root.parent / near[0]}?" if near else ""
+        raise ValueError(f"no dataset at {root}{hint}")
+    if not root.is_dir():
+        return [os.fspath(root)], []
+    videos, left_out = find_files(root, VIDEO_SUFFIXES)
     if not videos:
         why = f": {left_out[0][1]}" if left_out else ""
         raise ValueError(f"no video (.mp4, .mov, .mkv, .webm, .avi, ...) in {root}{why}")
@@ -1256,7 +1286,7 @@ class TalkingHeads:
         if names is not None:
             assigned = {path: own for path, own in assigned.items() if own[0] in names}
         folder = open_cache(cache, self.root, size, crop, finder)
-        files = self.find_files(assigned, folder, size, crop, finder)
+        files = self.open_files(assigned, folder, size, crop, finder)
         if names is None:  # what belongs to the others stays
             delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
@@ -1273,7 +1303,7 @@ class TalkingHeads:
         self.note_names()
         self.note_subsets()
 
-    def find_files(self, videos, folder, size, crop, finder):
+    def open_files(self, videos, folder, size, crop, finder):
         """Return {path: `CacheFile` in the cache's `folder`} of the `videos` that are files."""
         files = {}
         distinct = {}  # links to one file share what is cached of it
@@ -1321,7 +1351,7 @@ class TalkingHeads:
             elsewhere = next(iter(owners.values()))
             copied = ""
             if elsewhere != path:
-                copied = f"the same picture and sound as {elsewhere}: no training takes either"
+                copied = f"the same picture and sound as {elsewhere}, of another person"
             text = os.path.splitext(path)[0] + ".txt"
             prompt, opening, trouble = read_notes(text, file.info["frames"])
             clips.append(Clip(person, name, path, file, file, file, prompt, opening))
@@ -1535,16 +1565,20 @@ def split_clips(clips, seed):
     Raises ValueError for fewer than three clips.
     """
     person = clips[0].person
-    if len(clips) < 3:
+    takes = {}  # what MEAD's cameras saw at once stays together
+    for clip in clips:
+        takes.setdefault(re.sub(rf"^video-{CAMERA_ANGLE}-", "", clip.name), []).append(clip)
+    takes = list(takes.values())
+    if len(takes) < 3:
         raise ValueError(
-            f"{person} has {len(clips)} usable clips; train, validation and test need at least 3"
+            f"{person} has {len(takes)} usable clips; train, validation and test need at least 3"
         )
     # A person's split does not depend on who else is there.
-    order = rng_of("clips", seed, person).permutation(len(clips))
-    held_out = num_held_out(len(clips))
+    order = rng_of("clips", seed, person).permutation(len(takes))
+    held_out = num_held_out(len(takes))
     validation, test, train = np.split(order, [held_out, 2 * held_out])
     parts = {"train": train, "validation": validation, "test": test}
-    return {part: [clips[i] for i in sorted(indices)] for part, indices in parts.items()}
+    return {part: [clip for i in sorted(own) for clip in takes[i]] for part, own in parts.items()}
 
 
 def segment(clips, seconds):

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import sys
+import unicodedata
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -1659,12 +1660,10 @@ def list_files(folder):
     if Path(folder).is_file():
         return {"clip": Path(folder)}
     files = {}
-    for path in sorted(Path(folder).rglob("*")):
+    paths, _ = data.find_files(Path(folder), data.PICTURE_SUFFIXES + data.VIDEO_SUFFIXES)
+    for path in map(Path, paths):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if path.is_dir() or any(part.startswith(".") for part in name.split("/")):
-            continue
-        if path.suffix.lower() not in data.PICTURE_SUFFIXES + data.VIDEO_SUFFIXES:
-            continue
+        name = unicodedata.normalize("NFC", name)  # macOS writes accents as signs of their own
         if name in files:
             raise ValueError(f"two files of one name in {folder}: {files[name].name}, {path.name}")
         files[name] = path

@@ -1707,7 +1707,11 @@ def personalize_own(args, config, device):
     if others:
         names = ", ".join(f"{clip.person}/{Path(clip.path).name}" for clip in others[:5])
         print(f"--clips: another person may be in {len(others)} of {len(dataset.clips)}: {names}")
-    clips = [dataclasses.replace(clip, person="me") for clip in dataset.clips]
+    # A copy of what is trained on must not be measured.
+    distinct = {(clip.num_frames, clip.fingerprint): clip for clip in dataset.clips}.values()
+    if copies := len(dataset.clips) - len(distinct):
+        print(f"--clips: {copies} copies of other clips are left out")
+    clips = [dataclasses.replace(clip, person="me") for clip in distinct]
     num_frames = config["backbone"]["num_frames"]
     seconds = max(2.0, num_frames / data.FPS)
     pieces = data.segment(clips, seconds)

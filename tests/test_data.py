@@ -212,6 +212,33 @@ def test_late_sound_an_edit_list_and_a_changing_rate_keep_their_time(tmp_path):
     assert onset(*data.read_video(tmp_path / "late.mp4")) == pytest.approx((1, 1.4), abs=0.02)
     assert onset(*data.read_video(tmp_path / "edited.mp4")) == pytest.approx((0.48, 0.48), abs=0.03)
     assert onset(*data.read_video(tmp_path / "varied.mp4")) == pytest.approx((1.08, 1), abs=0.02)
+    opposite = "-af pan=stereo|c0=c0|c1=-1*c0 -c:a s302m -strict -2 -c:v copy".split()
+    ffmpeg("-i", tmp_path / "late.mp4", *opposite, tmp_path / "late.ts")
+    assert onset(*data.read_video(tmp_path / "late.ts")) == pytest.approx((1, 1.4), abs=0.02)
+
+
+def test_a_hole_in_the_sound_stays_where_it_is(tmp_path):
+    ffmpeg(*WHITE_AND_TONE_AT_ONE_SECOND.format(rate=25).split(), tmp_path / "1.mp4")
+    lost = "noise=drop='between(pts*tb,0.3,0.375)'"  # four packets
+    coding = "-c:v copy -c:a libopus -frame_duration 20 -bsf:a".split()
+    ffmpeg("-i", tmp_path / "1.mp4", *coding, lost, tmp_path / "hole.mkv")
+    assert onset(*data.read_video(tmp_path / "hole.mkv")) == pytest.approx((1, 1), abs=0.015)
+
+
+def test_a_picture_that_changes_size_is_refused(tmp_path):
+    for size in (32, 64):
+        source = f"-f lavfi -i color=s={size}x{size}:r=25:d=1 -f lavfi -i sine=d=1".split()
+        ffmpeg(*source, tmp_path / f"{size}.ts")
+    parts = [(tmp_path / name).read_bytes() for name in ("32.ts", "64.ts")]
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with pytest.raises(ValueError, match="both.ts: its picture changes size or colours midway"):
+        data.read_video(tmp_path / "both.ts", 24)
+
+
+def test_a_source_of_the_kind_that_is_written_has_its_own_size(tmp_path):
+    raw = "-f lavfi -i testsrc=s=64x48:d=1 -c:v rawvideo -pix_fmt gbrp".split()
+    ffmpeg(*raw, tmp_path / "raw.nut")
+    assert data.read_video(tmp_path / "raw.nut", 16)[0].shape == (25, 3, 16, 16)
 
 
 def test_a_video_written_in_blocks_is_the_same_and_a_failing_writer_leaves_nothing(tmp_path):
@@ -340,6 +367,10 @@ def test_sound_in_a_file_beside_a_mute_video_is_found(tmp_path, mute_clip):
         assert clip.person == person and len(clip.frames) == 16 and np.abs(clip.audio).max() > 1000
     with pytest.raises(ValueError, match="no sound, in it or in a file beside it"):
         load(tmp_path / "own")
+    copy(mute_clip, tmp_path / "cross" / "videos" / "anna" / "1.mp4")
+    copy(tmp_path / "tone.wav", tmp_path / "cross" / "audio" / "1.wav")  # it may be anybody's
+    with pytest.raises(ValueError, match="no sound, in it or in a file beside it"):
+        load(tmp_path / "cross" / "videos")
     copy(tmp_path / "tone.wav", tmp_path / "own" / "anna" / "none.flac")  # whatever is in it
     assert len(load(tmp_path / "own").clips) == 1
     for name in ("none.WAV", "none.Wav", "none.wav"):  # whatever its case, and before the flac
@@ -356,9 +387,10 @@ def test_a_silent_track_does_not_hide_the_sound_beside_the_video(tmp_path, mute_
     assert clip.num_frames == 16 and np.abs(clip.audio).max() > 1000
 
 
-def test_sound_keeps_its_time_where_its_channels_change(tmp_path):
+@pytest.mark.parametrize("late", [0, 0.5])
+def test_sound_keeps_its_time_where_its_channels_change(tmp_path, late):
     picture = "-f lavfi -i color=s=32x32:r=25:d=1 -f lavfi".split()
-    ffmpeg(*picture, "-i", "sine=d=1", tmp_path / "mono.ts")
+    ffmpeg(*picture, "-itsoffset", late, "-i", f"sine=d={1 - late}", tmp_path / "mono.ts")
     ffmpeg(*picture, "-i", "aevalsrc=0|sin(3000*t)*gte(t\\,0.5):d=1", tmp_path / "stereo.ts")
     parts = [(tmp_path / name).read_bytes() for name in ("mono.ts", "stereo.ts")]
     (tmp_path / "both.ts").write_bytes(b"".join(parts))
@@ -556,10 +588,31 @@ def test_a_moving_face_is_followed_in_a_video(tmp_path, monkeypatch):
     found, _ = data.read_video(root / "p" / "walk.mp4", 32, finder=RedFinder())
     assert found.shape == (100, 3, 32, 32)
     assert all(is_framed(frame[None]) for frame in found[15:-15])  # the ends are smoothed
+    green = found[30:70, 1].astype(int) - found[30:70, 0] > 60
+    assert np.nonzero(green)[2].mean() == pytest.approx(15.5, abs=0.5)  # neither ahead nor behind
     clip = load(root, finder=RedFinder()).clips[0]
     assert np.array_equal(clip.frames, found)
     uncut = load(root).clips[0]  # another entry in the cache
     assert not is_framed(uncut.frames)
+
+
+def test_a_face_is_followed_where_the_picture_begins_late(tmp_path):
+    frames = [red_squares((20 + 2 * i, 60 - i // 2, 64)) for i in range(100)]
+    data.write_video(tmp_path / "walk.mp4", np.stack(frames), tone(100))
+    twice = ["-itsoffset", 0.6, "-i", tmp_path / "walk.mp4", "-i", tmp_path / "walk.mp4"]
+    ffmpeg(*twice, *"-map 0:v -map 1:a -c copy".split(), tmp_path / "late.ts")
+    found, _ = data.read_video(tmp_path / "late.ts", 32, finder=RedFinder())
+    assert all(is_framed(frame[None]) for frame in found[35:85])
+
+
+def test_a_face_that_swings_about_the_middle_is_followed(tmp_path):
+    left = 90 + 70 * np.sin(np.arange(300) / 30)
+    frames = [red_squares((int(x), 20, 140)) for x in left]
+    data.write_video(tmp_path / "swing.mp4", np.stack(frames), tone(300))
+    found, _ = data.read_video(tmp_path / "swing.mp4", 32, finder=RedFinder())
+    green = found[..., 1, :, :].astype(int) - found[..., 0, :, :] > 60  # f h w
+    middles = [np.nonzero(frame)[1].mean() for frame in green[15:-15]]
+    assert np.abs(np.array(middles) - 15.5).max() < 3
 
 
 def test_a_video_that_fails_while_its_face_is_cut_leaves_nothing(tmp_path, monkeypatch):
@@ -941,6 +994,10 @@ LAYOUTS = {  # {person: paths of clips}
         "id00012": ("dev/mp4/id00012/21Uxsk56VDQ/00001.mp4 dev/mp4/id00012/--cL39MXZ9g/00001.mp4"),
         "id00017": "test/mp4/id00017/2A5tWbHxc3k/00001.mp4",
     },
+    "VoxCeleb, cut": {
+        "id10281": "id10281#21Uxsk56VDQ#001.mp4 id10281#--cL39MXZ9g#001.mp4",
+        "id10282": "id10282#2A5tWbHxc3k#001.mp4",
+    },
     "HDTF": {
         "RD_Radio1": "RD_Radio1_000.mp4 RD_Radio1_001.mp4",
         "RD_Radio10": "RD_Radio10_000.mp4",
@@ -1123,7 +1180,7 @@ def test_folders_whose_names_suggest_several_people_are_noted(tmp_path, grey_cli
         copy(source, tmp_path / "in" / "group" / f"{name}.mp4")
     dataset = load(tmp_path / "in")
     (_, copied), (path, note) = dataset.notes
-    assert "the same picture and sound as" in copied and copied.endswith("no training takes either")
+    assert "the same picture and sound as" in copied and copied.endswith("of another person")
     assert path == str(tmp_path / "in" / "group")
     assert note == "the names suggest several people (anna, bob ...), taken for one"
 
@@ -1509,6 +1566,18 @@ def test_the_clips_of_a_person_are_split():
         assert sorted(id(c) for part in parts.values() for c in part) == sorted(map(id, clips))
     with pytest.raises(ValueError, match="dora has 2 usable clips"):
         data.split_clips([clip_of("dora", "1"), clip_of("dora", "2")], 0)
+
+
+def test_what_several_cameras_saw_at_once_is_on_one_side_of_a_split():
+    clips = []
+    for angle in ("front", "left_30", "top"):
+        for i in range(5):
+            clips.append(replace(clip_of("M003", str(i)), name=f"video-{angle}-sad-level_1-{i}"))
+    parts = data.split_clips(clips, 0).values()
+    assert [len(part) for part in parts] == [9, 3, 3]
+    assert [len({clip.name[-1] for clip in part}) for part in parts] == [3, 1, 1]
+    with pytest.raises(ValueError, match="M003 has 1 usable clips"):
+        data.split_clips(clips[::5], 0)
 
 
 def test_pieces_of_a_clip_stay_aligned():

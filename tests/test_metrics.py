@@ -1248,6 +1248,22 @@ def test_a_note_says_that_faces_are_not_aligned_and_single_files_are_compared(tm
     assert not notes
 
 
+def test_linked_folders_and_accents_written_in_two_ways_are_compared(tmp_path):
+    save_picture(tmp_path / "store" / "1.png")
+    for side, name in (("real", "Zo\u00e9"), ("fake", "Zoe\u0301")):
+        save_picture(tmp_path / side / name / "1.png")
+        (tmp_path / side / "anna").symlink_to(tmp_path / "store")
+        assert set(metrics.list_files(tmp_path / side)) == {"Zo\u00e9/1", "anna/1"}
+
+
+def test_of_a_moving_picture_the_first_is_compared_and_that_is_noted(tmp_path):
+    first, *others = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (9, 99, 199)]
+    for name in ("a.webp", "b.webp"):
+        first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
+    _, notes = metrics.compare(tmp_path / "a.webp", tmp_path / "b.webp", {})
+    assert any("a.webp: only the first of its 3 pictures is used" in note for note in notes)
+
+
 def test_a_video_that_ends_early_is_compared_as_far_as_it_goes(tmp_path):
     clip = noise(60, 3, 64, 64).numpy() * 255
     data.write_video(tmp_path / "a.mp4", clip.astype(np.uint8), hiss(60))

@@ -369,7 +369,9 @@ def test_the_noise_that_curious_clients_do_not_know_covers_the_sensitivity():
 def test_a_shrunk_mean_has_the_error_of_the_closed_form(length, distance):
     """Stein's identity, integrated over the chi-squared law of the noisy mean's squared norm."""
     m = mechanism(length=length, noise_multiplier=3.0)
-    std = 3.0 * m.sensitivity / math.sqrt(0.8) / 4  # of a value of the mean, for weights of 4 in sum
+    std = (
+        3.0 * m.sensitivity / math.sqrt(0.8) / 4
+    )  # of a value of the mean, for weights of 4 in sum
     true = np.full(length, distance * std)
     draw = np.random.default_rng(0)
     errors = []

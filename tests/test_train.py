@@ -933,6 +933,21 @@ def test_an_output_does_not_replace_an_input(finished, tmp_path, capsys):
     assert "would be replaced" in error and snapshot(look) == before
 
 
+def test_an_own_adapter_is_not_measured_on_copies(finished, tmp_path, capsys):
+    folder, run = finished
+    for name in ("phone", "backup"):
+        shutil.copytree(folder / "people" / "client-000", tmp_path / "mine" / name)
+    base = ["--action", "personalize", "--resume", str(run), "--output", str(tmp_path / "me.pt")]
+    pieces = []
+    for clips in (tmp_path / "mine", tmp_path / "mine" / "phone"):
+        train.main(["--gpus", "cpu", *base, "--clips", str(clips)])
+        out = capsys.readouterr().out
+        pieces.append(re.findall(r"made of \d+ pieces", out))
+        copies = len(list((tmp_path / "mine" / "phone").glob("*.mp4")))
+        assert (f"{copies} copies of other clips are left out" in out) == (clips.name == "mine")
+    assert pieces[0] == pieces[1] != []
+
+
 def test_an_own_adapter_does_not_replace_a_file_of_the_run(finished, tmp_path, capsys):
     folder, run = finished
     copied = copy_run(run, tmp_path)

@@ -1276,7 +1276,7 @@ class TalkingHeads:
     usable.
     """
 
-    def __init__(self, root, size=64, crop=1.0, cache=None, finder=None, names=None):
+    def __init__(self, root, size=64, crop=1.0, cache="", finder=None, names=None):
         self.root = Path(os.path.abspath(root))
         self.notes = []
         self.owners = {}
@@ -1461,7 +1461,7 @@ class People(NamedTuple):
     unseen: dict
 
 
-def load_people(root, size, crop, num_clients, num_unseen, seed, cache=None, min_frames=0):
+def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_frames=0):
     """Return the people of a dataset by role, with clips of at least `min_frames`; print which
     files are not used, and why.
 
@@ -2116,8 +2116,8 @@ def contact_sheet(root, output, rows=12, columns=10, size=96):
     """Write a picture of a dataset: a row of frames for a clip of each of some people."""
     check_output(output, (".png",))
     people = TalkingHeads(root).people
-    spread = np.unique(np.linspace(0, len(people) - 1, rows).astype(int))
-    names = [sorted(people)[i] for i in spread]
+    places = np.unique(np.linspace(0, len(people) - 1, rows).astype(int))
+    names = [sorted(people)[i] for i in places]
     sheet = Image.new("RGB", (columns * size, len(names) * (size + 14)), "white")
     for row, name in enumerate(names):
         top = row * (size + 14)

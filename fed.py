@@ -85,15 +85,18 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     known = torch.arange(f) < num_known[:, None]  # b f
     # implied_eps is 0 for known frames: so is eps, and Eq. 8 sees no error there.
     eps = eps * ~known[:, :, None, None, None]
-    noise = {"t": t[:, None].where(~known, -1).to(device), "eps": eps.to(device)}
-    noise["keep"] = dict(zip(talking.CONDITIONS, keep.T.to(device)))
     # Drawn even if nobody judges: runs with and without a loss then see the same batches.
-    judged = int(torch.randint(b, (), generator=generator))
+    judged = data.pick(range(b), generator)
     by_chance = torch.rand((), generator=generator) < model.diffusion.alpha_bar[t[judged]]
-    noise["judged_frame"] = int(torch.randint(f - JUDGED_FRAMES + 1, (), generator=generator))
+    judged_frame = data.pick(range(f - JUDGED_FRAMES + 1), generator)
     wanted = any(weight for name, weight in loss_weights.items() if name != "tdc")
-    noise["judged"] = judged if by_chance and wanted else None
-    return noise
+    return {
+        "t": t[:, None].where(~known, -1).to(device),
+        "eps": eps.to(device),
+        "keep": dict(zip(talking.CONDITIONS, keep.T.to(device))),
+        "judged": judged if by_chance and wanted else None,
+        "judged_frame": judged_frame,
+    }
 
 
 def objective(model, judges, batch, noise, loss_weights, rows, bf16=False):
@@ -126,11 +129,8 @@ def objective(model, judges, batch, noise, loss_weights, rows, bf16=False):
             "liveliness": own["liveliness"][clip],
         }
         terms |= auxiliary_losses(model, judges, inputs, x0_hat[clip, frames].float())
-    total = terms["diffusion"]
-    for name, term in terms.items():
-        if name != "diffusion":
-            total = total + loss_weights[name] * term
-    return total, terms
+    weights = {"diffusion": 1.0} | loss_weights
+    return sum(weights[name] * term for name, term in terms.items()), terms
 
 
 def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=False):
@@ -450,9 +450,8 @@ def local_update(
     if "control" in state:
         # (g - phi_k) / (K lr) is the mean gradient of the K steps.
         change = (start - trained) / (num_steps * lr) - state["control"]
-        if not change.sum().isfinite():
-            raise ValueError("the control variate is not finite")
         update = torch.cat([update, change])  # 2 d
+        # raises ValueError for a change that is not finite
         sent = torch.from_numpy(privacy.clip_update(update.numpy(), clip_norm)).float()
         client.save_control(state["round"] + 1, own_control + sent[len(start) :])
     return update, terms
@@ -486,10 +485,7 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
     similarity = float((identity * reference_identity[:, None]).sum(-1).mean().clamp(0, 1))
     jitter = float(metrics.temporal_jitter(frames).mean())
     stability = math.exp(-max(0.0, jitter / public_jitter - 1))
-    r = alpha * similarity + (1 - alpha) * stability
-    if not math.isfinite(r):
-        raise ValueError("the reliability is not finite")
-    return r
+    return alpha * similarity + (1 - alpha) * stability
 
 
 def isfa_weight(num_samples, reliability, gamma, cap):

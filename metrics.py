@@ -697,7 +697,7 @@ def _find_file(folder, patterns):
     return max(found, default=None)  # the last by name: LPIPS's v0.1, not v0.0
 
 
-def load_standard(folder=None):
+def load_standard(folder=""):
     """Return (networks, sources): the standard networks whose files lie in or below a folder.
 
     `networks` {key of NETWORKS: module} is for `Evaluation`. `sources` holds for each metric
@@ -711,18 +711,19 @@ def load_standard(folder=None):
     sources = {}
     for name, (make_network, files) in NETWORKS.items():
         paths = [_find_file(folder, patterns) if folder else None for patterns, _, _ in files]
-        weights = {}
+        source = None
         if all(paths):
-            networks[name] = make_network()
+            network = make_network()
+            weights = {}
             for path, (_, module, prefix) in zip(paths, files):
-                filled = networks[name].get_submodule(module)
+                filled = network.get_submodule(module)
                 weights[str(path.relative_to(folder))] = load_weights(filled, path, prefix)
+            networks[name] = network
+            source = {"network": type(network).__name__, "weights": weights}
         for metric, needs in METRICS.items():
-            if needs["network"] != name:
-                continue
-            sources[metric] = {"network": None, "reason": f"needs {needs['file']}"}
-            if weights:
-                sources[metric] = {"network": type(networks[name]).__name__, "weights": weights}
+            if needs["network"] == name:
+                missing = {"network": None, "reason": f"needs {needs['file']}"}
+                sources[metric] = source or missing
     return networks, sources
 
 
@@ -882,8 +883,8 @@ def sync_scores(video, audio):
 def right_speech(video, own, other):
     """Return whether a mouth [t d] fits its own speech better than other speech; 0.5 if equal."""
     t = min(len(video), len(own), len(other))
-    lead = sync_scores(video[:t], own[:t])["sync"] - sync_scores(video[:t], other[:t])["sync"]
-    return 0.5 + 0.5 * float(np.sign(round(lead, 3)))  # a still mouth ties
+    r_own, r_other = (sync_scores(video[:t], speech[:t])["sync"] for speech in (own, other))
+    return 0.5 + 0.5 * float(np.sign(round(r_own - r_other, 3)))  # a still mouth ties
 
 
 # ---------------------------------------------------------------- training the judges
@@ -1236,7 +1237,7 @@ def paste_faces(faces, others, generator):
     featureless = F.interpolate(F.avg_pool2d(faces, 16), PATCH, mode="bilinear")
     which = torch.randint(3, (n,), generator=generator)
     replacement = torch.stack([scenery.flip(0), upside_down, featureless])[which, torch.arange(n)]
-    shown = torch.where(replaced[:, None], replacement, faces)
+    pasted = torch.where(replaced[:, None], replacement, faces)
     # Where, and how large.
     low, high = FACE_SIDES
     side = low * (high / low) ** uniform(0, 1)
@@ -1248,10 +1249,10 @@ def paste_faces(faces, others, generator):
     u = (pixels - x) * 2 / side  # n 1 64, -1 to 1 inside
     v = (pixels[:, None] - y) * 2 / side  # n 64 1
     u, v = torch.broadcast_tensors(u, v)
-    blurred = F.avg_pool2d(shown, 3, 1, 1, count_include_pad=False)  # before it is made smaller
-    shown = torch.where((side < 32)[:, None], blurred, shown)
+    blurred = F.avg_pool2d(pasted, 3, 1, 1, count_include_pad=False)  # before it is made smaller
+    pasted = torch.where((side < 32)[:, None], blurred, pasted)
     grid = torch.stack([u, v], -1)
-    shown = F.grid_sample(shown, grid, padding_mode="border", align_corners=False)
+    pasted = F.grid_sample(pasted, grid, padding_mode="border", align_corners=False)
     # The edge: a square, or anything from a circle to one, soft; one in five fills the picture.
     power = 2 * 10 ** uniform(0, 1)
     distance = (u.abs() ** power + v.abs() ** power) ** (1 / power)
@@ -1260,7 +1261,7 @@ def paste_faces(faces, others, generator):
     square = torch.maximum(u.abs(), v.abs()) < 1
     opacity = torch.where(uniform(0, 1) < 0.5, square, opacity)
     opacity = opacity.masked_fill(uniform(0, 1) < 0.2, 1).masked_fill(absent, 0)
-    pictures = torch.lerp(scenery, shown, opacity[:, None])
+    pictures = torch.lerp(scenery, pasted, opacity[:, None])
     # 28 % are blurred, 42 % noisy.
     view = torch.zeros_like(view)
     degradation = uniform(-0.67, 1).where(uniform(0, 1) < 0.7, 0)
@@ -1354,7 +1355,7 @@ def enlarge(frames, generator, edges):
 
 def shuffle_blocks(frames, generator):
     """Return frames [n 3 64 64] with their blocks, 4 x 4 or 8 x 8 of them, in a random order."""
-    blocks = 2 ** int(torch.randint(2, 4, (), generator=generator))  # a side
+    blocks = data.pick((4, 8), generator)  # a side
     parts = rearrange(frames, "n c (i h) (j w) -> n (i j) c h w", i=blocks, j=blocks)
     order = torch.rand(parts.shape[:2], generator=generator).argsort(1)
     parts = parts[torch.arange(len(frames))[:, None], order]
@@ -1599,10 +1600,11 @@ def score_judges(judges, people, device="cpu"):
     These are the metrics with a star that compare with chance, and the AUC of identity
     verification. Each person's first clip is what is known of them.
     """
-    splits = {}
-    for name, clips in people.items():
-        if len(clips) > 1:
-            splits[name] = {"train": clips[:1], "test": clips[1:]}
+    splits = {
+        name: {"train": clips[:1], "test": clips[1:]}
+        for name, clips in people.items()
+        if len(clips) > 1
+    }
     cases = make_cases(splits, num_frames=100, clips_per_person=4)
     evaluation = Evaluation(cases, judges, device=device)
     right = []
@@ -1627,16 +1629,16 @@ def markdown_table(rows, columns):
 
     A metric that no method has, or that is the same for all of several methods, is left out.
     """
-    shown = []
+    kept = []
     for metric in columns:
         cells = [_format_cell(row.get(metric, {"mean": None})) for row in rows.values()]
         means = {cell.split(" ")[0] for cell in cells}
         if means != {"–"} and (len(means) > 1 or len(rows) == 1):
-            shown.append((metric, cells))
-    lines = [f"| method | {' | '.join(metric for metric, _ in shown)} |"]
-    lines.append("|---" * (len(shown) + 1) + "|")
+            kept.append((metric, cells))
+    lines = [f"| method | {' | '.join(metric for metric, _ in kept)} |"]
+    lines.append("|---" * (len(kept) + 1) + "|")
     for i, method in enumerate(rows):
-        lines.append(f"| {method} | {' | '.join(cells[i] for _, cells in shown)} |")
+        lines.append(f"| {method} | {' | '.join(cells[i] for _, cells in kept)} |")
     return "\n".join(lines)
 
 

@@ -109,21 +109,37 @@ class AutoencoderKL(nn.Module):
             )
         # The encoder only corrects a linear projection: half as wide as the decoder.
         slim = [max(1, width // 2 // GROUP_CHANNELS) * GROUP_CHANNELS for width in channels]
-        encoder = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, slim[0], 3, padding=1)]
-        encoder.append(ResnetBlock(slim[0], slim[0]))
+        encoder = [
+            nn.PixelUnshuffle(patch),
+            nn.Conv2d(3 * patch**2, slim[0], 3, padding=1),
+            ResnetBlock(slim[0], slim[0]),
+        ]
         for narrow, wide in zip(slim, slim[1:]):
-            encoder.append(nn.Conv2d(narrow, narrow, 3, stride=2, padding=1))
-            encoder.append(ResnetBlock(narrow, wide))
-        encoder += [ResnetBlock(slim[-1], slim[-1]), group_norm(slim[-1])]
-        encoder += [nn.SiLU(), zeroed(nn.Conv2d(slim[-1], 2 * latent_channels, 3, padding=1))]
+            encoder += [
+                nn.Conv2d(narrow, narrow, 3, stride=2, padding=1),
+                ResnetBlock(narrow, wide),
+            ]
+        encoder += [
+            ResnetBlock(slim[-1], slim[-1]),
+            group_norm(slim[-1]),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(slim[-1], 2 * latent_channels, 3, padding=1)),
+        ]
         decoder = [nn.Conv2d(latent_channels, channels[-1], 3, padding=1)]
         decoder += [ResnetBlock(channels[-1], channels[-1]) for _ in range(3)]
         for wide, narrow in zip(channels[::-1], channels[-2::-1]):
-            decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, wide, 3, padding=1)]
-            decoder += [ResnetBlock(wide, narrow), ResnetBlock(narrow, narrow)]
-        decoder += [group_norm(channels[0]), nn.SiLU()]
-        decoder.append(zeroed(nn.Conv2d(channels[0], 3 * patch**2, 3, padding=1)))
-        decoder.append(nn.PixelShuffle(patch))
+            decoder += [
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(wide, wide, 3, padding=1),
+                ResnetBlock(wide, narrow),
+                ResnetBlock(narrow, narrow),
+            ]
+        decoder += [
+            group_norm(channels[0]),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(channels[0], 3 * patch**2, 3, padding=1)),
+            nn.PixelShuffle(patch),
+        ]
         self.encoder = nn.Sequential(*encoder)
         self.decoder = nn.Sequential(*decoder)
         self.linear_in = nn.Conv2d(3, latent_channels, self.factor, stride=self.factor)
@@ -637,6 +653,16 @@ def box_blur(x):
 # ---------------------------------------------------------------- the Gaussian prior
 
 
+def principal_components(flat, num):
+    """Return the variance about zero [k] along the leading k <= `num` principal components of the
+    rows of flat [n d], and their directions [d k].
+    """
+    # On the CPU, as it draws random numbers: every device gets the same components.
+    k = min(num, *flat.shape)
+    _, scale, directions = torch.pca_lowrank(flat.cpu(), q=k, center=False, niter=4)
+    return scale**2 / len(flat), directions
+
+
 class GaussianPrior(nn.Module):
     """The Gaussian model of clips x0 [b f m h w] and its linear denoiser (formula at the top of
     this file).
@@ -655,10 +681,8 @@ class GaussianPrior(nn.Module):
         """Measure the covariance on clips x0 [b f m h w] of at least two frames."""
         flat = rearrange(x0, "b f m h w -> (b f) (m h w)")
         num_values, num_modes = self.modes.shape
-        num_modes = min(num_modes, len(flat))
-        # On the CPU, as it draws random numbers: every device gets the same modes.
-        _, scale, modes = torch.pca_lowrank(flat.cpu(), q=num_modes, center=False, niter=4)
-        variance = scale**2 / len(flat)
+        variance, modes = principal_components(flat, num_modes)
+        num_modes = len(variance)
         remaining = flat.square().sum() / len(flat) - variance.sum()
         remaining = remaining / max(1, num_values - num_modes)
         self.residual_variance.copy_(remaining.clamp(min=1e-6))
@@ -786,10 +810,7 @@ class TalkingHead(nn.Module):
         self.typical_liveliness.copy_(liveliness.median())
         for part in (slice(0, 2), slice(2, None)):  # flow, residual
             flat = rearrange(motion[:, :, part], "b f m h w -> (b f) (m h w)")
-            num_modes = min(64, *flat.shape)
-            # On the CPU, as in `GaussianPrior.fit`.
-            _, scale, _ = torch.pca_lowrank(flat.cpu(), q=num_modes, center=False, niter=4)
-            variance = scale**2 / len(flat)
+            variance, _ = principal_components(flat, 64)
             typical = variance.square().sum() / variance.sum().clamp(min=1e-12)
             self.motion_std[part] = typical.sqrt().clamp(min=1e-6)
         x0 = motion / self.motion_std

@@ -328,13 +328,14 @@ class Mechanism:
         # is below 2^31.
         rounding = math.sqrt(self.length + 1) / 2  # in steps
         largest = self.clip_norm * max(1.0, self.weight_scale)  # coordinate of an upload
-        spread = self.noise_multiplier / math.sqrt(self.survivor_share)  # of the sum's noise / S
-        tail = NOISE_TAIL * spread
+        # of the sum's noise / S
+        relative_std = self.noise_multiplier / math.sqrt(self.survivor_share)
+        tail = NOISE_TAIL * relative_std
         room = 2.0**31 - 1 - self.num_clients - tail * rounding
         if not room > 0:
             raise ValueError(f"{self.num_clients} clients with this noise overflow 32 bits.")
         self.step = (self.num_clients * largest + tail * self.sensitivity) / room
-        self.total_std = spread * (self.sensitivity / self.step + rounding)  # in steps
+        self.total_std = relative_std * (self.sensitivity / self.step + rounding)  # in steps
         # To exp(-pi^2 4^2) < 1e-68 (Poisson summation) the sum of n rounded Gaussians of std >= 4
         # steps is distributed as the rounded sum of the Gaussians and of n - 1 uniform numbers in
         # +-1/2, which is post-processing of the Gaussian sum.
@@ -444,7 +445,7 @@ def x25519(scalar, point):
     x2, z2 = 1, 0  # 0 times the point: coordinates are x / z
     x3, z3 = u, 1  # once the point; the two always differ by it
     last = "0"
-    for bit in bin(k)[2:]:  # the last bit is 0, as k is a multiple of 8: no swap is left over
+    for bit in f"{k:b}":  # the last bit is 0, as k is a multiple of 8: no swap is left over
         if bit != last:
             x2, x3 = x3, x2
             z2, z3 = z3, z2
@@ -918,7 +919,7 @@ def run_protocol(params, vectors, drop=None, workers=None):
         check_vector(vector, params)
     server = SecureAggregationServer(params)
     agreed = {}
-    clients = {int(i): SecureAggregationClient(params, int(i), agreed) for i in vectors}
+    clients = {i: SecureAggregationClient(params, i, agreed) for i in vectors}
     answer = None
     for stage in STAGES:
         messages = {}

@@ -169,7 +169,6 @@ def parse_yaml(text, where):
 
 def nearest(name, names):
     """Return a hint at the most similar of `names`, or at all of them."""
-    names = [str(known) for known in names]
     similar = difflib.get_close_matches(name, names, 1, 0.4)
     return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(names)}"
 
@@ -509,10 +508,10 @@ def train_unet(config, autoencoder, public, device, partial):
     continues.
     """
     settings = config["backbone"]
+    seed = config["seed"]
     clips = [clip for own in public.values() for clip in own]
-    torch.manual_seed(config["seed"])
-    generator = torch.Generator()
     views = training_views(config)
+    torch.manual_seed(seed)
     model = build_model(config).to(device)
     model.autoencoder.load_state_dict(autoencoder)
     model.autoencoder.requires_grad_(False)
@@ -527,10 +526,9 @@ def train_unet(config, autoencoder, public, device, partial):
         losses = state["losses"]
     else:
         num_frames = min(24, min(clip.num_frames for clip in clips))
-        size = 32, num_frames
+        windows = fed.Batches(model, public, 32, num_frames, seed, views)
         # Eight at most give the statistics; what speech says takes more, where there is time.
         num_batches = min(40, 1 + settings["steps"] // 100)
-        windows = fed.Batches(model, public, *size, config["seed"], views)
         batches = [windows[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
@@ -542,12 +540,13 @@ def train_unet(config, autoencoder, public, device, partial):
     first = len(losses)
     num_steps = settings["steps"]
     size = settings["batch_size"], settings["num_frames"]
-    batches = fed.Batches(model, public, *size, config["seed"], views)
+    batches = fed.Batches(model, public, *size, seed, views)
     bar = tqdm(batches.loader(first, num_steps), "backbone", initial=first, total=num_steps)
+    generator = torch.Generator()
     for step, batch in enumerate(bar, first):
         # Noise and dropout follow from the step: they are the same after an interruption. The seed
         # is not the batch's, or the batch's first person would decide its noise levels.
-        step_seed = fed.derive_seed(config["seed"], step, 1)
+        step_seed = fed.derive_seed(seed, step, 1)
         torch.manual_seed(step_seed)
         generator.manual_seed(step_seed)
         terms = fed.backward(model, None, batch, generator=generator, **step_kwargs)
@@ -556,8 +555,11 @@ def train_unet(config, autoencoder, public, device, partial):
         if step % 10 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if (step + 1) % SAVE_EVERY == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state["losses"] = losses
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "losses": losses,
+            }
             save_checkpoint(partial, "partial backbone", state)
     return model.state_dict(), losses
 
@@ -649,18 +651,15 @@ def backbone_key(config, public):
     """Return a hash of all that makes a backbone: settings, public clips, and the code that trains
     it.
     """
-    settings = {name: config[name] for name in ("seed", "model", "backbone")}
-    recipe_keys = ("size", "crop", "in_the_wild")
-    settings["data"] = [config["data"][name] for name in recipe_keys]
+    settings = [config[name] for name in ("seed", "model", "backbone")]
+    settings += [config["data"][name] for name in ("size", "crop", "in_the_wild")]
     clips = []
     for own in public.values():
         for clip in own:
             opening = data.digest(None if clip.opening is None else clip.opening.tobytes())
             clips.append((clip.person, clip.name, clip.fingerprint, clip.prompt, opening))
-    settings["decoding"] = data.CACHE_VERSION
     code = source_code(("train", "pretrain"), ("data", "log_mel"))
-    recipe = json.dumps([settings, clips, code], sort_keys=True)
-    return hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    return data.digest([settings, data.CACHE_VERSION, clips, code])
 
 
 def load_or_pretrain(config, public, run, device, workers):
@@ -725,20 +724,22 @@ def pretrain(config, public, cache, device, workers):
     finished = workers.merge(finished)
     trained = {name: content["trained"] for name, content in finished.items()}
     state, losses = trained["UNet"]
-    backbone = {"model": state, "losses": losses, "finder": trained["face finder"]}
-    backbone["judges"] = {kind: trained[f"{kind} judges"] for kind in ("loss", "table")}
-    backbone["seconds"] = {name: round(c["seconds"], 1) for name, c in finished.items()}
+    backbone = {
+        "model": state,
+        "losses": losses,
+        "finder": trained["face finder"],
+        "judges": {kind: trained[f"{kind} judges"] for kind in ("loss", "table")},
+        "seconds": {name: round(content["seconds"], 1) for name, content in finished.items()},
+    }
     model, judges = restore_backbone(config, backbone, device)
     backbone["public_jitter"] = metrics.mean_jitter(clips)
-    tasks = ["directions", "limits"]
     measured = {}
-    for i in workers.assign([2.0, 1.0]):  # the directions take longer
-        if tasks[i] == "directions":
-            measured["directions"] = find_directions(config, model, public)
-        else:  # what personalize holds clips against that may be of a stranger, or of no face
-            threshold = metrics.identity_threshold(judges["loss"], for_tables)
-            measured["identity_threshold"] = threshold
-            measured["public_unexplained"] = public_unexplained(model, public)
+    own = workers.assign([2.0, 1.0])  # directions, which take longer, and limits
+    if 0 in own:
+        measured["directions"] = find_directions(config, model, public)
+    if 1 in own:  # what personalize holds clips against that may be of a stranger, or of no face
+        measured["identity_threshold"] = metrics.identity_threshold(judges["loss"], for_tables)
+        measured["public_unexplained"] = public_unexplained(model, public)
     backbone |= workers.merge(measured)
     if workers.rank > 0:
         return
@@ -944,10 +945,9 @@ class Stopwatch:
 def load_people(config):
     """Return the public people, the clients and the unseen people: {name: [clip]} each."""
     d = config["data"]
-    cache = config["runtime"]["cache"] or None
     sizes = d["size"], d["crop"], d["clients"], d["unseen"], config["seed"]
     num_frames = config["backbone"]["num_frames"]
-    people = data.load_people(d["root"], *sizes, cache, num_frames)
+    people = data.load_people(d["root"], *sizes, config["runtime"]["cache"], num_frames)
     prompts = [clip.prompt for role in people for own in role.values() for clip in own]
     long = sum(len(talking.split_words(prompt)) > talking.MAX_WORDS for prompt in prompts)
     if long and data.is_first_worker():
@@ -979,7 +979,7 @@ def find_faces(config, people, finder):
 def read_clips(config, root, finder, names=None):
     """Return the data.TalkingHeads of a folder or video, faces cut out; prints what is not used."""
     d = config["data"]
-    cache = config["runtime"]["cache"] or None
+    cache = config["runtime"]["cache"]
     dataset = data.TalkingHeads(root, d["size"], d["crop"], cache, finder, names)
     data.print_troubles(dataset)
     return dataset
@@ -1038,9 +1038,14 @@ def load_or_initialize(config, model, backbone, run):
     if (run / "rounds.jsonl").exists() and (run / "rounds.jsonl").stat().st_size:
         raise ValueError(f"{run}: last.pt is lost, and with it what the rounds have spent")
     adapter = lora.adapter_vector(model)
-    state = {"description": description, "settings": settings, "adapter": adapter, "round": 0}
-    state["accountant"] = []
-    state["sampling_key"] = sampling_key(config).hex()
+    state = {
+        "description": description,
+        "settings": settings,
+        "adapter": adapter,
+        "round": 0,
+        "accountant": [],
+        "sampling_key": sampling_key(config).hex(),
+    }
     if config["fed"]["algorithm"] == "scaffold":
         state["control"] = torch.zeros_like(adapter)
     return state
@@ -1130,11 +1135,14 @@ def summarize_round(config, accountant, cohorts, diagnostics):
         clipped = [d["norm"] > config["privacy"]["clip_norm"] for d in trained]
         simulation["clipped_share"] = float(np.mean(clipped))
     rate, noise_multiplier, _ = accountant.history[-1]
-    record = {"sample_rate": rate, "noise_multiplier": noise_multiplier}
     participations = privacy.most_participations(cohorts, accountant.num_rounds)
     epsilon = accountant.epsilon_known_cohorts(config["privacy"]["delta"], participations)
-    record["epsilon"] = math.inf if config["privacy"]["seed"] >= 0 else epsilon  # seeded: none
-    return record | {"simulation": simulation}
+    return {
+        "sample_rate": rate,
+        "noise_multiplier": noise_multiplier,
+        "epsilon": math.inf if config["privacy"]["seed"] >= 0 else epsilon,  # seeded: no guarantee
+        "simulation": simulation,
+    }
 
 
 def validate(model, clients, state, workers):
@@ -1299,7 +1307,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     backbone_model = merged_copy(model, torch.zeros_like(state["adapter"]))
     global_model = merged_copy(model, state["adapter"])
     adaptable = personal_model(config, model, state["adapter"], backbone["directions"])
-    networks, sources = metrics.load_standard(config["weights"] or None)
+    networks, sources = metrics.load_standard(config["weights"])
     splits = {client.name: client.split for client in clients}
     cases = metrics.make_cases(splits, e, 2)
     evaluation = metrics.Evaluation(cases, judges, networks, device)
@@ -1314,9 +1322,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
             if method in BASELINES:
                 frames = baseline_frames(method, case, backbone_model)
             else:
-                used = models.get(method)
-                if used is None:
-                    used = merged_copy(adaptable, personal[case.person])
+                used = models.get(method) or merged_copy(adaptable, personal[case.person])
                 mel = case.other_mel if method.endswith("other speech") else case.mel
                 started = time.perf_counter()
                 frames = generate_case(used, case, mel, config)
@@ -1332,27 +1338,33 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     if workers.rank > 0:
         return None
     pictures.save(run)
-    report = {"name": config["name"], "rows": evaluation.rows(), "paired": {}}
+    paired = {}
     for before, method in zip(trained, trained[1:]):
-        report["paired"][f"{method} - {before}"] = evaluation.paired(method, before)
-    report["unexplained"] = unexplained
-    report["unseen"] = unseen
-    report["judges"] = sources | {
-        "*": "small networks trained on half of the public people",
-        "scores": judges.scores,
+        paired[f"{method} - {before}"] = evaluation.paired(method, before)
+    small = {"*": "small networks trained on half of the public people", "scores": judges.scores}
+    return {
+        "name": config["name"],
+        "rows": evaluation.rows(),
+        "paired": paired,
+        "unexplained": unexplained,
+        "unseen": unseen,
+        "judges": sources | small,
+        "privacy": describe_privacy(config, state),
+        "communication": describe_communication(config, backbone_model, len(state["adapter"])),
+        "speed": {"generated_frames_per_second": round(sum(speeds.values()), 1)},
+        "hardware": describe_hardware(device),
     }
-    report["privacy"] = describe_privacy(config, state)
-    report["communication"] = describe_communication(config, backbone_model, len(state["adapter"]))
-    report["speed"] = {"generated_frames_per_second": round(sum(speeds.values()), 1)}
-    report["hardware"] = describe_hardware(device)
-    return report
 
 
 def describe_hardware(device):
     """Return what a run's times depend on; of a GPU also the memory that rank 0 took of it."""
-    hardware = {"machine": platform.processor() or platform.machine(), "gpu": None}
-    hardware |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    if device.type == "cuda" and torch.cuda.is_available():
+    hardware = {
+        "machine": platform.processor() or platform.machine(),
+        "gpu": None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(device)
         hardware["gpu_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     return hardware
@@ -1364,7 +1376,7 @@ def baseline_frames(method, case, model):
     if method == "truth":
         return case.frames
     if method == "copy reference":
-        return (torch.from_numpy(case.reference).float() / 255).expand_as(case.frames)
+        return metrics.unit_frames(case.reference).expand_as(case.frames)
     device = model.motion_std.device
     frames = (2 * case.frames - 1).to(device)
     reference = data.to_float(case.reference, device)
@@ -1398,44 +1410,44 @@ def unexplained_table(config, models, adaptable, personal, clients, workers):
     model without its UNet.
     """
     num_frames = config["evaluate"]["num_frames"]
+    models = {"linear denoiser": models["backbone"]} | models
+    methods = [*models, "personal adapter"] if personal else list(models)
     shares = {}  # (client's place, method) -> [levels clips]
     for k in workers.assign([1.0] * len(clients)):
         split = clients[k].split
         batch = fed.fixed_batch(adaptable, split["test"], split["train"], num_frames)
         # Every client has noise of its own, the same for all methods.
         seed = fed.derive_seed(config["seed"], k)
-        own = {"linear denoiser": models["backbone"]} | models
-        if personal:
-            own["personal adapter"] = merged_copy(adaptable, personal[clients[k].name])
-        for name, used in own.items():
-            use_unet = name != "linear denoiser"
-            share = fed.unexplained_variance(used, batch, seed, use_unet=use_unet)
-            shares[k, name] = share.cpu().numpy()
+        for method in methods:
+            model = models.get(method) or merged_copy(adaptable, personal[clients[k].name])
+            use_unet = method != "linear denoiser"
+            share = fed.unexplained_variance(model, batch, seed, use_unet=use_unet)
+            shares[k, method] = share.cpu().numpy()
     shares = workers.merge(shares)
     groups = [client.name for client in clients for _ in client.split["test"]]
     names = [f"{client.name}/{clip.name}" for client in clients for clip in client.split["test"]]
-    by_method = {}  # method -> [levels clips]
-    methods = ["linear denoiser", *models]
-    if personal:
-        methods.append("personal adapter")
-    for name in methods:
-        by_method[name] = np.concatenate([shares[k, name] for k in range(len(clients))], axis=1)
+    by_method = {  # [levels clips]
+        method: np.hstack([shares[k, method] for k in range(len(clients))]) for method in methods
+    }
     table = {"no motion": {"mean": 1.0}}
-    for name, values in by_method.items():
-        table[name] = metrics.mean_ci(values.mean(0), groups)
-        table[name]["by_level"] = values.mean(1).tolist()
-        table[name]["values"] = dict(zip(names, values.mean(0).tolist()))
-        ratio = values.mean(0) / by_method["backbone"].mean(0)
-        table[name]["ratio_to_backbone"] = metrics.mean_ci(ratio, groups)
+    for method, values in by_method.items():
+        mean = values.mean(0)  # clips
+        ratio = mean / by_method["backbone"].mean(0)
+        table[method] = metrics.mean_ci(mean, groups) | {
+            "by_level": values.mean(1).tolist(),
+            "values": dict(zip(names, mean.tolist())),
+            "ratio_to_backbone": metrics.mean_ci(ratio, groups),
+        }
     return table
 
 
 def evaluate_unseen(config, unseen, models, judges, networks, workers):
     """Return the rows of backbone and global adapter for people that nothing was trained on."""
-    splits = {}
-    for name, clips in unseen.items():
-        if len(clips) > 1:
-            splits[name] = {"train": clips[:-1], "test": clips[-1:]}
+    splits = {
+        name: {"train": clips[:-1], "test": clips[-1:]}
+        for name, clips in unseen.items()
+        if len(clips) > 1
+    }
     if not splits:
         return {}
     e = config["evaluate"]["num_frames"]
@@ -1471,8 +1483,9 @@ class Pictures:
     def save(self, run, zoom=2):
         """Write grid.png, one row a case, and the videos with sound: the methods side by side."""
         methods = [m for m in self.clips[0] if m != "copy reference"]
+        pairs = list(zip(self.cases, self.clips.values()))
         rows = []
-        for case, clips in zip(self.cases, self.clips.values()):
+        for case, clips in pairs:
             moment = len(case.frames) // 2 if case.opening is None else int(case.opening.argmax())
             tiles = [case.reference.transpose(1, 2, 0), *(clips[m][moment] for m in methods)]
             rows.append(np.concatenate(tiles, axis=1))  # H (methods W) 3
@@ -1489,14 +1502,13 @@ class Pictures:
         samples.mkdir(exist_ok=True)
         for video in samples.glob("*.mp4"):
             video.unlink()  # an earlier evaluation may have shown other clips
-        shown = [m for m in methods if "other" not in m]
-        for case, clips in list(zip(self.cases, self.clips.values()))[::2]:
-            strip = np.concatenate([clips[m] for m in shown], axis=2)  # f H (methods W) 3
+        in_videos = [m for m in methods if "other" not in m]
+        comment = "synthetic: " + " | ".join(in_videos)
+        for case, clips in pairs[::2]:
+            strip = np.concatenate([clips[m] for m in in_videos], axis=2)  # f H (methods W) 3
             strip = strip.repeat(zoom, 1).repeat(zoom, 2)
             name = data.short_name(f"{case.person}-{case.clip.name}")
-            path = samples / f"{name}.mp4"
-            comment = "synthetic: " + " | ".join(shown)
-            data.write_video(path, strip, case.audio, comment)
+            data.write_video(samples / f"{name}.mp4", strip, case.audio, comment)
 
 
 def to_pixels(frames):
@@ -1561,13 +1573,10 @@ def write_report(run, report, losses):
     write_text(run / "report.json", json.dumps(finite(report), indent=1))
     write_text(run / "report.md", "\n".join(lines) + "\n")
     smooth = np.convolve(losses, np.ones(25) / 25, "valid") if len(losses) > 50 else losses
-    panels = [draw_curve("backbone: loss by step", list(smooth))]
-    rounds = read_rounds(run)
-    if len(rounds) > 1:
-        unexplained = [r["simulation"]["unexplained"] for r in rounds]
-        if None not in unexplained:
-            title = "global adapter: unexplained variance by round"
-            panels.append(draw_curve(title, unexplained))
+    panels = [draw_curve("backbone: loss by step", smooth)]
+    by_round = [record["simulation"]["unexplained"] for record in read_rounds(run)]
+    if len(by_round) > 1 and None not in by_round:
+        panels.append(draw_curve("global adapter: unexplained variance by round", by_round))
     curves = np.concatenate([np.asarray(panel) for panel in panels], axis=1)
     save_picture(run / "curves.png", Image.fromarray(curves))
     print("\n".join(lines))
@@ -1632,15 +1641,15 @@ def generate(args, config, device):
     if args.look:
         save_crops(args.look, "reference", pictures)
     reference = torch.stack([data.to_float(picture, device) for picture in pictures])[None]
-    audio, mel = read_speech_windows(args, config)
+    audio, mel = read_speech_windows(args)
     scales = {name: getattr(args, f"{name}_scale") for name in talking.CONDITIONS}
     generator = torch.Generator().manual_seed(config["seed"] if args.seed is None else args.seed)
     words = model.text_encoder.ids([args.prompt]).to(device)
-    how = config["sampling"] | {"scales": scales, "liveliness": liveliness}
+    sampling = config["sampling"] | {"scales": scales, "liveliness": liveliness}
     if args.steps:
-        how["num_steps"] = args.steps
+        sampling["num_steps"] = args.steps
     # reference 1 n 3 H W, mel 1 f n m
-    stream = model.stream(reference, mel.to(device), words, generator, **how)
+    stream = model.stream(reference, mel.to(device), words, generator, **sampling)
     started = time.perf_counter()
     # closed: an error's line does not follow a progress bar
     with contextlib.closing(speaking_blocks(stream, mel.shape[1], not args.no_watermark)) as blocks:
@@ -1664,7 +1673,7 @@ def speaking_blocks(stream, num_frames, watermark):
             bar.update(len(frames))
 
 
-def read_speech_windows(args, config):
+def read_speech_windows(args):
     """Return --speech, at most --seconds of it: audio int16 [640 f] and mel windows [1 f n m]."""
     audio = data.read_speech(args.speech)
     if args.seconds:
@@ -1695,9 +1704,9 @@ def personalize_own(args, config, device):
     dataset = read_clips(config, args.clips, load_finder(config, backbone))
     if args.look:
         for clip in dataset.clips:
-            spread = np.linspace(0, clip.num_frames - 1, 8).astype(int)
+            indices = np.linspace(0, clip.num_frames - 1, 8).astype(int)
             name = data.short_name(f"{clip.person}-{clip.name}")
-            save_crops(args.look, name, clip.frames[spread])
+            save_crops(args.look, name, clip.frames[indices])
     if len(dataset.people) > 1:
         names = ", ".join(sorted(dataset.people)[:5])
         print(
@@ -1732,8 +1741,11 @@ def personalize_own(args, config, device):
         share = fed.unexplained_variance(merged_copy(model, vector), batch, 0).mean()
         shares[name] = float(share)
     check_converged(shares["personal adapter"], "the person")
-    content = {"adapter": trained, "description": describe_personal(config, state)}
-    content["liveliness"] = data.typical_liveliness(split["train"])
+    content = {
+        "adapter": trained,
+        "description": describe_personal(config, state),
+        "liveliness": data.typical_liveliness(split["train"]),
+    }
     save_checkpoint(output, "personal adapter", content)
     limit = backbone["public_unexplained"]
     if limit and not shares["global adapter"] <= limit:  # nor if it is NaN, as nothing moves
@@ -1778,8 +1790,8 @@ def dry_run(args, config, device):
     mechanism = make_mechanism(config, len(adapter), privacy.most_participations(cohorts))
     noise_multiplier = mechanism.noise_multiplier if mechanism else 0.0
     accountant.spend(accounted_rate(f), noise_multiplier, max(0, f["rounds"] - state["round"]))
-    state |= {"adapter": adapter, "accountant": accountant.history}
-    state["round"] = max(state["round"], f["rounds"])
+    num_rounds = max(state["round"], f["rounds"])
+    state |= {"adapter": adapter, "accountant": accountant.history, "round": num_rounds}
     report = describe_privacy(config, state)
     epsilon = f"inf: {report.get('reason') or report.get('no_privacy_because')}"
     if report["private"]:
@@ -1919,10 +1931,13 @@ def launch(argv, num_workers):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    variables = {"WORLD_SIZE": num_workers, "LOCAL_WORLD_SIZE": num_workers}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    # Waiting threads must not hold the other workers' cores.
-    variables["OMP_WAIT_POLICY"] = "passive"
+    variables = {
+        "WORLD_SIZE": num_workers,
+        "LOCAL_WORLD_SIZE": num_workers,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_WAIT_POLICY": "passive",  # waiting threads must not hold the other workers' cores
+    }
     launcher = os.getpid()
 
     def set_up_worker():
@@ -1959,7 +1974,7 @@ def run_action(args, config, devices, workers):
     """Do what the command line asks for, in this process."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(devices[rank % len(devices)])
-    neighbors = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, data.num_cpus() // neighbors))
     if args.action == "generate":
@@ -2069,7 +2084,7 @@ def main(argv=None):
         if workers.rank == 0:  # the folder of a run need not be there on every machine
             config = configure(args)
             if args.action in ("train", "evaluate"):
-                metrics.load_standard(config["weights"] or None)  # refuses what is used at the end
+                metrics.load_standard(config["weights"])  # refuses what is used at the end
         config = workers.broadcast(config)
         if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
             sys.exit(launch(argv, len(devices)))

@@ -301,8 +301,8 @@ TONE_MAPPING = (
 def run_ffmpeg(*arguments, blocks=(), watched=False):
     """Run ffmpeg with `blocks` of bytes as its input; return (exit status, output bytes, log).
 
-    If this process is killed, ffmpeg ends when its pipes close. A call that uses neither of them
-    must be `watched` (`die_with_parent`), which makes its start slow.
+    If this process is killed, ffmpeg ends when its pipes close. A call that uses neither input nor
+    output must be `watched` (`die_with_parent`), which makes its start slow.
 
     Raises ValueError if the file makes it crash, and OSError if it was interrupted or found no
     room on the disk or in memory.
@@ -338,7 +338,7 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
 
 def first_error(log):
     """Return the first error in ffmpeg's log, or ''."""
-    # What it says of its output, or of having none as in `probe`, is no error of the file.
+    # What it says of its output, or that `probe` has none, is no error of the file.
     ours = "At least one output|Application provided invalid"
     errors = re.findall(rf"^.*\[(?:error|fatal)\] (?!{ours})(.*)", log, re.MULTILINE)
     return errors[0] if errors else ""
@@ -480,7 +480,8 @@ def decode_sound(inputs, track, *picture):
     _, output, log = run_ffmpeg(*inputs, *others, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
     inputs = [*inputs, *EVERYTHING]
     if "audio parameters changed" in log:
-        # There new filters begin, which insert silence from 0 on: first make the sound uniform.
+        # There ffmpeg begins new filters at time 0, which pad with silence up to there: first make
+        # the sound uniform.
         with tempfile.NamedTemporaryFile(suffix=".nut") as uniform:
             coding = f"-ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le".split()
             run_ffmpeg(*inputs, "-map", track, *coding, uniform.name)
@@ -932,7 +933,7 @@ def open_cache(cache, root, size, crop, finder):
     """
     places = [Path(__file__).resolve().parent / "datasets" / ".cache"]
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(user_cache):  # it is not where the user has no home
+    if os.path.isabs(user_cache):  # without a home it stays ~/.cache
         places.append(Path(user_cache, "privfedtalk"))
     fingerprint = finder and finder.fingerprint()
     key = os.path.realpath(root), CACHE_VERSION, MEL_STD, SILENCE, QUIETEST, fingerprint
@@ -940,7 +941,7 @@ def open_cache(cache, root, size, crop, finder):
         folder = place / f"{short_name(root.name)}-{digest(key)}-{size}-{crop:g}.clips"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # This also sets the folder's time: it is used, and not deleted below.
+            # This also sets the folder's time, which keeps it from being deleted below.
             tempfile.NamedTemporaryFile(dir=folder).close()
         except OSError as error:
             reason = f"{place}: {error.strerror}"
@@ -977,7 +978,7 @@ class CacheFile:
         return [3 * self.size**2, 2 * SAMPLES_PER_FRAME, 4 * MELS_PER_FRAME * NUM_MELS]
 
     def load_info(self):
-        """Read `info`; return whether that worked and the sound file that it names is as it was."""
+        """Read `info`; return whether that worked and its sound file has not changed."""
         try:
             with open(self.path, "rb") as file:
                 # The line may hold a path of 4096 bytes, which JSON makes longer.
@@ -1203,7 +1204,7 @@ def assign_people(paths, root):
             origin = "/".join([name for name in outer if not NOT_A_PERSON.fullmatch(name)])
             origins.setdefault(clip[0], set()).add(origin)
     for path, (person, _) in list(assigned.items()):
-        # anna/test/indoor and bob/test/indoor: not two people "indoor"
+        # `indoor` in anna/test/indoor and bob/test/indoor is no person.
         if len(origins[person]) > 1:
             reason = f"it is unclear who {person} is, in several folders: rename them"
             left_out.append((path, reason))
@@ -1268,12 +1269,12 @@ class TalkingHeads:
     """All usable clips of a dataset, which is a folder or one video file.
 
     `clips` are sorted by person and name; `people` is {person: [Clip]}; `skipped` holds (path,
-    reason) of files that cannot be used, `notes` (path, note) of files that are used in part and of
-    folders whose file names suggest several people. `owners` is {(num_frames, fingerprint) of a
-    clip: {person: the first path of it}}. `size` is in pixels, `crop` the share of each side that
-    is kept, from the middle; `finder` cuts out the face where the middle does not show it. Only
-    people in `names`, by default all, are read. Raises ValueError if there is no dataset or nothing
-    usable.
+    reason) of files that cannot be used, `notes` (path, note) of files that are used in part, of
+    copies across people and of doubtful names. `owners` is {(num_frames, fingerprint) of a clip:
+    {person: the first path of it}}. `size` is in pixels, `crop` the share of each side that is
+    kept, from the middle; `finder` cuts out the face where the middle does not show it. Only people
+    in `names`, by default all, are read. Raises ValueError if there is no dataset or nothing usable
+    in it.
     """
 
     def __init__(self, root, size=64, crop=1.0, cache="", finder=None, names=None):
@@ -1287,7 +1288,7 @@ class TalkingHeads:
             assigned = {path: own for path, own in assigned.items() if own[0] in names}
         folder = open_cache(cache, self.root, size, crop, finder)
         files = self.open_files(assigned, folder, size, crop, finder)
-        if names is None:  # what belongs to the others stays
+        if names is None:  # else other people's clips stay in the cache
             delete_unused(folder, {file.path for file in files.values()})
         # Decode what is not in the cache; a clip that cannot be used costs only itself.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
@@ -1315,7 +1316,7 @@ class TalkingHeads:
                 state = file_state(path)
                 if os.path.islink(path):
                     true_path = os.path.realpath(path)
-                    # It does not lie beside the file, but beside each link.
+                    # The sound lies beside the link, not beside the file that it leads to.
                     sound = find_sound(path, sounds)
                 else:
                     parent, name = os.path.split(path)

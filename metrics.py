@@ -78,7 +78,7 @@ def per_frame(function, *clips):
     results = None
     for start in range(0, len(clips[0]), size):
         part = function(*(clip[start : start + size] for clip in clips))
-        if results is None:  # kept parts would lie between the freed memory of the chunks
+        if results is None:  # written in place, as a list of parts would fragment the memory
             results = part.new_empty(len(clips[0]), *part.shape[1:])
         results[start : start + size] = part
     return results.reshape((*shape[:-3], *results.shape[1:]))
@@ -154,7 +154,7 @@ def _mean_difference(x, y):
 def jitter_ratio(generated, truth):
     """Return the temporal jitter of generated clips over that of the true ones; 1 is best.
 
-    Less than 1e-4 counts as that much: two clips that stand still have equal jitter.
+    Jitter below 1e-4 counts as 1e-4: two clips that stand still have equal jitter.
     """
     still = 1e-4
     return temporal_jitter(generated).clamp(min=still) / temporal_jitter(truth).clamp(min=still)
@@ -1253,7 +1253,8 @@ def paste_faces(faces, others, generator):
     pasted = torch.where((side < 32)[:, None], blurred, pasted)
     grid = torch.stack([u, v], -1)
     pasted = F.grid_sample(pasted, grid, padding_mode="border", align_corners=False)
-    # The edge: a square, or anything from a circle to one, soft; one in five fills the picture.
+    # The edge: a sharp square, or a soft shape between circle and square; one in five fills the
+    # picture.
     power = 2 * 10 ** uniform(0, 1)
     distance = (u.abs() ** power + v.abs() ** power) ** (1 / power)
     softness = uniform(0.01, 0.1)

@@ -945,7 +945,7 @@ class TalkingHead(nn.Module):
     def sample(self, conditions, reference_latents, noise, chance, known, num_steps, guidance):
         """Return x0 [b f m h w] sampled from `noise` [b f m h w] in `num_steps` steps.
 
-        conditions: of `encode_conditions`; reference_latents [b c h w]. Its first frames are
+        conditions: of `encode_conditions`; reference_latents [b c h w]. x0 begins with the frames
         `known` [b k m h w]. In pure noise the network knows the mean of x0 only, and steps that
         started from there would lose all that varies about it, such as the head's motion. `chance`
         [b f m h w], a sample of the prior, makes up for it: Bao et al. 2022 (Analytic-DPM), Theorem

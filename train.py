@@ -1082,10 +1082,17 @@ def begin_training(run, config):
 
 
 def forget_rounds(run, num_rounds):
-    """Drop the line of a round that was logged but not saved; it is done again."""
+    """Drop the line of a round that was logged but not saved; it is done again.
+
+    Raises ValueError for any other number of lines: what the rounds have spent is lost.
+    """
     path = run / "rounds.jsonl"
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if len(lines) not in (num_rounds, num_rounds + 1):
+        raise ValueError(
+            f"{path}: damaged, or last.pt is an older one: {len(lines)} rounds are not {num_rounds}"
+        )
+    if len(lines) > num_rounds:
         write_text(path, "".join(lines[:num_rounds]))
 
 

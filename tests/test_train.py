@@ -880,6 +880,17 @@ def test_what_a_run_has_spent_cannot_be_lost_or_edited(finished, tmp_path, capsy
     assert "last.pt is lost" in fails(capsys, "--resume", str(copied))
 
 
+@pytest.mark.parametrize("num_lines", [0, 1, 4])
+def test_a_log_of_other_rounds_than_last_pt_is_refused(finished, tmp_path, capsys, num_lines):
+    copied = copy_run(finished[1], tmp_path)
+    lines = 2 * (copied / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (copied / "rounds.jsonl").write_text("".join(lines[:num_lines]))
+    before = snapshot(copied)
+    error = last_line(capsys, "--resume", str(copied), "--set", "fed.rounds=3")
+    assert f"last.pt is an older one: {num_lines} rounds are not 2" in error
+    assert snapshot(copied) == before
+
+
 def test_a_backbone_of_another_version_is_refused(finished, tmp_path, capsys):
     folder, run = finished
     copied = copy_run(run, tmp_path)

@@ -295,14 +295,12 @@ class Client:
         return fixed_batch(model, clips, self.split["train"], VALIDATION_FRAMES)
 
     def read_controls(self):
-        """Return the last two c_i by round."""
-        if not self.control_file.exists():  # before the client's first round
-            return {}
+        """Return the last two c_i by round; the first, zeros, is there before the first round."""
         try:
             return torch.load(self.control_file, weights_only=True)
         except Exception as error:  # torch raises many kinds for what is no file of its own
             raise ValueError(
-                f"{self.control_file}: damaged, and with it the client's c_i ({error})"
+                f"{self.control_file}: lost or damaged, and with it the client's c_i ({error})"
             ) from None
 
     def write_controls(self, controls):

@@ -814,9 +814,13 @@ def train(config, people, run, device, workers):
     if workers.rank == 0:
         # Not before the run's files have shown that they are whole.
         forget_rounds(run, state["round"])
+        if "control" in state and state["round"] == 0:
+            for client in clients:
+                client.write_controls({0: torch.zeros_like(state["control"])})
         if state["round"] < config["fed"]["rounds"]:
             begin_training(run, config)
             save_state(run, state, workers)  # the sampling key is drawn once
+    workers.wait()  # for the clients' first c_i
     # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: without it no disk is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")

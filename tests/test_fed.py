@@ -445,6 +445,8 @@ class QuadraticClient(fed.Client):
         super().__init__(name, {"train": [], "validation": [], "test": []}, 8, folder)
         self.num_samples = 10
         self.batch = {"curvature": curvature, "target": target}
+        if folder and not self.control_file.exists():
+            self.write_controls({0: torch.zeros(4)})  # as `train.train` does
 
     def train_batch(self, model, batch_size, generator):
         if self.batch["target"] is None:
@@ -600,6 +602,7 @@ def test_a_killed_rounds_c_i_is_forgotten_if_the_client_then_fails(monkeypatch, 
 def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
     """Another process may have had the client's last round."""
     one, other = (fed.Client("a", {"train": []}, 8, tmp_path) for _ in range(2))
+    one.write_controls({0: torch.zeros(1)})
     one.save_control(1, torch.tensor([1.0]))
     other.save_control(2, torch.tensor([2.0]))
     assert one.load_control(2, 1) == 2
@@ -611,8 +614,14 @@ def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
 def test_a_damaged_control_variate_is_named(tmp_path):
     client = fed.Client("a", {"train": []}, 8, tmp_path)
     (tmp_path / "a.pt").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="a.pt: damaged, and with it the client's c_i"):
+    with pytest.raises(ValueError, match="a.pt: lost or damaged, and with it the client's c_i"):
         client.undo_control(1)
+
+
+def test_a_lost_control_variate_is_not_taken_for_zeros(tmp_path):
+    client = fed.Client("a", {"train": []}, 8, tmp_path)
+    with pytest.raises(ValueError, match="a.pt: lost or damaged, and with it the client's c_i"):
+        client.load_control(1, 4)
 
 
 def test_a_round_weighs_clients_by_isfa(monkeypatch, tmp_path):

@@ -307,14 +307,17 @@ class Client:
         """Keep these c_i by round."""
         data.write_tensors(self.control_file, controls)
 
-    def load_control(self, num_rounds, length):
-        """Return c_i [length] as it was after the run's first `num_rounds` rounds, zeros before the
-        client's first.
+    def load_control(self, num_rounds):
+        """Return c_i [d] as it was after the run's first `num_rounds` rounds.
+
+        Raises ValueError if only later ones are there.
         """
         controls = self.read_controls()
         # A killed round may have left a later one.
         earlier = [r for r in controls if r <= num_rounds]
-        return controls[max(earlier)] if earlier else torch.zeros(length)
+        if not earlier:
+            raise ValueError(f"{self.control_file}: the client's c_i is newer than last.pt")
+        return controls[max(earlier)]
 
     def save_control(self, num_rounds, control):
         """Keep c_i as it is after `num_rounds` rounds, beside the one before."""
@@ -441,7 +444,7 @@ def local_update(
     kwargs |= {"num_steps": num_steps, "lr": lr, "batch_size": batch_size}
     start = state["adapter"]
     if "control" in state:
-        own_control = client.load_control(state["round"], len(start))
+        own_control = client.load_control(state["round"])
         kwargs["correction"] = state["control"] - own_control
     trained, terms = train_adapter(model, judges, client, start, seed, **kwargs)
     update = trained - start

@@ -565,12 +565,12 @@ def test_scaffolds_control_variates_stay_with_the_clients(monkeypatch, tmp_path)
     names = set(torch.load(tmp_path / "last.pt", weights_only=True)["state"])
     assert names == {"adapter", "control", "round", "accountant", "sampling_key"}
     assert {path.name for path in (tmp_path / "clients").iterdir()} == {"c0.pt", "c1.pt", "c2.pt"}
-    kept = clients[1].load_control(2, 4)
-    again = quadratic_clients(tmp_path / "clients")[1].load_control(2, 4)
-    before = quadratic_clients(tmp_path / "clients")[1].load_control(1, 4)
+    kept = clients[1].load_control(2)
+    again = quadratic_clients(tmp_path / "clients")[1].load_control(2)
+    before = quadratic_clients(tmp_path / "clients")[1].load_control(1)
     assert torch.equal(kept, again) and not torch.equal(kept, before)
     clients[1].undo_control(2)
-    assert torch.equal(clients[1].load_control(2, 4), before)
+    assert torch.equal(clients[1].load_control(2), before)
 
 
 @pytest.mark.parametrize("num_rounds", [2, 30])
@@ -583,7 +583,7 @@ def test_scaffolds_c_is_the_mean_of_all_c_i_though_updates_are_clipped(
     everybody = clients + broken
     state, records = run_rounds(monkeypatch, tmp_path, everybody, 1.0, settings, scaffold=True)
     assert records[0]["simulation"]["clipped_share"] > 0
-    mean = sum(client.load_control(num_rounds, 4) for client in everybody) / len(everybody)
+    mean = sum(client.load_control(num_rounds) for client in everybody) / len(everybody)
     assert torch.allclose(state["control"], mean, atol=1e-5)
     if num_rounds == 30:
         optimum = np.dot(CURVATURES, TARGETS) / sum(CURVATURES)
@@ -596,7 +596,7 @@ def test_a_killed_rounds_c_i_is_forgotten_if_the_client_then_fails(monkeypatch, 
     clients[0].batch["target"] = None
     settings = ["fed.algorithm=scaffold", "fed.rounds=1", "privacy.clip_norm=100.0"]
     run_rounds(monkeypatch, tmp_path, clients, 1.0, settings, scaffold=True)
-    assert torch.equal(clients[0].load_control(1, 4), torch.zeros(4))
+    assert torch.equal(clients[0].load_control(1), torch.zeros(4))
 
 
 def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
@@ -605,10 +605,10 @@ def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
     one.write_controls({0: torch.zeros(1)})
     one.save_control(1, torch.tensor([1.0]))
     other.save_control(2, torch.tensor([2.0]))
-    assert one.load_control(2, 1) == 2
+    assert one.load_control(2) == 2
     one.save_control(3, torch.tensor([3.0]))
     one.undo_control(3)
-    assert one.load_control(3, 1) == other.load_control(3, 1) == 2
+    assert one.load_control(3) == other.load_control(3) == 2
 
 
 def test_a_damaged_control_variate_is_named(tmp_path):
@@ -621,7 +621,16 @@ def test_a_damaged_control_variate_is_named(tmp_path):
 def test_a_lost_control_variate_is_not_taken_for_zeros(tmp_path):
     client = fed.Client("a", {"train": []}, 8, tmp_path)
     with pytest.raises(ValueError, match="a.pt: lost or damaged, and with it the client's c_i"):
-        client.load_control(1, 4)
+        client.load_control(1)
+
+
+def test_a_control_variate_newer_than_the_run_is_refused(tmp_path):
+    """As where last.pt comes from a backup and the clients' files do not."""
+    client = fed.Client("a", {"train": []}, 8, tmp_path)
+    client.write_controls({3: torch.zeros(1), 5: torch.ones(1)})
+    assert client.load_control(4) == 0
+    with pytest.raises(ValueError, match="a.pt: the client's c_i is newer than last.pt"):
+        client.load_control(2)
 
 
 def test_a_round_weighs_clients_by_isfa(monkeypatch, tmp_path):

@@ -814,10 +814,9 @@ def train(config, people, run, device, workers):
     if workers.rank == 0:
         # Not before the run's files have shown that they are whole.
         forget_rounds(run, state["round"])
-        if "control" in state and state["round"] == 0:
-            for client in clients:
-                client.write_controls({0: torch.zeros_like(state["control"])})
         if state["round"] < config["fed"]["rounds"]:
+            if "control" in state:
+                check_controls(clients, state)
             begin_training(run, config)
             save_state(run, state, workers)  # the sampling key is drawn once
     workers.wait()  # for the clients' first c_i
@@ -1083,6 +1082,14 @@ def begin_training(run, config):
     save_config(run, config)
     for name in ("report.json", "report.md"):
         (run / name).unlink(missing_ok=True)
+
+
+def check_controls(clients, state):
+    """Write SCAFFOLD's first c_i, zeros; later raise ValueError unless each client's can be read."""
+    for client in clients:
+        if state["round"] == 0:
+            client.write_controls({0: torch.zeros_like(state["control"])})
+        client.load_control(state["round"])
 
 
 def forget_rounds(run, num_rounds):

@@ -891,6 +891,37 @@ def test_a_log_of_other_rounds_than_last_pt_is_refused(finished, tmp_path, capsy
     assert snapshot(copied) == before
 
 
+@pytest.fixture(scope="module")
+def controlled(finished):
+    """A run of SCAFFOLD's first round."""
+    folder, _ = finished
+    settings = [*TINY, *places(folder), "name=controlled", "fed.rounds=1", "personal.steps=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        skip_evaluation(patch)
+        train.main(["--gpus", "cpu", "--preset", "scaffold", "--set", *settings])
+    return next((folder / "runs").glob("*-controlled"))
+
+
+def test_no_round_is_spent_without_a_clients_c_i(controlled, tmp_path, capsys):
+    copied = copy_run(controlled, tmp_path)
+    path = copied / "clients" / "client-004.pt"
+    own = torch.load(path, weights_only=True)
+    assert list(own) == [0, 1] and not own[0].any() and own[1].any()
+    before = snapshot(copied)
+
+    def refusal():
+        return last_line(capsys, "--resume", str(copied), "--set", "fed.rounds=2")
+
+    torch.save({2: own[1]}, path)
+    assert "client-004.pt: the client's c_i is newer than last.pt" in refusal()
+    path.write_bytes(b"broken")
+    assert "client-004.pt: lost or damaged, and with it the client's c_i" in refusal()
+    path.unlink()
+    assert "client-004.pt: lost or damaged, and with it the client's c_i" in refusal()
+    before.pop(path)
+    assert snapshot(copied) == before
+
+
 def test_a_backbone_of_another_version_is_refused(finished, tmp_path, capsys):
     folder, run = finished
     copied = copy_run(run, tmp_path)

@@ -408,8 +408,9 @@ def log(run, text):
 
 
 @contextlib.contextmanager
-def run_lock(folder):
-    """Hold the folder's lock while the block runs; raises ValueError if another process has it.
+def run_lock(folder, wait=False):
+    """Hold the folder's lock while the block runs; if another process has it, wait for that one or
+    raise ValueError.
 
     What a process left half-written that was killed there is deleted.
     """
@@ -418,7 +419,10 @@ def run_lock(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{folder}: another process is at work there") from None
+            if not wait:
+                raise ValueError(f"{folder}: another process is at work there") from None
+            print(f"{folder}: waiting for another process that is at work there")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         for path in folder.rglob(".*"):
             if re.fullmatch(r"\.[0-9a-f]{16}(\.\w+)?", path.name):  # of data.atomic_write
                 path.unlink()
@@ -670,9 +674,12 @@ def load_or_pretrain(config, public, run, device, workers):
     """
     own = run / "backbone.pt"
     cache = Path(config["runtime"]["directory"]) / "backbones" / backbone_key(config, public)
-    if not workers.broadcast(own.exists() or (cache / "backbone.pt").exists()):
+    if not workers.broadcast(own.exists()):
+        lock = run_lock(cache, wait=True) if workers.rank == 0 else contextlib.nullcontext()
         try:
-            pretrain(config, public, cache, device, workers)
+            with lock:  # another run may be making the same backbone
+                if not workers.broadcast((cache / "backbone.pt").exists()):
+                    pretrain(config, public, cache, device, workers)
         except torch.linalg.LinAlgError:  # of numbers that are not finite
             raise ValueError("the backbone's training diverged: lower backbone.lr") from None
     backbone = None

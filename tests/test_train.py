@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -398,6 +399,21 @@ def test_other_words_and_sound_make_another_backbone(finished):
     for change, before in (({"prompt": "angry"}, key), ({"opening": None}, key), (silent, plain)):
         changed = public | {name: [replace(clip, **change), *others]}
         assert train.backbone_key(config, changed) != before, list(change)
+
+
+def test_a_backbone_that_another_run_makes_is_waited_for(tmp_path, monkeypatch):
+    config = train.load_config(train.DEFAULTS, overrides=places(tmp_path))
+    cache = tmp_path / "runs" / "backbones" / train.backbone_key(config, {})
+    half_written = cache / ".0123456789abcdef.pt"
+    monkeypatch.setattr(train, "pretrain", None)  # not to be called
+    arguments = config, {}, tmp_path, torch.device("cpu"), fed.Workers()
+    with ThreadPoolExecutor() as other:
+        with train.run_lock(cache):
+            waiting = other.submit(train.load_or_pretrain, *arguments)
+            half_written.touch()
+            assert not wait([waiting], timeout=1).done
+            train.save_checkpoint(cache / "backbone.pt", "backbone", {"losses": [1.0]})
+        assert waiting.result() == {"losses": [1.0]} and not half_written.exists()
 
 
 def test_comments_do_not_retrain_a_backbone_and_code_does(monkeypatch):

@@ -75,7 +75,8 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
     `directions` {layer name: (A [r, in...], B [out, r])} with r >= rank gives the frozen factors
     (`leading_directions`); without it, and for "AB", they are random, drawn on the CPU so that
     every device starts from the same numbers. Raises ValueError for a rank, alpha or dropout out of
-    range, an unknown `train`, or a name that no layer contains.
+    range, an unknown `train`, a name that no layer contains, or a convolution with groups, dilation
+    or a padding that is not of zeros.
     """
     if train not in TRAIN_CHOICES:
         raise ValueError(f"lora.train must be one of {', '.join(TRAIN_CHOICES)}, not {train!r}")
@@ -93,6 +94,10 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
     adapted = {n: layer for n, layer in adaptable_layers(module).items() if layers in n}
     if not adapted:
         raise ValueError(f"lora.layers: no layer has {layers!r} in its name")
+    for name, layer in adapted.items():
+        if isinstance(layer, nn.Conv2d):  # the adapter has the stride and the padding alone
+            if (layer.groups, layer.dilation, layer.padding_mode) != (1, (1, 1), "zeros"):
+                raise ValueError(f"{name}: has groups, dilation or a padding that is not of zeros")
     module.requires_grad_(False)
     for name, layer in adapted.items():
         if use_directions:

@@ -195,6 +195,18 @@ def factors(net):
     return [layer.A for layer in layers] + [layer.B for layer in layers]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"groups": 3}, {"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}],
+    ids=lambda settings: list(settings)[-1],
+)
+def test_a_convolution_that_an_adapter_would_not_follow_is_refused(settings):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 6, 3, **settings))
+    with pytest.raises(ValueError, match="1: has groups, dilation or a padding"):
+        lora.inject_lora(net, rank=2, alpha=6)
+    assert type(net[0]) is nn.Linear and net[0].weight.requires_grad
+
+
 def test_the_same_seed_draws_the_same_factors_and_another_seed_others():
     first = factors(adapted(seed=5))
     net = network()

@@ -1196,12 +1196,14 @@ def verify_run(folder):
 
     Reads report.json; rounds.jsonl, one JSON a line with round, cohort_size, sample_rate,
     noise_multiplier and epsilon (against known cohorts, of all rounds so far); and last.pt, whose
-    state holds adapter, round, accountant and sampling_key. Raises ValueError for rounds that ran
-    but were not spent, for vectors of single clients in the checkpoint, and for a log or report
-    that claims what does not follow. Of the mechanism the record holds the noise and the length;
-    the rest is what the report declares. A report that claims no privacy is returned as it is.
+    state holds adapter, round, accountant and sampling_key. Raises ValueError for a damaged
+    last.pt, for rounds that ran but were not spent, for vectors of single clients in the
+    checkpoint, and for a log or report that claims what does not follow. Of the mechanism the
+    record holds the noise and the length; the rest is what the report declares. A report that
+    claims no privacy is returned as it is.
     """
     import torch  # only here: the rest of this file does without
+    import train  # which imports this file
 
     folder = Path(folder)
     claimed = json.loads((folder / "report.json").read_text())["privacy"]
@@ -1212,6 +1214,8 @@ def verify_run(folder):
     mechanism = Mechanism(**{setting.name: claimed[setting.name] for setting in fields(Mechanism)})
     checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     state = checkpoint.pop("state")
+    if checkpoint["checksum"] != train.checksum(state):
+        raise ValueError("last.pt is damaged: its checksum does not match.")
     accountant = Accountant(state["accountant"])
     path = folder / "rounds.jsonl"  # not there before the first round
     lines = path.read_text().splitlines() if path.exists() else []

@@ -16,6 +16,7 @@ from scipy import integrate, special, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import privacy
+import train
 from privacy import (
     AggregationAborted,
     Mechanism,
@@ -1290,7 +1291,7 @@ def write_run(folder, log=None, spent=3, state=None, **claims):
         state = state_of_a_run(accountant=accountant.history)
     everybody = list(range(m.num_clients))
     report = privacy.privacy_report(m, accountant, 1e-5, [everybody] * 3) | claims
-    torch.save({"kind": "global adapter", "state": state}, folder / "last.pt")
+    train.save_checkpoint(folder / "last.pt", "global adapter", state)
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (folder / "report.json").write_text(json.dumps({"privacy": report}))
     return log
@@ -1366,6 +1367,15 @@ def test_a_report_that_does_not_follow_is_refused(tmp_path):
         with pytest.raises(ValueError):
             privacy.verify_run(tmp_path)
             pytest.fail(name)
+
+
+def test_a_checkpoint_that_was_changed_is_refused(tmp_path):
+    write_run(tmp_path)
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    content["state"]["adapter"] += 1
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt is damaged"):
+        privacy.verify_run(tmp_path)
 
 
 def test_scaffolds_control_variates_of_clients_are_found_in_a_run(tmp_path):

@@ -1328,9 +1328,33 @@ def print_audit(args, z):
     return all(flagged == (defect is not None) for _, defect, (flagged, _) in checks)
 
 
+def run(args):
+    """Do what the command line asks for."""
+    if args.verify:
+        try:
+            report = json.dumps(verify_run(args.verify), indent=2)
+        except Exception as error:  # an unreadable record supports no report, whatever is wrong
+            refuse(f"{args.verify} is refused: {type(error).__name__}: {error}")
+        print(report)
+        return
+    if (args.noise is None) == (args.target_epsilon is None):
+        raise ValueError("Give one of --noise, --target-epsilon and --verify.")
+    if min(args.clients + args.rounds) < 1:
+        raise ValueError("--clients and --rounds are at least 1.")
+    check_delta(args.delta, max(args.clients))
+    z = args.noise
+    if z is None:
+        z = find_noise_multiplier(args.target_epsilon, args.delta, args.rate, max(args.rounds))
+    if not args.audit:
+        print_table(args, z)
+    elif not print_audit(args, z):
+        sys.exit(1)
+
+
 def refuse(message):
     """Print one line and leave with status 2."""
     print(f"privacy.py: {message}".splitlines()[0], file=sys.stderr)
+    sys.stdout = None  # Python would try again to write what a full disk has refused
     sys.exit(2)
 
 
@@ -1348,27 +1372,13 @@ def main(arguments=None):
     add("--length", type=int, default=40, help="values of an update, for --audit")
     add("--verify", metavar="RUN", help="compute the report of a run again, from its record")
     args = parser.parse_args(arguments)
-    if args.verify:
-        try:
-            print(json.dumps(verify_run(args.verify), indent=2))
-        except Exception as error:  # an unreadable record supports no report, whatever is wrong
-            refuse(f"{args.verify} is refused: {type(error).__name__}: {error}")
-        return
     try:
-        if (args.noise is None) == (args.target_epsilon is None):
-            raise ValueError("Give one of --noise, --target-epsilon and --verify.")
-        if min(args.clients + args.rounds) < 1:
-            raise ValueError("--clients and --rounds are at least 1.")
-        check_delta(args.delta, max(args.clients))
-        z = args.noise
-        if z is None:
-            z = find_noise_multiplier(args.target_epsilon, args.delta, args.rate, max(args.rounds))
-        if not args.audit:
-            print_table(args, z)
-        elif not print_audit(args, z):
-            sys.exit(1)
-    except (ValueError, OverflowError, MemoryError) as error:
+        run(args)
+        print(end="", flush=True)  # here a full disk is noticed
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
         refuse(error)
+    except KeyboardInterrupt:
+        refuse("interrupted")
 
 
 if __name__ == "__main__":

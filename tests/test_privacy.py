@@ -4,7 +4,9 @@ import copy
 import itertools
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -1445,6 +1447,28 @@ def test_verify_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         privacy.main(["--verify", str(tmp_path)])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", ["--noise 1", "--verify ."])
+def test_a_full_disk_is_one_line(arguments, tmp_path):
+    write_run(tmp_path)
+    command = [sys.executable, privacy.__file__, *arguments.split()]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # as people's, in which it is not set
+    with open("/dev/full", "w") as full:
+        pipes = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
+    assert ended.returncode == 2
+    assert ended.stderr == "privacy.py: [Errno 28] No space left on device\n"
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(privacy, "print_audit", stop)
+    with pytest.raises(SystemExit) as ended:
+        privacy.main(["--noise", "1", "--audit"])
+    assert ended.value.code == 2 and capsys.readouterr().err == "privacy.py: interrupted\n"
 
 
 # ---------------------------------------------------------------- attacks on persons

@@ -956,7 +956,7 @@ def secure_sum(vectors, threshold, neighbors=None, drop=None, bound=None):
 
     Each value is clamped to +-bound and rounded to a multiple of bound n / 2^31. bound is public
     (None: the largest magnitude, for tests); drop as in `run_protocol`. Raises ValueError for
-    vectors or a bound that are not finite real numbers.
+    vectors that are not finite real numbers, or a bound that is not between 1e-290 and 1e290.
     """
     vectors = np.asarray(vectors)
     if vectors.ndim != 2 or vectors.dtype.kind not in "biuf" or not np.isfinite(vectors).all():
@@ -966,7 +966,7 @@ def secure_sum(vectors, threshold, neighbors=None, drop=None, bound=None):
     if bound is None:
         bound = np.abs(vectors).max() or 1.0
     if not 1e-290 < bound < 1e290:
-        raise ValueError(f"bound is finite and above 0, not {bound}.")
+        raise ValueError(f"bound is between 1e-290 and 1e290, not {bound}.")
     largest = (2**31 - 1) // len(vectors)
     step = float(bound) / largest
     steps = np.rint(np.clip(vectors / step, -largest, largest))  # [n, d]

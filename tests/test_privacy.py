@@ -796,6 +796,8 @@ def test_secure_sum_refuses_what_it_cannot_add():
     for bound in (0, -1.0, math.inf, math.nan, 1e-320, 1e305):
         with pytest.raises(ValueError, match="bound"):
             privacy.secure_sum(ones, 2, bound=bound)
+    with pytest.raises(ValueError, match="bound is between 1e-290 and 1e290, not 1e\\+300"):
+        privacy.secure_sum(1e300 * ones, 2)
     with pytest.raises(ValueError):
         privacy.secure_sum(ones, 2, drop={"lunch": [0]})
     with pytest.raises(AggregationAborted, match="2 clients are left, 3 are needed"):

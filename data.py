@@ -304,8 +304,8 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
     If this process is killed, ffmpeg ends when its pipes close. A call that uses neither input nor
     output must be `watched` (`die_with_parent`), which makes its start slow.
 
-    Raises ValueError if the file makes it crash, and OSError if it was interrupted or found no
-    room on the disk or in memory.
+    Raises ValueError if the file makes it crash, OSError if it found no room on the disk or in
+    memory, and KeyboardInterrupt if it was stopped, as by Ctrl-C, which may reach it first.
     """
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
@@ -327,7 +327,7 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
     # What it wrote looks like a whole file, but is not. Status 255 alone would not tell: some
     # damaged files end with it, too.
     if "Exiting normally, received signal" in text:  # Ctrl-C
-        raise InterruptedError("ffmpeg was stopped")
+        raise KeyboardInterrupt("ffmpeg was stopped")
     if process.returncode < 0:
         raise ValueError("ffmpeg crashed")
     shortage = "No space left|quota exceeded|Cannot allocate memory"
@@ -1407,7 +1407,7 @@ def delete_unused(folder, used):
 def decode_into_cache(file):
     """Write a `CacheFile`; return '', or the reason why its source cannot be used.
 
-    Raises OSError where that is not the source's fault: the disk is full, ffmpeg was stopped.
+    Raises OSError where the disk is full.
     """
     try:
         file.write()

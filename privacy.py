@@ -1366,9 +1366,7 @@ def main(arguments=None):
     add("--rate", type=float, default=1.0, help="probability that a client joins a round")
     add("--rounds", type=int, nargs="+", default=[2])
     add("--delta", type=float, default=1e-5, help="below 1 / clients")
-    add(
-        "--noise", type=float, help="noise multiplier z = noise / sensitivity of the fewest clients"
-    )
+    add("--noise", type=float, help="noise multiplier z, noise / sensitivity of the fewest clients")
     add("--target-epsilon", type=float, help="use the least z that keeps it, instead of --noise")
     add("--audit", action="store_true", help="canaries and other checks, and what they must flag")
     add("--length", type=int, default=40, help="values of an update, for --audit")

@@ -820,7 +820,7 @@ def train(config, people, run, device, workers):
         raise ValueError(f"{run / 'clients'}: lost or not shared, and with it the clients' c_i")
     if workers.rank == 0:
         # Not before the run's files have shown that they are whole.
-        forget_rounds(run, state["round"])
+        forget_rounds(run, state)
         if state["round"] < config["fed"]["rounds"]:
             if "control" in state:
                 check_controls(clients, state)
@@ -1099,14 +1099,18 @@ def check_controls(clients, state):
         client.load_control(state["round"])
 
 
-def forget_rounds(run, num_rounds):
+def forget_rounds(run, state):
     """Drop the line of a round that was logged but not saved; it is done again.
 
     Raises ValueError for any other number of lines: what the rounds have spent is lost.
     """
     path = run / "rounds.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if len(lines) not in (num_rounds, num_rounds + 1):
+    num_rounds = state["round"]
+    most = num_rounds + 1
+    if any(noise for _, noise, _ in state["accountant"]):  # then rounds are charged before
+        most = min(most, privacy.Accountant(state["accountant"]).num_rounds)
+    if not num_rounds <= len(lines) <= most:
         raise ValueError(
             f"{path}: damaged, or last.pt is an older one: {len(lines)} rounds are not {num_rounds}"
         )

@@ -100,7 +100,7 @@ def run_rounds(rank, size, port, folder, num_rounds):
     state = {"adapter": adapter, "round": 0, "accountant": [], "sampling_key": "07" * 32}
     if rank == 0 and (folder / "last.pt").exists():
         state = train.load_checkpoint(folder / "last.pt", "global adapter")
-        train.forget_rounds(folder, state["round"])
+        train.forget_rounds(folder, state)
     state = workers.broadcast(state)
     log_round = train.log_round
 

@@ -907,6 +907,13 @@ def test_a_log_of_other_rounds_than_last_pt_is_refused(finished, tmp_path, capsy
     assert snapshot(copied) == before
 
 
+def test_a_last_pt_of_the_round_before_is_refused(finished, longer, tmp_path, capsys):
+    copied = copy_run(longer, tmp_path)
+    shutil.copy(finished[1] / "last.pt", copied)
+    error = last_line(capsys, "--resume", str(copied), "--set", "fed.rounds=3")
+    assert "last.pt is an older one: 3 rounds are not 2" in error
+
+
 @pytest.fixture(scope="module")
 def controlled(finished):
     """A run of SCAFFOLD's first round."""

@@ -387,19 +387,6 @@ class Mechanism:
         # the noisy sum of weights may be close to 0 or below
         return values[:-1] / max(weight, self.min_weight), weight
 
-    def shrinkage(self, mean, weight_sum):
-        """Return the factor in [0, 1] that takes a noisy mean (`decode`) nearer to the true one: the
-        share of its power that is not noise.
-
-        The positive part of James and Stein's estimator (1961): whatever the true mean is, the
-        expected squared error falls, but for length <= 2. It is post-processing (Balle and Wang
-        2018, Section 4).
-        """
-        std = self.total_std * self.step / max(weight_sum, self.min_weight)  # of each value
-        noise = max(0, self.length - 2) * std**2
-        power = float(np.square(mean).sum())
-        return 1 - noise / power if power > noise else 0.0
-
     def _noise(self, std, context):
         if std == 0:
             return np.zeros(self.length + 1)

@@ -908,7 +908,6 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 decoded = mechanism.decode(total, len(cohort), len(survivors), index)
                 # The server's noise for dropouts is random: all workers take that of rank 0.
                 mean, weight_sum = workers.broadcast(decoded)
-                mean = mean * mechanism.shrinkage(mean, weight_sum)  # by how much of it is noise
             else:
                 mean, weight_sum, survivors = fed.plain_mean(workers.merge(uploads), dropouts)
         except privacy.AggregationAborted as error:

@@ -681,17 +681,6 @@ def test_the_rounds_noise_has_the_promised_size(monkeypatch, tmp_path):
     )
 
 
-def test_a_rounds_mean_is_shrunk(monkeypatch, tmp_path):
-    clients = [QuadraticClient(f"c{i}", 0.0, 0.0) for i in range(5)]
-    settings = ["fed.rounds=1", "privacy.noise_multiplier=1.0", "privacy.seed=0"]
-    adapters = []
-    for factor in (1.0, 0.25):
-        monkeypatch.setattr(privacy.Mechanism, "shrinkage", lambda *args: factor)
-        state, _ = run_rounds(monkeypatch, tmp_path / str(factor), clients, 0.0, settings)
-        adapters.append(state["adapter"])
-    assert adapters[0].norm() > 0 and torch.allclose(0.25 * adapters[0], adapters[1])
-
-
 def test_epsilon_counts_the_rounds_of_the_client_that_is_in_most(monkeypatch, tmp_path):
     clients = [QuadraticClient(f"c{i}", 0.0, 0.0) for i in range(20)]
     settings = ["fed.rounds=12", "fed.sample_rate=0.3", "privacy.target_epsilon=2.0"]

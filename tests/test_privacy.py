@@ -367,35 +367,6 @@ def test_the_noise_that_curious_clients_do_not_know_covers_the_sensitivity():
                 m.decode(total, p, m.min_survivors(p) - 1)
 
 
-@pytest.mark.parametrize("length", [3, 64])
-@pytest.mark.parametrize("distance", [0.0, 0.5, 2.0])
-def test_a_shrunk_mean_has_the_error_of_the_closed_form(length, distance):
-    """Stein's identity, integrated over the chi-squared law of the noisy mean's squared norm."""
-    m = mechanism(length=length, noise_multiplier=3.0)
-    std = (
-        3.0 * m.sensitivity / math.sqrt(0.8) / 4
-    )  # of a value of the mean, for weights of 4 in sum
-    true = np.full(length, distance * std)
-    draw = np.random.default_rng(0)
-    errors = []
-    for _ in range(4000):
-        noisy = true + std * draw.standard_normal(length)
-        shrunk = m.shrinkage(noisy, 4.0) * noisy
-        errors.append(np.square(shrunk - true).sum() / std**2)
-    law = stats.ncx2(length, distance**2 * length) if distance else stats.chi2(length)
-    positive, _ = integrate.quad(lambda x: law.pdf(x) / x, length - 2, np.inf)
-    zero, _ = integrate.quad(lambda x: law.pdf(x) * (x - 2 * length), 0, length - 2)
-    expected = length - (length - 2) ** 2 * positive + zero
-    assert np.mean(errors) == pytest.approx(expected, rel=0.05)
-    assert expected < length  # the error of the noisy mean
-
-
-def test_a_mean_without_noise_is_not_shrunk():
-    assert mechanism(noise_multiplier=0.0).shrinkage(np.ones(400), 1.0) == 1.0
-    assert mechanism(length=2).shrinkage(np.ones(2), 1.0) == 1.0  # no estimate is better there
-    assert mechanism().shrinkage(np.zeros(400), 1.0) == 0.0
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_noise_does_not_tell_whether_a_client_takes_part(seed):
     """Forty coin tosses, as in the audit's experiment, where all 40 guesses were right."""

@@ -37,7 +37,6 @@ TINY = [
     "backbone.batch_size=2",
     "fed.local_epochs=0.2",
     "privacy.num_curious=1",
-    "privacy.target_epsilon=3000",  # five people: with more noise the global adapter would be 0
     "personal.clients=2",
     "personal.steps=1",
     "personal.batch_size=2",
@@ -351,7 +350,7 @@ def test_a_run_keeps_its_promise_of_privacy(finished):
     _, run = finished
     report = read_json(run / "report.json")["privacy"]
     rounds = read_rounds(run)
-    assert report["private"] and 2999 < report["epsilon"] <= 3000
+    assert report["private"] and 1.99 < report["epsilon"] <= 2.0
     assert [r["round"] for r in rounds] == [0, 1]
     assert rounds[0]["epsilon"] < rounds[1]["epsilon"] == report["epsilon"]
     assert privacy.main(["--verify", str(run)]) in (0, None)
@@ -1285,7 +1284,7 @@ def test_the_mechanism_is_checked_for_as_many_numbers_as_are_sent(monkeypatch, c
 def test_a_dry_run_prints_what_a_run_sends_and_spends(capsys):
     train.main(["--gpus", "cpu", "--action", "dry-run", "--set", *TINY])
     printed = capsys.readouterr().out
-    for words in ("epsilon 3000 at delta 1e-05", "trained and sent by a client", "bytes"):
+    for words in ("epsilon 2 at delta 1e-05", "trained and sent by a client", "bytes"):
         assert words in printed, words
 
 
@@ -1301,7 +1300,7 @@ def test_a_dry_run_counts_what_a_run_has_spent(finished, monkeypatch, capsys):
     spent = privacy.Accountant(state["accountant"])
     spent.spend(train.accounted_rate(config["fed"]), mechanism.noise_multiplier, 2)
     epsilon = spent.epsilon_known_cohorts(config["privacy"]["delta"], participations)
-    assert epsilon > 3100 and f"epsilon {epsilon:.4g} at" in capsys.readouterr().out
+    assert epsilon > 2.1 and f"epsilon {epsilon:.4g} at" in capsys.readouterr().out
 
 
 def test_a_dry_run_multiplies_timed_steps(monkeypatch, capsys):

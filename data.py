@@ -70,8 +70,8 @@ PICTURE_SUFFIXES = tuple(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .jp2"
 
 
 def die_with_parent(parent):
-    """Have this process killed when its parent, the process number `parent`, ends, however that
-    ends (prctl PR_SET_PDEATHSIG, which Linux alone has); now, if it has ended already.
+    """Have the kernel kill this process when its parent, process number `parent`, ends, however
+    that ends, or now if it has ended. Linux only (prctl PR_SET_PDEATHSIG).
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -103,19 +103,19 @@ def errors_in_one_line(interrupted="interrupted"):
         yield
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_short_of_memory(error):
-            raise  # our fault
+            raise  # a bug: the traceback says where
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(1)  # if rank 0 fails of the same, this process ends without repeating it
+            time.sleep(1)  # if rank 0 fails for the same reason, it ends this one before it prints
         refuse(str(error) or type(error).__name__)
     except KeyboardInterrupt:
-        if "RANK" in os.environ:  # of several workers, whose launcher says it
+        if "RANK" in os.environ:  # one of several workers: their launcher prints it
             sys.exit(2)
         refuse(interrupted)
 
 
 def is_short_of_memory(error):
-    """Return whether an error says that there is too little memory, or that the process that makes
-    batches was killed, as it is where there is none left; torch has no class of its own for either.
+    """Return whether an error means too little memory: a failed allocation, or a process for
+    batches that the kernel killed; torch has no class of its own for either.
     """
     messages = "(out of|allocate) memory|^DataLoader worker"
     return isinstance(error, MemoryError) or bool(re.search(messages, str(error)))
@@ -127,8 +127,8 @@ def is_first_worker():
 
 
 def in_threads(function, items, title):
-    """Return [function(item)] of all items, computed by a thread for each CPU and one more, as some
-    wait for ffmpeg to start, with a progress bar where there is a terminal.
+    """Return [function(item) for item in items], by a thread for each CPU and one more, as some
+    wait for ffmpeg to start, with a progress bar in a terminal.
     """
     disable = None if items else True  # None: if there is no terminal
     return thread_map(function, items, desc=title, max_workers=num_cpus() + 1, disable=disable)

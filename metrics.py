@@ -1128,15 +1128,17 @@ class FaceFinder(nn.Module):
             scores.append(score[0])
         boxes = torch.cat(boxes)
         scores = torch.cat(scores)
-        means = []
-        second = []
+        # Take the mean of each find and of what overlaps it, and look there once more.
+        merged = []
+        merged_scores = []
         for i in nms(boxes, scores, 0.3)[:6]:
             near = box_iou(boxes[i : i + 1], boxes)[0] > 0.5
             weights = scores * near
-            means.append(weights @ boxes / weights.sum())
-            second.append((scores[i] + 2 * self._look_again(pyramid, means[-1])) / 3)
-        boxes = torch.stack(means)
-        scores = torch.stack(second)
+            box = weights @ boxes / weights.sum()
+            merged.append(box)
+            merged_scores.append((scores[i] + 2 * self._look_again(pyramid, box)) / 3)
+        boxes = torch.stack(merged)
+        scores = torch.stack(merged_scores)
         kept = nms(boxes, scores, 0.3)
         boxes = boxes[kept[scores[kept] > LEAST_SCORE]]
         sides = boxes[:, 2] - boxes[:, 0]

@@ -159,8 +159,8 @@ class Accountant:
     def epsilon(self, delta, orders=None):
         """Return epsilon against an adversary who knows neither who nor how many joined a round.
 
-        (For one who knows that p of n joined, rate p / n is no bound: somebody else was there in the
-        client's place. As for fixed cohorts, take rate 1.)
+        (Against one who knows that p of n joined, rate p / n gives no bound, as without this client
+        another one would have joined: take rate 1, as for fixed cohorts.)
         orders > 1: the Renyi bound at these orders alone; None: the best of ORDERS and of the exact
         bound without sampling. Raises ValueError unless 0 < delta < 1.
         """
@@ -246,8 +246,8 @@ def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
 
 
 def most_participations(cohorts, num_spent=0):
-    """Return an upper bound of the rounds of any one client: those of its `cohorts` [[k]], and each
-    round spent beyond them: which one was killed and done again is not recorded.
+    """Return an upper bound of the rounds that any one client was in: those of `cohorts` [[k]] that
+    list it, and each round spent beyond them, as nobody knows which one was killed and done again.
     """
     counts = np.bincount(np.concatenate([np.zeros(0, int), *cohorts]).astype(int))
     return int(counts.max(initial=0)) + max(0, num_spent - len(cohorts))
@@ -613,8 +613,8 @@ class RoundParams:
         if num_clients < 2:
             raise AggregationAborted("A sum hides nothing with fewer than 2 clients.")
         self.degree = num_clients - 1 if neighbors is None else neighbors
-        # Of a client's share holders, itself included: a holder reveals one of its two secrets, so
-        # that not both can be opened.
+        # Of a client's share holders, itself included. Each reveals its share of only one of the
+        # client's two secrets, so that only one of them can be opened.
         majority = (self.degree + 1) // 2 + 1
         if length < 1:
             raise ValueError("A vector has 1 value or more.")

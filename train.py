@@ -1091,7 +1091,7 @@ def begin_training(run, config):
 
 
 def check_controls(clients, state):
-    """Write SCAFFOLD's first c_i, zeros; later raise ValueError unless each client's can be read."""
+    """Write SCAFFOLD's first c_i, zeros; later raise ValueError unless all of them can be read."""
     for client in clients:
         if state["round"] == 0:
             client.write_controls({0: torch.zeros_like(state["control"])})
@@ -1229,7 +1229,7 @@ def describe_privacy(config, state):
     if mechanism is None:
         pooled = config["fed"]["algorithm"] == "centralized"
         reason = "the clients' clips are pooled" if pooled else "privacy.enabled is false"
-        return {"private": False, "epsilon": None, "reason": reason}
+        return {"private": False, "epsilon": None, "no_privacy_because": reason}
     accountant = privacy.Accountant(state["accountant"])
     if accountant.history:  # a resumed run may have changed fed.rounds, which chooses the noise
         _, noise_multiplier, _ = accountant.history[-1]
@@ -1821,7 +1821,7 @@ def dry_run(args, config, device):
     num_rounds = max(state["round"], f["rounds"])
     state |= {"adapter": adapter, "accountant": accountant.history, "round": num_rounds}
     report = describe_privacy(config, state)
-    epsilon = f"inf: {report.get('reason') or report.get('no_privacy_because')}"
+    epsilon = f"inf: {report['no_privacy_because']}"
     if report["private"]:
         epsilon = f"{report['epsilon']:.4g} at delta {report['delta']:g} if cohorts are known, "
         epsilon += f"{report['epsilon_with_sampling']:.4g} if they are not"

@@ -994,6 +994,7 @@ class CacheFile:
     def write(self):
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
         sound = find_sound(self.source, self.sounds)
+        heard = {sound: file_state(sound)} if sound else {}  # before: it may change meanwhile
         with atomic_write(self.path) as temporary:
             _, audio, note = decode_video(
                 self.source, self.size, self.crop, temporary, sound, self.finder
@@ -1010,7 +1011,7 @@ class CacheFile:
                 "frames": num_frames,
                 "note": note[:1000],
                 "checksum": zlib.crc32(content, checksum(temporary)),
-                "sound": {sound: file_state(sound)} if sound else {},
+                "sound": heard,
             }
             with open(temporary, "ab") as file:
                 file.writelines([content, b"\n", json.dumps(self.info).encode()])

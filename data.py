@@ -951,7 +951,10 @@ def open_cache(cache, root, size, crop, finder):
                 if time.time() - other.stat().st_mtime > 86400 * DAYS_KEPT:
                     shutil.rmtree(other)
         return folder
-    raise ValueError(f"no cache for decoded clips can be written ({reason}): name another folder")
+    raise ValueError(
+        f"no cache for decoded clips can be written ({reason}): name another folder, by runtime.cache "
+        "or XDG_CACHE_HOME"
+    )
 
 
 def checksum(path, length=None):
@@ -1506,10 +1509,10 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_f
             usable.append(clip)
     print_troubles(dataset, most=20)
     people = by_person(usable)
-    # Clients need a clip each for training, validation and testing; unseen people one for the
+    # Clients need a take each for training, validation and testing; unseen people one for the
     # reference picture and one to be measured on.
-    few = {name for name, clips in people.items() if len(clips) < 3}
-    single = {name for name, clips in people.items() if len(clips) < 2}
+    few = {name for name, clips in people.items() if len(by_take(clips)) < 3}
+    single = {name for name, clips in people.items() if len(by_take(clips)) < 2}
     roles = split_people(list(people), num_clients, num_unseen, seed, few, single)
     if len(roles[0]) < MIN_PUBLIC:
         raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
@@ -1556,24 +1559,31 @@ def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unsee
     return public, sorted(clients), sorted(unseen)
 
 
-def num_held_out(num_clips):
-    """Return how many of a person's clips are for validation; as many are for testing."""
-    return max(1, round(num_clips / 5))
+def by_take(clips):
+    """Return one person's clips as takes [[Clip]]: what several of MEAD's cameras saw is one."""
+    takes = {}
+    for clip in clips:
+        takes.setdefault(re.sub(rf"^(video-)?{CAMERA_ANGLE}-", "", clip.name), []).append(clip)
+    return list(takes.values())
+
+
+def num_held_out(num_takes):
+    """Return how many of a person's takes are for validation; as many are for testing."""
+    return max(1, round(num_takes / 5))
 
 
 def split_clips(clips, seed):
-    """Return {"train", "validation", "test": clips} of one person; a fifth in each of the last two.
+    """Return {"train", "validation", "test": clips} of one person; a fifth of the takes in each of
+    the last two.
 
-    Raises ValueError for fewer than three clips.
+    Raises ValueError for fewer than three takes.
     """
     person = clips[0].person
-    takes = {}  # what MEAD's cameras saw at once stays together
-    for clip in clips:
-        takes.setdefault(re.sub(rf"^video-{CAMERA_ANGLE}-", "", clip.name), []).append(clip)
-    takes = list(takes.values())
+    takes = by_take(clips)
     if len(takes) < 3:
         raise ValueError(
-            f"{person} has {len(takes)} usable clips; train, validation and test need at least 3"
+            f"{person} has {len(takes)} usable clips; train, validation and test need at least 3 "
+            "(views of one take are one)"
         )
     # A person's split does not depend on who else is there.
     order = rng_of("clips", seed, person).permutation(len(takes))

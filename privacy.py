@@ -1286,14 +1286,14 @@ def print_audit(args, z):
         clip_norm=1.0,
         noise_multiplier=z,
         length=args.length,
-        num_clients=args.clients[0],
+        num_clients=min(args.clients),
         weight_scale=0.5,
         min_weight=1.0,
         survivor_share=0.8,
     )
-    if args.clients[0] < 2:
+    if min(args.clients) < 2:
         raise ValueError("--audit needs 2 clients or more.")
-    cohort_size = min(12, args.clients[0])
+    cohort_size = min(12, *args.clients)
     zeros = np.zeros(args.length)
     num_uploads = math.ceil(64 / args.length)  # of few numbers all are even at times
     uploads = [mechanism.encode(zeros, 0.0, cohort_size).view("<i4") for _ in range(num_uploads)]
@@ -1354,7 +1354,11 @@ def main(arguments=None):
     add("--rounds", type=int, nargs="+", default=[2])
     add("--delta", type=float, default=1e-5, help="below 1 / clients")
     add("--noise", type=float, help="noise multiplier z, noise / sensitivity of the fewest clients")
-    add("--target-epsilon", type=float, help="use the least z that keeps it, instead of --noise")
+    add(
+        "--target-epsilon",
+        type=float,
+        help="instead of --noise: least z that keeps it if cohorts are secret",
+    )
     add("--audit", action="store_true", help="canaries and other checks, and what they must flag")
     add("--length", type=int, default=40, help="values of an update, for --audit")
     add("--verify", metavar="RUN", help="compute the report of a run again, from its record")

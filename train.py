@@ -1174,7 +1174,7 @@ def summarize_round(config, accountant, cohorts, diagnostics):
 
 
 def validate(model, clients, state, workers):
-    """Return {"unexplained": mean unexplained variance of the validation clips of the first 12
+    """Return {"unexplained": mean unexplained variance of a validation clip of each of the first 12
     clients with the global adapter, "not_validated": [why a client's could not be measured]}.
     """
     lora.load_adapter_vector(model, state["adapter"])
@@ -1327,7 +1327,7 @@ TRAINED = ("backbone", "global adapter", "personal adapter", "personal adapter, 
 
 
 def evaluate(config, model, judges, people, clients, state, personal, backbone, run, workers):
-    """Generate and score every method on the clients' test clips, and on unseen people; write
+    """Generate and score every method on two test clips of each client, and on unseen people; write
     pictures and videos. Each worker does so for a share of the clips; return the report at rank 0.
     """
     e = config["evaluate"]["num_frames"]

@@ -1,7 +1,7 @@
 """Where the default run's time goes: python tests/bench_default.py [RUN COMMIT]
 
 Runs the default from nothing, or reads the report of a finished RUN that was made at COMMIT and
-trained its backbone itself. One figure is kept in tests/results/clock.md: minutes until a face
+trained its backbone itself. It adds a row to tests/results/clock.md, above all minutes until a face
 talks, which is the time of judges and backbone, if the backbone alone then opens the mouths of
 people whom nothing was trained on as the truth does (r of at least 0.8), and moves as steadily
 (jitter 0.8 to 1.25 of the truth's). The time to draw the synthetic talkers is not in it.

@@ -1437,7 +1437,7 @@ def test_people_are_disjoint_and_keep_their_roles():
             data.split_people(few, 4, 1, 0)
 
 
-def test_who_has_too_few_clips_to_split_is_no_client(tmp_path):
+def test_who_has_too_few_clips_to_split_is_no_client(tmp_path, monkeypatch):
     names = [f"speaker{i}" for i in range(8)] + ["client-0", "unseen-0"]
     few = {"speaker0", "speaker1", "client-0", "unseen-0"}
     public, clients, unseen = data.split_people(names, 4, 1, seed=1, no_clients=few)
@@ -1454,6 +1454,9 @@ def test_who_has_too_few_clips_to_split_is_no_client(tmp_path):
     assert set(people.clients) == {"p19", "p20", "p21"}
     with pytest.raises(ValueError, match="12 people .9 with fewer than 3 clips. cannot be split"):
         data.load_people(tmp_path / "in", 16, 1.0, 4, 1, 0, cache=tmp_path / "cache")
+    monkeypatch.setattr(data, "by_take", lambda clips: [clips])  # all of one take
+    with pytest.raises(ValueError, match="12 people .12 with fewer than 3 clips. cannot be split"):
+        data.load_people(tmp_path / "in", 16, 1.0, 3, 1, 0, cache=tmp_path / "cache")
 
 
 def test_a_clip_that_two_people_have_trains_and_tests_nobody(tmp_path, capsys):
@@ -1583,11 +1586,12 @@ def test_the_clips_of_a_person_are_split():
         data.split_clips([clip_of("dora", "1"), clip_of("dora", "2")], 0)
 
 
-def test_what_several_cameras_saw_at_once_is_on_one_side_of_a_split():
+@pytest.mark.parametrize("above", ["video-", ""])  # "" of a dataset of one person
+def test_what_several_cameras_saw_at_once_is_on_one_side_of_a_split(above):
     clips = []
     for angle in ("front", "left_30", "top"):
         for i in range(5):
-            clips.append(replace(clip_of("M003", str(i)), name=f"video-{angle}-sad-level_1-{i}"))
+            clips.append(replace(clip_of("M003", str(i)), name=f"{above}{angle}-sad-level_1-{i}"))
     parts = data.split_clips(clips, 0).values()
     assert [len(part) for part in parts] == [9, 3, 3]
     assert [len({clip.name[-1] for clip in part}) for part in parts] == [3, 1, 1]

@@ -432,7 +432,7 @@ def find_sounds(folder):
                 for rest in (below, angleless):
                     folders.append(os.sep.join([*parts[:i], sound, *rest]))
     sounds = {}
-    for place in folders:
+    for place in dict.fromkeys(folders):  # each once
         try:
             names = os.listdir(place)
         except OSError:  # there is none, or it cannot be read
@@ -1511,8 +1511,9 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_f
     people = by_person(usable)
     # Clients need a take each for training, validation and testing; unseen people one for the
     # reference picture and one to be measured on.
-    few = {name for name, clips in people.items() if len(by_take(clips)) < 3}
-    single = {name for name, clips in people.items() if len(by_take(clips)) < 2}
+    num_takes = {name: len(by_take(clips)) for name, clips in people.items()}
+    few = {name for name, num in num_takes.items() if num < 3}
+    single = {name for name, num in num_takes.items() if num < 2}
     roles = split_people(list(people), num_clients, num_unseen, seed, few, single)
     if len(roles[0]) < MIN_PUBLIC:
         raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")

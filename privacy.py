@@ -328,7 +328,7 @@ class Mechanism:
         # is below 2^31.
         rounding = math.sqrt(self.length + 1) / 2  # in steps
         largest = self.clip_norm * max(1.0, self.weight_scale)  # coordinate of an upload
-        # of the sum's noise / S
+        # Standard deviation of the sum's noise / S.
         relative_std = self.noise_multiplier / math.sqrt(self.survivor_share)
         tail = NOISE_TAIL * relative_std
         room = 2.0**31 - 1 - self.num_clients - tail * rounding
@@ -1282,18 +1282,19 @@ def print_table(args, z):
 
 def print_audit(args, z):
     """Print one line for each check, on a mechanism and broken copies; return if all were right."""
+    num_clients = min(args.clients)  # z is theirs, as in the table
     mechanism = Mechanism(
         clip_norm=1.0,
         noise_multiplier=z,
         length=args.length,
-        num_clients=min(args.clients),
+        num_clients=num_clients,
         weight_scale=0.5,
         min_weight=1.0,
         survivor_share=0.8,
     )
-    if min(args.clients) < 2:
+    if num_clients < 2:
         raise ValueError("--audit needs 2 clients or more.")
-    cohort_size = min(12, *args.clients)
+    cohort_size = min(12, num_clients)
     zeros = np.zeros(args.length)
     num_uploads = math.ceil(64 / args.length)  # of few numbers all are even at times
     uploads = [mechanism.encode(zeros, 0.0, cohort_size).view("<i4") for _ in range(num_uploads)]

@@ -674,6 +674,7 @@ def load_or_pretrain(config, public, run, device, workers):
     """
     own = run / "backbone.pt"
     cache = Path(config["runtime"]["directory"]) / "backbones" / backbone_key(config, public)
+    # What is cached is read without a lock, for which its folder would have to be writable.
     if not workers.broadcast(own.exists() or (cache / "backbone.pt").exists()):
         lock = run_lock(cache, wait=True) if workers.rank == 0 else contextlib.nullcontext()
         try:

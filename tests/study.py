@@ -9,7 +9,7 @@ there --jobs cells run at once.
 `fed.seed` differs between the seeds of a cell: batches, cohorts and noise change, people and
 backbone stay. Writes the tables into their sections of tests/results/study.md, above the words there:
 means with 95 % intervals over people and seeds (`crossed_ci`), and differences to the table's
-reference row, pair by pair (same person, same seed).
+reference row, pair by pair (same person, same seed), which are drawn in tests/results/study/ as well.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,11 @@ METRICS = (
     "jitter_error",  # |jitter_ratio - 1|
     "psnr",
 )
+DRAWN = {  # metrics of the pictures, with their titles
+    "mouth_correlation*": "mouth opening: r",
+    "unexplained": "motion left unexplained",
+    "jitter_error": "jitter: distance from the truth's",
+}
 # Tables whose cells train a backbone each.
 BACKBONES = ("parts", "unseen")
 # Without personal adapters there is time to look at more people.
@@ -309,31 +315,108 @@ def write_interval(values):
     return f"{result['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def write_table(name, table, commit, args):
-    """Return a table as lines of Markdown: values, then differences to its first row."""
+def subtract_first(values):
+    """Return {row: {metric: [seeds, people]}} less its first row, for the others; None where they
+    cannot be compared.
+    """
+    (_, reference), *others = values.items()
+    differences = {}
+    for label, row in others:
+        differences[label] = {}
+        for metric, own in row.items():
+            other = reference[metric]
+            comparable = own is not None and other is not None and own.shape == other.shape
+            differences[label][metric] = own - other if comparable else None
+    return differences
+
+
+def describe_cost(reports):
+    """Return how long the runs of a table took, and on what, as text."""
+    runs = {report["name"]: report for report in reports}
+    stages = ("rounds", "personal adapters", "evaluation")
+    seconds = [sum(run["seconds"][stage] for stage in stages) for run in runs.values()]
+    hardware = reports[0]["hardware"]
+    device = hardware["gpu"] or f"{hardware['machine']}, threads: {hardware['threads']}"
+    return f"{len(runs)} runs, the median of {np.median(seconds) / 60:.1f} min ({device})"
+
+
+def make_table(name, table, commit, args):
+    """Return a table's section as lines of Markdown, values and differences to its first row, and
+    the picture of these, which the section shows.
+    """
     values = {}
-    seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds"
-    lines = [f"## {name}", "", f"{table.question} Commit {commit}, {seeds}.", ""]
-    lines += ["| | epsilon | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    epsilons = {}
+    all_reports = []
     for cell in table.cells:
         reports = [run_cell(cell, seed, args) for seed in range(args.seeds)]
+        all_reports += reports
+        values[cell.label] = {metric: collect(reports, cell.method, metric) for metric in METRICS}
         epsilon = reports[0]["privacy"]["epsilon"]
-        values[cell.label] = {m: collect(reports, cell.method, m) for m in METRICS}
-        row = [write_interval(values[cell.label][m]) for m in METRICS]
-        epsilon = "-" if epsilon is None or cell.method == "backbone" else f"{epsilon:.2f}"
-        lines.append(f"| {cell.label} | {epsilon} | " + " | ".join(row) + " |")
+        unknown = epsilon is None or cell.method == "backbone"
+        epsilons[cell.label] = "-" if unknown else f"{epsilon:.2f}"
     reference = table.cells[0].label
+    differences = subtract_first(values)
+    seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds"
+    lines = [f"## {name}", ""]
+    lines += [f"{table.question} Commit {commit}, {seeds}; {describe_cost(all_reports)}.", ""]
+    lines += [f"![{name}](study/{picture_name(name)})", ""]
+    lines += ["| | epsilon | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    for label, row in values.items():
+        intervals = " | ".join(write_interval(row[metric]) for metric in METRICS)
+        lines.append(f"| {label} | {epsilons[label]} | {intervals} |")
     lines += ["", f"Minus {reference}:", ""]
     lines += ["| | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for cell in table.cells[1:]:
-        row = []
-        for metric in METRICS:
-            own = values[cell.label][metric]
-            other = values[reference][metric]
-            comparable = own is not None and other is not None and own.shape == other.shape
-            row.append(write_interval(own - other) if comparable else "-")
-        lines.append(f"| {cell.label} | " + " | ".join(row) + " |")
-    return lines
+    for label, row in differences.items():
+        intervals = " | ".join(write_interval(row[metric]) for metric in METRICS)
+        lines.append(f"| {label} | {intervals} |")
+    return lines, draw_differences(reference, differences)
+
+
+def picture_name(table):
+    """Return the file name of a table's picture."""
+    return table.replace(" ", "-") + ".png"
+
+
+def draw_differences(reference, differences):
+    """Return a picture of differences {row: {metric: [seeds, people]}} to the row `reference`: means
+    as dots, 95 % intervals as lines, blue where 0 is outside. What is beyond the scale is a ring at
+    its end.
+    """
+    label_width, panel_width, row_height, margin = 560, 400, 40, 40
+    font = ImageFont.load_default(22)
+    size = label_width + panel_width * len(DRAWN), row_height * (len(differences) + 2)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((label_width, row_height / 2), f"minus {reference}", "#888888", font, "rm")
+    for i, label in enumerate(differences, start=1):
+        pen.text((label_width, row_height * (i + 0.5)), label, "black", font, "rm")
+    for j, (metric, title) in enumerate(DRAWN.items()):
+        results = {}
+        for i, row in enumerate(differences.values(), start=1):
+            if row[metric] is not None:
+                result = crossed_ci(row[metric])
+                results[i] = result["mean"], *(result["ci95"] or [result["mean"]] * 2)
+        values = [value for result in results.values() for value in result]
+        # Noise wrecks some rows, at whose scale all others would be one point; and a difference of
+        # a thousandth is to look like one.
+        low, high = np.clip(min(values), -0.5, -0.02), np.clip(max(values), 0.02, 0.5)
+        left = label_width + j * panel_width + margin
+        scale = (panel_width - 2 * margin) / (high - low)
+        bottom = size[1] - row_height
+        pen.text((left + panel_width / 2 - margin, row_height / 2), title, "black", font, "mm")
+        ends = [end for end in (low, high) if abs(end) > 0.15 * (high - low)]  # not upon the 0
+        for x in (*ends, 0.0):
+            at = left + (x - low) * scale
+            pen.line((at, row_height, at, bottom), "#888888" if x == 0 else "#dddddd", 2)
+            pen.text((at, bottom + row_height / 2), f"{x:.2g}", "#888888", font, "mm")
+        for i, result in results.items():
+            y = row_height * (i + 0.5)
+            color = "#888888" if result[1] <= 0 <= result[2] else "#1f77b4"
+            at, begin, end = (left + (np.clip(x, low, high) - low) * scale for x in result)
+            pen.line((begin, y, end, y), color, 4)
+            inside = low <= result[0] <= high
+            pen.ellipse((at - 8, y - 8, at + 8, y + 8), color if inside else "white", color, 3)
+    return sheet
 
 
 def update_page(page, name, lines):
@@ -370,8 +453,11 @@ def main():
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     run_ahead([cell for name in args.tables for cell in tables[name].cells], args)
     path = ROOT / "tests" / "results" / "study.md"
+    pictures = path.with_suffix("")
+    pictures.mkdir(exist_ok=True)
     for name in args.tables:
-        lines = write_table(name, tables[name], commit, args)
+        lines, picture = make_table(name, tables[name], commit, args)
+        picture.quantize(32).save(pictures / picture_name(name))
         print("\n".join(lines), end="\n\n")
         path.write_text(update_page(path.read_text("utf-8"), name, lines), "utf-8")
 

@@ -257,6 +257,25 @@ def test_the_study_renews_a_table_and_keeps_the_words_below_it():
     assert study.update_page(page, "c", ["## c", "", "| 5 |"]) == page + "\n## c\n\n| 5 |\n"
 
 
+def test_the_study_draws_in_blue_what_differs_from_0():
+    people = np.linspace(-0.1, 0.1, 9)[None]  # 1 9
+    values = {
+        "first": people,
+        "alike": people[:, ::-1],
+        "better": people + 0.3,
+        "worse": people - 9,
+    }
+    values = {row: dict.fromkeys(study.DRAWN, x) for row, x in values.items()}
+    differences = study.subtract_first(values)
+    assert list(differences) == ["alike", "better", "worse"]
+    np.testing.assert_allclose(differences["better"]["unexplained"], np.full((1, 9), 0.3))
+    picture = np.asarray(study.draw_differences("first", differences)).astype(int)  # h w 3
+    blue = (picture[..., 2] - picture[..., 0] > 100).sum(1)  # of each line
+    rows = blue.reshape(5, -1).sum(1)  # title, three rows, scale
+    assert rows[0] == rows[1] == rows[4] == 0
+    assert rows[2] > rows[3] > 200  # a ring at the end of the scale is not filled
+
+
 def test_auc_counts_ties_half_and_is_that_of_two_gaussians():
     assert metrics.auc([3, 4], [1, 2]) == 1 and metrics.auc([1, 2], [3, 4]) == 0
     assert metrics.auc([1, 1], [1]) == 0.5 and metrics.auc([2, 0], [1]) == 0.5

@@ -215,15 +215,21 @@ def slice_clip(clip, start, stop, **changes):
 
 
 def to_float(frames, device="cpu"):
-    """Return uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]."""
+    """Return uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]; raises TypeError for others."""
     # torch warns of read-only memory and refuses negative strides.
-    frames = torch.from_numpy(np.require(frames, requirements="CW"))
+    frames = np.require(frames, requirements="CW").astype(np.uint8, casting="safe", copy=False)
+    frames = torch.from_numpy(frames)
     return frames.to(device).float().mul_(1 / 127.5).sub_(1)
 
 
 def to_unit(frames):
     """Return frames in [-1, 1] as frames in [0, 1], clamped."""
     return ((frames + 1) / 2).clamp(0, 1)
+
+
+def to_int16(audio):
+    """Return int16 sound as it is; raises TypeError for floats, of which silence would be left."""
+    return np.asarray(audio).astype(np.int16, casting="safe", copy=False)
 
 
 # ---------------------------------------------------------------- spectrograms
@@ -256,7 +262,7 @@ def log_mel(audio, chunk_seconds=60):
     margin = (FFT - HOP) // 2
     # Pad to a whole frame, so that f frames always have 4 f steps.
     rest = -len(audio) % SAMPLES_PER_FRAME
-    padded = np.pad(np.asarray(audio, np.int16), (margin, margin + rest))
+    padded = np.pad(to_int16(audio), (margin, margin + rest))
     steps = []
     chunk = chunk_seconds * SAMPLE_RATE  # samples
     for start in range(0, len(audio), chunk):  # an hour at once would take gigabytes
@@ -886,7 +892,7 @@ def write_video(path, frames, audio=None, comment="", crf=16, sound_codec="aac")
     with atomic_write(path) as temporary, tempfile.TemporaryDirectory() as folder:
         if audio is not None:  # ffmpeg has one standard input, and the frames are on it
             sound = Path(folder, "sound")
-            sound.write_bytes(np.asarray(audio, np.int16).tobytes())
+            sound.write_bytes(to_int16(audio).tobytes())
             inputs += [*f"-f s16le -ar {SAMPLE_RATE} -ac 1 -i".split(), sound]
         blocks = itertools.chain([first], blocks)
         # file: for names such as a:b, which would be a protocol
@@ -1627,9 +1633,9 @@ def sample_batch(
     Returns a dict of tensors on `device`, frames [b f 3 H W] and reference [b 3 H W] in [-1, 1],
     mel [b f 20 40], liveliness [b], and the list prompt. If the reference comes from a clip with
     the same prompt, it shows the expression already, and the prompt becomes "". Raises ValueError
-    if nobody has a clip.
+    if nobody has a clip (`by_person` leaves out those that are too short).
     """
-    if not people:
+    if not any(people.values()):
         raise ValueError(f"no clip has the {num_frames} frames that a training window needs")
     names = sorted(people)
     probability = torch.tensor([float(len(people[name])) for name in names]).sqrt()  # people

@@ -381,30 +381,29 @@ def train_adapter(
         optimizer = torch.optim.SGD(parameters, lr=lr)
         corrections = lora.split_vector(parameters, correction)
     generator = torch.Generator().manual_seed(seed)
-    # Seeds the adapters' dropout; torch.manual_seed would ask every kind of device each time.
-    dropout_seed = derive_seed(seed)
-    torch.default_generator.manual_seed(dropout_seed)
-    if parameters[0].is_cuda:
-        torch.cuda.manual_seed_all(dropout_seed)
-    model.unet.train()  # for that dropout: nothing else in the UNet has a mode
+    gpus = [parameters[0].device] if parameters[0].is_cuda else []
+    model.unet.train()  # for the adapters' dropout: nothing else in the UNet has a mode
     sums = {}
     try:
-        for step in range(num_steps):
-            batch = client.train_batch(model, batch_size, generator)
-            terms = backward(model, judges, batch, loss_weights, generator, micro_batch, bf16)
-            if proximal:
-                for parameter, anchor in zip(parameters, anchors):
-                    parameter.grad += proximal * (parameter.detach() - anchor)
-            if correction is None:
-                optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            else:
-                # Option II divides phi_k - g by K lr: neither clipping nor momentum may interfere.
-                for parameter, piece in zip(parameters, corrections):
-                    parameter.grad += piece
-            optimizer.step()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value / num_steps
+        # That dropout draws from torch's own generators, which keep their state for others.
+        with torch.random.fork_rng(gpus):
+            torch.manual_seed(derive_seed(seed))
+            for step in range(num_steps):
+                batch = client.train_batch(model, batch_size, generator)
+                terms = backward(model, judges, batch, loss_weights, generator, micro_batch, bf16)
+                if proximal:
+                    for parameter, anchor in zip(parameters, anchors):
+                        parameter.grad += proximal * (parameter.detach() - anchor)
+                if correction is None:
+                    optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
+                    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                else:
+                    # Option II divides phi_k - g by K lr: no clipping, no momentum.
+                    for parameter, piece in zip(parameters, corrections):
+                        parameter.grad += piece
+                optimizer.step()
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + value / num_steps
     finally:  # a step that fails costs this client's update only
         model.unet.eval()
     trained = lora.adapter_vector(model)

@@ -4,7 +4,9 @@
     train = "B":   W' = W + (alpha / rank) B A      A frozen, B trained
     train = "AB":  W' = W + (alpha / rank) B A      both trained (Eq. 7, the paper's)
 
-R alone is LoRA-XS (Balazy et al. 2024), B alone FFA-LoRA (Sun et al. 2024).
+R alone has the form of LoRA-XS (Balazy et al. 2024), here with A and B from gradients, as in LoRA-SB
+(Ponkshe et al. 2024); federated it is Fed-SB (Singhal et al. 2025). B alone is FFA-LoRA (Sun et al.
+2024).
 
 With A frozen the mean of the clients' adapted layers is exactly the layer of the mean adapter; with
 A and B trained it is not, as mean(B_k) mean(A_k) differs from mean(B_k A_k). R has rank^2 numbers a
@@ -41,6 +43,18 @@ class LoRALayer(nn.Module):
             B if train == "R" else torch.zeros_like(B), requires_grad=train != "R"
         )
 
+    @property
+    def weight(self):
+        """W' of Eq. 7, in the shape of W: what a module reads that does not call this layer, such as
+        nn.MultiheadAttention.
+        """
+        update = self.scaling * self.output_factor() @ self.A.flatten(1)  # out (in k k)
+        return self.base.weight + update.view_as(self.base.weight)
+
+    @property
+    def bias(self):
+        return self.base.bias
+
     def output_factor(self):
         """Return B R, or B where R is not there: [out, rank]."""
         return self.B if self.R is None else self.B @ self.R
@@ -53,13 +67,6 @@ class LoRALayer(nn.Module):
         else:
             h = F.linear(F.linear(h, self.A), self.output_factor())  # ... in -> ... rank -> ... out
         return self.base(x) + self.scaling * h
-
-    @torch.no_grad()
-    def merge(self):
-        """Add the adapter to the base layer's weight, in place and once; return the base layer."""
-        update = self.scaling * self.output_factor() @ self.A.flatten(1)  # out (in k k)
-        self.base.weight += update.view_as(self.base.weight)
-        return self.base
 
 
 def adaptable_layers(module):
@@ -75,8 +82,8 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
     `directions` {layer name: (A [r, in...], B [out, r])} with r >= rank gives the frozen factors
     (`leading_directions`); without it, and for "AB", they are random, drawn on the CPU so that
     every device starts from the same numbers. Raises ValueError for a rank, alpha or dropout out of
-    range, an unknown `train`, a name that no layer contains, or a convolution with groups, dilation
-    or a padding that is not of zeros.
+    range, an unknown `train`, a name that no layer contains, a layer without directions, a
+    convolution with groups, dilation or a padding that is not of zeros, or a module with adapters.
     """
     if train not in TRAIN_CHOICES:
         raise ValueError(f"lora.train must be one of {', '.join(TRAIN_CHOICES)}, not {train!r}")
@@ -94,7 +101,11 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
     adapted = {n: layer for n, layer in adaptable_layers(module).items() if layers in n}
     if not adapted:
         raise ValueError(f"lora.layers: no layer has {layers!r} in its name")
+    if any(isinstance(layer, LoRALayer) for layer in module.modules()):
+        raise ValueError("the module has adapters already: merge_lora folds them in")
     for name, layer in adapted.items():
+        if use_directions and name not in directions:
+            raise ValueError(f"{name}: there are no directions for it")
         if isinstance(layer, nn.Conv2d):  # the adapter has the stride and the padding alone
             if (layer.groups, layer.dilation, layer.padding_mode) != (1, (1, 1), "zeros"):
                 raise ValueError(f"{name}: has groups, dilation or a padding that is not of zeros")
@@ -111,8 +122,8 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
 
 
 def random_directions(layer, rank, generator):
-    """Return random A [rank, in...] (Kaiming uniform, as in Hu et al. 2022) and B [out, rank] for a
-    layer.
+    """Return random A [rank, in...] (Kaiming uniform, as in the code of Hu et al. 2022) and B [out,
+    rank] for a layer.
     """
     weight = layer.weight
     A = torch.empty(rank, *weight.shape[1:])
@@ -201,10 +212,12 @@ def load_adapter_vector(module, vector):
 
 
 def merge_lora(module):
-    """Fold every adapter into its layer, in place, and return `module` without adapters: same
-    output, less work.
+    """Fold every adapter into its layer and return `module` without adapters: same output, less
+    work.
     """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoRALayer):
-            module.set_submodule(name, layer.merge())
+            # a new parameter: another layer may share the old one
+            layer.base.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+            module.set_submodule(name, layer.base)
     return module

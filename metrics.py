@@ -49,13 +49,11 @@ def check_frames(*clips):
         if clip.shape != clips[0].shape or not clip.numel():
             shapes = " and ".join(str(list(clip.shape)) for clip in clips)
             raise ValueError(f"frames to compare must have one shape, not {shapes}")
-        low, high = clip.detach().aminmax()
-        if low.isnan():
+        low, high = (float(value) for value in clip.detach().aminmax())
+        if math.isnan(low):
             raise ValueError("frames must be finite: did a training diverge? Lower its lr")
         if not (low > -1e-3 and high < 1 + 1e-3):
-            raise ValueError(
-                f"frames must lie in [0, 1], not {low.item():.3g} ... {high.item():.3g}"
-            )
+            raise ValueError(f"frames must lie in [0, 1], not {low:.3g} ... {high:.3g}")
 
 
 def unit_frames(frames):
@@ -274,8 +272,9 @@ def frechet_distance(real_features, fake_features):
 def kernel_distance(real_features, fake_features, subset_size=1000):
     """Return mean and std over 100 subsets of the kernel distance (KID, Binkowski et al. 2018).
 
-    It is the unbiased squared MMD with the kernel (x.y/d + 1)^3 of two matrices [n d], of at most
-    5,000 rows each. With fewer than `subset_size` rows a subset holds half of them; with hardly
+    It is the squared MMD with the kernel (x.y/d + 1)^3 of two matrices [n d], of at most 5,000 rows
+    each, unbiased for independent rows. Frames of a clip are not: compare methods on the same clips
+    only, where the truth may have less than 0. With fewer than `subset_size` rows a subset holds half of them; with hardly
     more, subsets are nearly the same and their std says nothing.
     """
     generator = torch.Generator().manual_seed(0)
@@ -577,7 +576,7 @@ def lse(syncnet, frames, audio):
     if num_frames < LEAST_FOR_SYNC:
         raise ValueError(f"LSE needs {LEAST_FOR_SYNC} frames with sound, not {num_frames}")
     num_windows = num_frames - 5  # the published script leaves the last one out
-    cepstra = torch.from_numpy(mfcc(audio)).to(frames)
+    cepstra = torch.from_numpy(mfcc(data.to_int16(audio))).to(frames)
     cepstra = F.pad(cepstra, (0, 0, 0, max(0, 4 * (num_windows + 4) - len(cepstra))))
     parts = []
     for start in range(0, num_windows, 20):  # bounds the memory

@@ -861,10 +861,11 @@ class TalkingHead(nn.Module):
         `scales` {name: number or [b]} weigh the conditions, 1 where not given; a clip without words
         has no text.
         """
+        scales = scales or {}
+        if not scales.keys() <= set(CONDITIONS):
+            raise ValueError(f"conditions are {', '.join(CONDITIONS)}, not {', '.join(scales)}")
         has_words = (words > 0).any(1).float()  # b
-        scale = {
-            name: torch.ones_like(has_words) * (scales or {}).get(name, 1.0) for name in CONDITIONS
-        }
+        scale = {name: torch.ones_like(has_words) * scales.get(name, 1.0) for name in CONDITIONS}
         return {
             "speech": (self.speech_encoder(mel), scale["speech"]),  # b f window+1 d
             "identity": (self.identity_encoder(reference), scale["identity"]),  # b (n 16) d
@@ -953,7 +954,7 @@ class TalkingHead(nn.Module):
 
         Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w): x0 =
         x0_without + guidance (x0_with - x0_without). In pure noise only, where x0_hat rests on the
-        conditions and the known frames (a limited interval: Kynkaanniemi et al. 2024).
+        conditions and the known frames.
         """
         num_known = known.shape[1]
         tokens, scale = conditions["speech"]

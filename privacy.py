@@ -166,8 +166,8 @@ class Accountant:
         """
         unsampled = self.epsilon_known_cohorts(delta) if orders is None else math.inf
         orders = ORDERS if orders is None else tuple(orders)
-        if not orders or min(orders) <= 1:
-            raise ValueError("orders are one or more numbers above 1.")
+        if not orders or not all(1 < order < math.inf for order in orders):
+            raise ValueError("orders are one or more finite numbers above 1.")
         check_delta(delta)
         rdp = np.zeros(len(orders))
         for sample_rate, noise_multiplier, rounds in self.history:
@@ -237,6 +237,8 @@ def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
     """
     if not (isinstance(key, bytes) and len(key) == 32):
         raise ValueError("key is 32 bytes from new_sampling_key().")
+    if not 0 <= sample_rate <= 1:
+        raise ValueError(f"sample_rate is in [0, 1], not {sample_rate}.")
     stream = hashlib.shake_256(b"cohort|%d|" % round_index + key).digest(8 * num_clients)
     uniform = (np.frombuffer(stream, "<u8") >> np.uint64(11)) * 2.0**-53  # [clients] in [0, 1)
     if fixed_size:
@@ -299,7 +301,8 @@ class Mechanism:
     noise variance z^2 S^2 / tau and does not tell who stayed. The server knows its own part, which
     leaves z^2 S^2 m / (tau p), less the parts of num_curious clients that may help it. With at
     least tau p + num_curious survivors it is z^2 S^2 or more. Raises ValueError for settings that
-    are out of range or do not fit 32 bits.
+    are out of range or do not fit 32 bits. To change one make a new mechanism (`replace`): step and
+    noise are computed once.
     """
 
     clip_norm: float  # largest L2 norm of an update in the sum
@@ -382,6 +385,7 @@ class Mechanism:
         if not self.min_survivors(cohort_size) <= num_survivors <= cohort_size:
             raise ValueError(f"{num_survivors} survivors of {cohort_size} add too little noise.")
         top_up = self.total_std * math.sqrt((cohort_size - num_survivors) / cohort_size)
+        total = np.asarray(total).astype("<u4")  # of wider integers all that counts
         values = (total.view("<i4") + self._noise(top_up, context)) * self.step  # [length + 1]
         weight = float(values[-1]) / (self.weight_scale * self.clip_norm)
         # the noisy sum of weights may be close to 0 or below
@@ -900,7 +904,7 @@ def run_protocol(params, vectors, drop=None, workers=None):
         raise ValueError(f"Clients drop out before one of {', '.join(STAGES)}.")
     if workers is not None:
         params = workers.broadcast(params)  # one session for all
-    if not set(vectors) <= set(params.place):
+    if not set(vectors).union(*drop.values()) <= set(params.place):
         raise ValueError(f"The clients of a round are 0 to {params.num_clients - 1}.")
     for vector in vectors.values():
         check_vector(vector, params)

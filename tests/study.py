@@ -145,16 +145,16 @@ def make_tables():
             cells.append(Cell(f"{label}, gamma 5", ("plain",), ("fed.gamma=5.0",), variant=variant))
         reliability[share] = cells
 
-    poisoned = [plain, private]
-    titles = {("plain",): "not clipped, no noise", (): "epsilon 2.0"}
+    clipped = Cell("clipped", (), ("privacy.target_epsilon=0.0",))  # without noise
+    poisoned = [replace(plain, label="not clipped"), clipped]
     attacks = {}  # label -> variant
     for fault in ("sign changed", "tenfold", "backdoor"):
         attacks[f"10 % {fault}"] = "--fault", fault, "--share", "0.1"
     attacks["10 % backdoor, tone"] = *attacks["10 % backdoor"], "--tone"
     attacks["tone"] = ("--tone",)
     for label, variant in attacks.items():
-        for presets, title in titles.items():
-            poisoned.append(Cell(f"{label}, {title}", presets, variant=variant))
+        poisoned.append(Cell(f"{label}, not clipped", ("plain",), variant=variant))
+        poisoned.append(replace(clipped, label=f"{label}, clipped", variant=variant))
 
     thirty = "personal.clients=30"  # twelve cannot tell a jitter nearer to 1 from one as far off
     tdc = [Cell("no TDC", ("plain",), ("loss.tdc=0.0", thirty), "personal adapter")]

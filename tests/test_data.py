@@ -1637,6 +1637,21 @@ def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
     assert whole["frames"].shape == (4, 30, 3, 8, 8)
     with pytest.raises(ValueError, match="31 frames"):
         data.sample_batch(data.by_person(people["a"], 31), 2, 31, torch.Generator())
+    with pytest.raises(ValueError, match="8 frames"):
+        data.sample_batch({"a": []}, 2, 8, torch.Generator())
+
+
+def test_sound_and_pictures_in_floats_are_refused(tmp_path):
+    """Of sound in [-1, 1], as torchaudio reads it, silence would be left; of pictures in [0, 1] black."""
+    sound = np.random.RandomState(0).uniform(-1, 1, 640).astype(np.float32)
+    frames = np.zeros((1, 3, 8, 8), np.uint8)
+    with pytest.raises(TypeError, match="float32.*int16"):
+        data.log_mel(sound)
+    with pytest.raises(TypeError, match="float32.*int16"):
+        data.write_video(tmp_path / "a.mp4", frames, sound)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="float32.*uint8"):
+        data.to_float(frames.astype(np.float32))
 
 
 def test_references_of_the_same_clip_and_people_by_the_root_of_their_clips():

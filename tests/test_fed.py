@@ -319,6 +319,11 @@ def test_local_training_lowers_the_loss_and_is_reproducible():
     other, _ = fed.local_update(model, None, client, state, 8, **kwargs)
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert set(terms) == {"diffusion", "tdc"}
+    torch.manual_seed(3)  # of whoever calls: another mechanism's noise must not follow from ours
+    fed.local_update(model, None, client, state, 7, **kwargs)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
     batch = random_batch(model, 4, 6, 5, shift=1.0)
     lora.load_adapter_vector(model, state["adapter"])
     before = fed.unexplained_variance(model, batch, 0).mean()

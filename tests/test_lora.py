@@ -144,6 +144,35 @@ def test_merged_equals_unmerged(train):
     assert not torch.allclose(merged(X), network()(X), atol=1e-1)
 
 
+@torch.no_grad()
+def test_a_weight_that_two_layers_share_is_merged_into_the_adapted_one_alone():
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+    net[1].weight = net[0].weight
+    embedded = net[0](torch.arange(9))
+    lora.inject_lora(net, rank=2, alpha=6, train="B")
+    randomize(net)
+    expected = net(torch.arange(9))
+    assert torch.allclose(lora.merge_lora(net)(torch.arange(9)), expected, atol=1e-5)
+    assert torch.equal(net[0](torch.arange(9)), embedded)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_that_reads_its_layers_weights_is_adapted_too(training):
+    """nn.MultiheadAttention never calls its out_proj, and in evaluation nn.TransformerEncoderLayer
+    none of its layers.
+    """
+    net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).train(training)
+    x = torch.randn(2, 5, 8)
+    plain = net(x)
+    assert lora.inject_lora(net, rank=2, alpha=6, train="AB") == 3
+    assert torch.allclose(net(x), plain, atol=1e-5)
+    randomize(net)
+    expected = net(x)
+    assert not torch.allclose(expected, plain, atol=1e-1)
+    assert torch.allclose(lora.merge_lora(net)(x), expected, atol=1e-5)
+
+
 def test_dropout_acts_on_the_adapter_in_training_only():
     net = network().eval()
     lora.inject_lora(net, rank=2, alpha=6, dropout=0.5)
@@ -176,6 +205,7 @@ def test_the_mean_under_dropout_is_the_layer_without():
         ({"dropout": 1.0}, "lora.dropout must be at least 0 and below 1, not 1.0"),
         ({"dropout": -0.1}, "lora.dropout must be at least 0"),
         ({"train": "A"}, "lora.train must be one of R, B, AB, not 'A'"),
+        ({"directions": {"0": (X, X)}}, "2: there are no directions for it"),
     ],
 )
 def test_values_out_of_range_raise_and_leave_the_network_alone(change, message):
@@ -184,6 +214,15 @@ def test_values_out_of_range_raise_and_leave_the_network_alone(change, message):
         lora.inject_lora(net, **{"rank": 2, "alpha": 6} | change)
     assert all(p.requires_grad for p in net.parameters())
     assert not any(isinstance(layer, lora.LoRALayer) for layer in net.modules())
+
+
+def test_a_network_that_has_adapters_gets_others_once_they_are_merged():
+    net = adapted()
+    vector = randomize(net)
+    with pytest.raises(ValueError, match="has adapters already"):
+        lora.inject_lora(net, rank=2, alpha=6)
+    assert torch.equal(lora.adapter_vector(net), vector)
+    assert lora.inject_lora(lora.merge_lora(net), rank=2, alpha=6) == 4
 
 
 # ---------------------------------------------------------------- the frozen factors

@@ -178,6 +178,11 @@ def test_frames_out_of_range_are_refused_everywhere(frames):
             call()
 
 
+def test_white_in_bfloat16_is_in_range():
+    white = torch.ones(1, 3, 8, 8, dtype=torch.bfloat16)
+    assert metrics.psnr(white, white) == 100
+
+
 def test_frames_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         metrics.psnr(noise(2, 3, 16, 16), noise(2, 3, 16, 17))
@@ -493,6 +498,8 @@ def test_lse_needs_35_frames_and_does_not_depend_on_its_chunks():
     for num_frames, num_sounds in ((34, 50), (50, 34)):
         with pytest.raises(ValueError, match="35 frames with sound, not 34"):
             metrics.lse(BrightnessSyncNet(), frames[:num_frames], audio[: 640 * num_sounds])
+    with pytest.raises(TypeError, match="float64.*int16"):
+        metrics.lse(BrightnessSyncNet(), frames, audio / 32768)
 
 
 # ---------------------------------------------------------------- files of weights

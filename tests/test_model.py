@@ -401,6 +401,11 @@ def test_scale_zero_drops_one_condition_and_no_other(name):
         assert same == (other == name)
 
 
+def test_a_scale_of_an_unknown_condition_is_refused():
+    with pytest.raises(ValueError, match="conditions are speech, identity, text, not audio"):
+        predict_x0(small_model(), *inputs(), audio=0.0)
+
+
 def test_scales_may_differ_by_clip_and_half_a_scale_is_between():
     model = small_model()
     arguments = inputs()

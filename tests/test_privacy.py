@@ -217,8 +217,9 @@ def test_the_accountant_takes_only_what_is_in_range():
     for target, delta in [(0, 1e-6), (-1, 1e-6), (1e-9, 1e-6), (math.nan, 1e-6), (1, 0)]:
         with pytest.raises(ValueError):
             privacy.find_noise_multiplier(target, delta, 0.5, 1000)
-    with pytest.raises(ValueError):
-        privacy.compute_epsilon(0.1, 1, 1, 1e-6, orders=(1.0, 2.0))
+    for order in (1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="finite numbers above 1"):
+            privacy.compute_epsilon(0.1, 1, 1, 1e-6, orders=(order, 2.0))
     with pytest.raises(ValueError):
         privacy.Accountant([[0.1, -1.0, 3]])
 
@@ -245,6 +246,9 @@ def test_cohorts_need_the_secret_key_and_nothing_else():
     for wrong in (0, 1234, "0" * 32, b"", b"0" * 31):  # the config's seed is no key
         with pytest.raises(ValueError):
             privacy.draw_cohort(1000, 0.3, wrong, 5)
+    for rate in (10, -0.1, math.nan):  # a number of clients is no rate
+        with pytest.raises(ValueError, match="sample_rate is in"):
+            privacy.draw_cohort(1000, rate, key, 5)
 
 
 def test_every_client_joins_independently_with_the_sample_rate():
@@ -339,6 +343,14 @@ def test_updates_and_weights_out_of_range_are_refused():
 def test_a_client_whose_training_failed_sends_zeros():
     m = mechanism(noise_multiplier=0.0)
     assert not m.encode(np.zeros(400), 0.0, 20).any()
+
+
+def test_a_sum_in_wider_integers_is_decoded_as_that_in_32_bits():
+    m = mechanism(noise_multiplier=0.0)
+    uploads = [m.encode(np.full(400, x), 1.0, 20) for x in (-0.1, 0.01)]
+    expected = m.decode(np.sum(uploads, axis=0, dtype=np.uint32), 20, 20)
+    found = m.decode(np.sum(uploads, axis=0), 20, 20)  # uint64
+    assert np.array_equal(found[0], expected[0]) and found[1] == expected[1]
 
 
 def test_the_noise_has_the_same_variance_whoever_stays():
@@ -782,6 +794,8 @@ def test_run_protocol_refuses_vectors_of_the_wrong_form():
             privacy.run_protocol(RoundParams(2, 5), {0: good, 1: bad})
     with pytest.raises(ValueError, match="0 to 1"):
         privacy.run_protocol(RoundParams(2, 5), {0: good, 2: good})
+    with pytest.raises(ValueError, match="0 to 1"):
+        privacy.run_protocol(RoundParams(2, 5), {0: good, 1: good}, {"mask": [2]})
 
 
 class ThreadWorkers:

@@ -439,20 +439,15 @@ def find_sounds(folder):
                     folders.append(os.sep.join([*parts[:i], sound, *rest]))
     sounds = {}
     for place in dict.fromkeys(folders):  # each once
-        try:
-            names = os.listdir(place)
-        except OSError:  # there is none, or it cannot be read
-            continue
         found = []
-        for name in names:
-            stem, suffix = os.path.splitext(name)  # ".wav" has no suffix
-            if suffix.lower() in SOUND_SUFFIXES:
-                kind = SOUND_SUFFIXES.index(suffix.lower())
-                file = os.path.join(place, name)
-                found.append((kind, suffix.swapcase(), stem, file))  # .wav before .Wav and .WAV
-        for *_, stem, file in sorted(found):
+        with contextlib.suppress(OSError):  # there is no such folder, or it cannot be read
+            for file in Path(place).iterdir():
+                suffix = file.suffix.lower()
+                if suffix in SOUND_SUFFIXES:  # .wav before .Wav and .WAV
+                    found.append((SOUND_SUFFIXES.index(suffix), file.suffix.swapcase(), file))
+        for *_, file in sorted(found):
             if os.path.isfile(file):
-                sounds.setdefault(stem, file)
+                sounds.setdefault(file.stem, os.fspath(file))
     return sounds
 
 
@@ -1855,9 +1850,8 @@ REST = (0, 0.5, 500, 1500, 0, 0)  # mouth opening and width, two formants, voici
 
 
 def speech_curve(rng, seconds, mouths):
-    """Return syllables (str), and the curve float64 [t 6] at 200 Hz of what `REST` lists."""
+    """Return the curve float64 [t 6] at 200 Hz of what `REST` lists, for random syllables."""
     keys = [(-2.0, *REST)]  # (seconds, values), between which the curve is smooth
-    syllables = []
     t = -rng.uniform(0.05, 1.2)
     while t < seconds + 0.5:
         for _ in range(rng.integers(4, 10)):  # one phrase
@@ -1872,8 +1866,6 @@ def speech_curve(rng, seconds, mouths):
                 keys.append((t + at * length, narrow, width, *formants, voicing, hiss))
             for at in (0.5, 0.82):
                 keys.append((t + at * length, stress * opening, width, *formants, loudness, 0))
-            if 0 <= t < seconds:
-                syllables.append(consonant + vowel)
             t += length
         pause = rng.uniform(0.2, 0.45)
         keys += [(t + 0.1, *REST), (t + pause, *REST)]
@@ -1881,7 +1873,7 @@ def speech_curve(rng, seconds, mouths):
     times, *values = np.array(keys).T
     # PCHIP does not overshoot: a closed mouth stays closed.
     curve = PchipInterpolator(times, values, axis=1)(np.arange(0, seconds, 1 / CONTROL_HZ)).T
-    return " ".join(syllables).upper(), gaussian_filter1d(curve, 0.02 * CONTROL_HZ, axis=0)
+    return gaussian_filter1d(curve, 0.02 * CONTROL_HZ, axis=0)
 
 
 def synthesize(rng, p, curve):
@@ -2061,16 +2053,15 @@ def make_clip(stem, seed, seconds, size, accent):
     rng = rng_of(seed, name, stem.name)
     num_frames = round(seconds * FPS)
     prompt = str(rng.choice(["", *PROMPTS]))
-    text, curve = speech_curve(rng, num_frames / FPS, person.mouths)
+    curve = speech_curve(rng, num_frames / FPS, person.mouths)
     motion = make_motion(rng, person, curve, num_frames, prompt)
     audio = synthesize(rng, person, curve)
     frames = draw(person, motion, size)
     # AAC would take longer than all the rest.
     write_video(stem.with_suffix(".mp4"), frames, audio, crf=11, sound_codec="libmp3lame")
-    notes = {"Text": text, "Conf": "1", "Prompt": prompt}
-    notes["Opening"] = " ".join(f"{opening:.3f}" for opening in motion.opening.flat)
-    lines = [f"{key}:  {value}\n" for key, value in notes.items() if value]
-    stem.with_suffix(".txt").write_text("".join(lines))
+    openings = " ".join(f"{opening:.3f}" for opening in motion.opening.flat)
+    notes = f"Prompt:  {prompt}\nOpening:  {openings}\n"
+    stem.with_suffix(".txt").write_text(notes)
 
 
 def make_synthetic(
@@ -2103,8 +2094,7 @@ def make_synthetic(
     people |= {f"client-{i:03d}": clips_per_client for i in range(num_clients)}
     people |= {f"unseen-{i:03d}": clips_per_public for i in range(num_unseen)}
     options = {"seed": seed, "seconds": seconds, "size": size, "accent": accent}
-    made = {"num_public": num_public, "num_clients": num_clients, "num_unseen": num_unseen}
-    made |= {"clips_per_public": clips_per_public, "clips_per_client": clips_per_client}
+    made = {"num_clients": num_clients, "num_unseen": num_unseen}  # what load_people asks for
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         new = Path(folder, "new")
@@ -2151,7 +2141,9 @@ def contact_sheet(root, output, rows=12, columns=10, size=96):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Make, check and look at talking heads.")
+    parser = argparse.ArgumentParser(
+        description="Make, check and look at talking heads.", argument_default=argparse.SUPPRESS
+    )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--make", metavar="DIR", help="write the synthetic talkers there")
     task.add_argument(
@@ -2164,17 +2156,18 @@ def main(argv=None):
     for name in ("seconds", "accent"):
         parser.add_argument(f"--{name}", type=float, help="for --make")
     parser.error = refuse
-    options = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
-    tasks = {name: options.pop(name) for name in ("make", "check", "look") if name in options}
-    if options and "make" not in tasks:
+    options = vars(parser.parse_args(argv))  # only those that were given
+    chosen = next(name for name in ("make", "check", "look") if name in options)
+    place = options.pop(chosen)
+    if options and chosen != "make":
         refuse(f"--{next(iter(options)).replace('_', '-')} is for --make")
     with errors_in_one_line():
-        if "check" in tasks:
-            check(tasks["check"])
-        elif "look" in tasks:
-            contact_sheet(*tasks["look"])
+        if chosen == "make":
+            make_synthetic(place, **options)
+        elif chosen == "check":
+            check(place)
         else:
-            make_synthetic(tasks["make"], **options)
+            contact_sheet(*place)
 
 
 if __name__ == "__main__":

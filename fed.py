@@ -319,15 +319,8 @@ class Client:
             raise ValueError(f"{self.control_file}: the client's c_i is newer than last.pt")
         return controls[max(earlier)]
 
-    def save_control(self, num_rounds, control):
-        """Keep c_i as it is after `num_rounds` rounds, beside the one before."""
-        controls = self.read_controls()
-        # A round that is killed or aborted has to find c_i as it was.
-        kept = sorted(r for r in controls if r < num_rounds)[-1:]
-        self.write_controls({r: controls[r] for r in kept} | {num_rounds: control})
-
     def undo_control(self, num_rounds):
-        """Take back what save_control(num_rounds, ...) kept: the client's update did not count."""
+        """Take back the c_i after `num_rounds` rounds: the client's update did not count."""
         controls = self.read_controls()
         if controls.pop(num_rounds, None) is not None:
             self.write_controls(controls)
@@ -453,7 +446,10 @@ def local_update(
         update = torch.cat([update, change])  # 2 d
         # raises ValueError for a change that is not finite
         sent = torch.from_numpy(privacy.clip_update(update.numpy(), clip_norm)).float()
-        client.save_control(state["round"] + 1, own_control + sent[len(start) :])
+        # A round that is killed or aborted has to find c_i as it was.
+        num_rounds = state["round"]
+        later = own_control + sent[len(start) :]
+        client.write_controls({num_rounds: own_control, num_rounds + 1: later})
     return update, terms
 
 
@@ -500,18 +496,14 @@ def isfa_weight(num_samples, reliability, gamma, cap):
 
 def round_params(mechanism, cohort_size):
     """Return what clients and server agree on before a secure sum; raises AggregationAborted for
-    too small a cohort.
+    fewer than two clients.
     """
-    needed = max(2, mechanism.min_survivors(cohort_size))
-    if cohort_size < needed:
-        raise privacy.AggregationAborted(
-            f"the cohort has {cohort_size} clients, {needed} are needed"
-        )
     neighbors = privacy.choose_neighbors(cohort_size)
     # Opening an upload takes shares of more than half of the client's neighbours: the curious ones
     # have to stay below that.
     if neighbors is not None and mechanism.num_curious > neighbors // 2:
         neighbors = None
+    needed = mechanism.min_survivors(cohort_size)
     return privacy.RoundParams(
         cohort_size, mechanism.length + 1, neighbors=neighbors, min_survivors=needed
     )

@@ -1725,9 +1725,13 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
                 raise
             notes["too large for the memory: choose a smaller --size"].append(name)
     rows = evaluation.rows().get("fake", {})
+    unscored = defaultdict(list)  # (clips, what they lack) -> metrics
     for metric, row in rows.items():
-        for key in sorted(set(evaluation.people) - set(row.get("values", evaluation.people))):
-            notes[f"not in {metric}, which needs {METRICS[metric]['least']}"].append(key)
+        clips = sorted(set(evaluation.people) - set(row.get("values", evaluation.people)))
+        if clips:
+            unscored[tuple(clips), METRICS[metric]["least"]].append(metric)
+    for (clips, least), names in unscored.items():
+        notes[f"not in {', '.join(names)}, which needs {least}"] += clips
     if judges or any(name.startswith(("arcface", "syncnet")) for name in networks):
         note = "faces are neither cropped nor aligned: compare with files that are cut alike"
         notes[note].append("ArcFace, SyncNet and judges")

@@ -176,8 +176,6 @@ class Accountant:
         order = np.asarray(orders, float)
         # Canonne, Kamath and Steinke 2020, Prop. 12, arXiv:2004.00010
         epsilon = rdp + np.log1p(-1 / order) - np.log(delta * order) / (order - 1)
-        # Total variation is at most sqrt(1 - exp(-KL)) (Bretagnolle-Huber), and KL <= any RDP.
-        epsilon = np.where(-np.expm1(-rdp) < delta**2, 0.0, epsilon)
         return float(max(0.0, min(epsilon.min(), unsampled)))
 
     def epsilon_known_cohorts(self, delta, participations=None):
@@ -615,7 +613,7 @@ class RoundParams:
 
     def __init__(self, num_clients, length, threshold=None, neighbors=None, min_survivors=0):
         if num_clients < 2:
-            raise AggregationAborted("A sum hides nothing with fewer than 2 clients.")
+            raise AggregationAborted(f"the cohort has {num_clients} clients, 2 are needed")
         self.degree = num_clients - 1 if neighbors is None else neighbors
         # Of a client's share holders, itself included. Each reveals its share of only one of the
         # client's two secrets, so that only one of them can be opened.
@@ -1208,9 +1206,7 @@ def verify_run(folder):
     if checkpoint["checksum"] != train.checksum(state):
         raise ValueError("last.pt is damaged: its checksum does not match.")
     accountant = Accountant(state["accountant"])
-    path = folder / "rounds.jsonl"  # not there before the first round
-    lines = path.read_text().splitlines() if path.exists() else []
-    log = [json.loads(line) for line in lines]
+    log = train.read_rounds(folder)
     if [row["round"] for row in log] != list(range(state["round"])):
         raise ValueError(f"rounds.jsonl does not list the {state['round']} rounds of last.pt.")
 

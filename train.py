@@ -322,16 +322,6 @@ def fixed_settings(config, prefix=""):
     return fixed
 
 
-def check_resumed(before, after):
-    """Raise ValueError for the first setting in which a run's own config and the changed one may
-    not differ.
-    """
-    after = fixed_settings(after)
-    for name, value in fixed_settings(before).items():
-        if value != after[name]:
-            raise ValueError(f"--resume: the run was made with {name}={value}, not {after[name]}")
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -404,7 +394,7 @@ def log(run, text):
     """Print a line beside the progress bars and append it to log.txt."""
     tqdm.write(text)
     with open(run / "log.txt", "a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 @contextlib.contextmanager
@@ -1045,7 +1035,7 @@ def load_or_initialize(config, model, backbone, run):
         if state.get("settings") != settings:
             raise ValueError(f"{run / 'config.yaml'} was changed since the run was made")
         return state
-    if (run / "rounds.jsonl").exists() and (run / "rounds.jsonl").stat().st_size:
+    if read_rounds(run):
         raise ValueError(f"{run}: last.pt is lost, and with it what the rounds have spent")
     adapter = lora.adapter_vector(model)
     state = {
@@ -1209,13 +1199,14 @@ def log_round(run, record, workers):
 
 def describe_communication(config, model, numbers):
     """Return what a client sends and receives in a round of the expected size without dropouts, in
-    numbers and bytes.
+    numbers and bytes; where clips are pooled, no bytes.
     """
-    whole = sum(p.numel() for p in model.parameters())
+    about = {"numbers": numbers, "model_parameters": sum(p.numel() for p in model.parameters())}
+    if config["fed"]["algorithm"] == "centralized":
+        return about
     num_vectors = 2 if config["fed"]["algorithm"] == "scaffold" else 1  # with c, and c_i's change
-    about = {"numbers": numbers, "model_parameters": whole, "bytes_down": 4 * numbers * num_vectors}
     mechanism = make_mechanism(config, numbers)
-    about["bytes_up"] = about["bytes_down"]
+    about["bytes_up"] = about["bytes_down"] = 4 * numbers * num_vectors
     if mechanism:
         cohort_size = round(config["fed"]["sample_rate"] * config["data"]["clients"])
         params = fed.round_params(mechanism, cohort_size)
@@ -1292,17 +1283,20 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
                 finished[name] = content
     finished = workers.broadcast(finished)
     todo = [k for k, client in enumerate(clients) if client.name not in finished]
-    if todo and workers.rank == 0:
-        begin_training(run, config)
     own = {}
     mine = workers.assign([1.0] * len(todo))
     for i in tqdm(mine, "personal adapters", disable=workers.rank > 0):
         client = clients[todo[i]]
         seed = fed.derive_seed(config["fed"]["seed"], todo[i])
         trained = train_personal(model, judges, client, start, seed, **kwargs)
-        lora.load_adapter_vector(model, trained)
-        share = fed.unexplained_variance(model, client.validation_batch(model), seed).mean()
-        check_converged(float(share), client.name)
+        batch = client.validation_batch(model)
+        shares = []
+        for vector in (start, trained):
+            lora.load_adapter_vector(model, vector)
+            shares.append(float(fed.unexplained_variance(model, batch, seed).mean()))
+        check_converged(*shares, client.name)
+        if workers.rank == 0 and not own:  # not for settings that no adapter comes of
+            begin_training(run, config)
         liveliness = data.typical_liveliness(client.split["train"])
         content = made_by | {"adapter": trained, "liveliness": liveliness}
         save_checkpoint(paths[client.name], "personal adapter", content)
@@ -1315,9 +1309,11 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     return {name: content["adapter"] for name, content in finished.items()}
 
 
-def check_converged(share, name):
-    """Raise ValueError if a trained adapter leaves ten times as much unexplained as no motion."""
-    if not share < 10:  # NaN is not
+def check_converged(before, after, name):
+    """Raise ValueError if a trained adapter leaves ten times as much unexplained as no motion, and
+    as the global adapter, on which it began.
+    """
+    if not after < 10 * max(1.0, before):  # NaN is not
         raise ValueError(f"the training of {name}'s adapter diverged: lower personal.lr")
 
 
@@ -1340,7 +1336,8 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     splits = {client.name: client.split for client in clients}
     cases = metrics.make_cases(splits, e, 2)
     evaluation = metrics.Evaluation(cases, judges, networks, device)
-    pictures = Pictures(cases)
+    shown = cases[:: max(1, len(cases) // 8)][:8]  # in pictures and videos
+    pictures = {}  # place in `shown` -> method -> uint8 [f H W 3]
     models = {"backbone": backbone_model, "global adapter": global_model}
     seconds = 0.0
     num_frames = 0
@@ -1358,15 +1355,16 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
                 seconds += time.perf_counter() - started
                 num_frames += len(frames)
             evaluation.add(method, case, frames)
-            pictures.add(method, case, frames)
+            if case in shown:
+                pictures.setdefault(shown.index(case), {})[method] = to_pixels(frames)
     evaluation.merge(workers)
-    pictures.merge(workers)
+    pictures = workers.merge(pictures)
     speeds = workers.merge({workers.rank: num_frames / seconds if seconds else 0.0})
     unexplained = unexplained_table(config, models, adaptable, personal, clients, workers)
     unseen = evaluate_unseen(config, people.unseen, models, judges, networks, workers)
     if workers.rank > 0:
         return None
-    pictures.save(run)
+    save_pictures(run, list(zip(shown, pictures.values())))
     paired = {}
     for before, method in zip(trained, trained[1:]):
         paired[f"{method} - {before}"] = evaluation.paired(method, before)
@@ -1477,10 +1475,7 @@ def evaluate_unseen(config, unseen, models, judges, networks, workers):
         for name, clips in unseen.items()
         if len(clips) > 1
     }
-    if not splits:
-        return {}
-    e = config["evaluate"]["num_frames"]
-    cases = metrics.make_cases(splits, e, 1)
+    cases = metrics.make_cases(splits, config["evaluate"]["num_frames"], 1)
     evaluation = metrics.Evaluation(cases, judges, networks, models["backbone"].motion_std.device)
     for case in [cases[i] for i in workers.assign([1.0] * len(cases))]:
         evaluation.add("truth", case, case.frames)
@@ -1491,53 +1486,38 @@ def evaluate_unseen(config, unseen, models, judges, networks, workers):
     return evaluation.rows()
 
 
-class Pictures:
-    """Clips of 8 test cases: grid.png when the mouth is open widest, and samples/*.mp4 of every
-    second case.
+def save_pictures(run, pairs, zoom=2):
+    """Write grid.png, a row for each case when its mouth is open widest, and samples/*.mp4 of every
+    second case, with sound: the methods side by side.
+
+    `pairs` is [(case, {method: uint8 [f H W 3]})].
     """
-
-    def __init__(self, cases):
-        self.cases = cases[:: max(1, len(cases) // 8)][:8]
-        self.clips = {}  # place of a case -> method -> uint8 [f H W 3]
-
-    def add(self, method, case, frames):
-        """Keep the frames of a case that is shown."""
-        if case in self.cases:
-            self.clips.setdefault(self.cases.index(case), {})[method] = to_pixels(frames)
-
-    def merge(self, workers):
-        """Take over what the other workers have kept of their cases, in the order of the cases."""
-        self.clips = workers.merge(self.clips)
-
-    def save(self, run, zoom=2):
-        """Write grid.png, one row a case, and the videos with sound: the methods side by side."""
-        methods = [m for m in self.clips[0] if m != "copy reference"]
-        pairs = list(zip(self.cases, self.clips.values()))
-        rows = []
-        for case, clips in pairs:
-            moment = len(case.frames) // 2 if case.opening is None else int(case.opening.argmax())
-            tiles = [case.reference.transpose(1, 2, 0), *(clips[m][moment] for m in methods)]
-            rows.append(np.concatenate(tiles, axis=1))  # H (methods W) 3
-        grid = Image.fromarray(np.concatenate(rows))
-        grid = grid.resize((zoom * grid.width, zoom * grid.height), Image.LANCZOS)
-        sheet = Image.new("RGB", (grid.width, 16 + grid.height), "white")
-        sheet.paste(grid, (0, 16))
-        pen = ImageDraw.Draw(sheet)
-        for column, method in enumerate(["reference", *methods]):
-            title = method.removeprefix("personal adapter, ")  # the whole name is too wide
-            pen.text((column * grid.width // (1 + len(methods)) + 4, 3), title, "black")
-        save_picture(run / "grid.png", sheet)
-        samples = run / "samples"
-        samples.mkdir(exist_ok=True)
-        for video in samples.glob("*.mp4"):
-            video.unlink()  # an earlier evaluation may have shown other clips
-        in_videos = [m for m in methods if "other" not in m]
-        comment = "synthetic: " + " | ".join(in_videos)
-        for case, clips in pairs[::2]:
-            strip = np.concatenate([clips[m] for m in in_videos], axis=2)  # f H (methods W) 3
-            strip = strip.repeat(zoom, 1).repeat(zoom, 2)
-            name = data.short_name(f"{case.person}-{case.clip.name}")
-            data.write_video(samples / f"{name}.mp4", strip, case.audio, comment)
+    methods = [m for m in pairs[0][1] if m != "copy reference"]
+    rows = []
+    for case, clips in pairs:
+        moment = len(case.frames) // 2 if case.opening is None else int(case.opening.argmax())
+        tiles = [case.reference.transpose(1, 2, 0), *(clips[m][moment] for m in methods)]
+        rows.append(np.concatenate(tiles, axis=1))  # H (methods W) 3
+    grid = Image.fromarray(np.concatenate(rows))
+    grid = grid.resize((zoom * grid.width, zoom * grid.height), Image.LANCZOS)
+    sheet = Image.new("RGB", (grid.width, 16 + grid.height), "white")
+    sheet.paste(grid, (0, 16))
+    pen = ImageDraw.Draw(sheet)
+    for column, method in enumerate(["reference", *methods]):
+        title = method.removeprefix("personal adapter, ")  # the whole name is too wide
+        pen.text((column * grid.width // (1 + len(methods)) + 4, 3), title, "black")
+    save_picture(run / "grid.png", sheet)
+    samples = run / "samples"
+    samples.mkdir(exist_ok=True)
+    for video in samples.glob("*.mp4"):
+        video.unlink()  # an earlier evaluation may have shown other clips
+    in_videos = [m for m in methods if "other" not in m]
+    comment = "synthetic: " + " | ".join(in_videos)
+    for case, clips in pairs[::2]:
+        strip = np.concatenate([clips[m] for m in in_videos], axis=2)  # f H (methods W) 3
+        strip = strip.repeat(zoom, 1).repeat(zoom, 2)
+        name = data.short_name(f"{case.person}-{case.clip.name}")
+        data.write_video(samples / f"{name}.mp4", strip, case.audio, comment)
 
 
 def to_pixels(frames):
@@ -1596,7 +1576,10 @@ def write_report(run, report, losses):
         if rows:
             lines += ["", f"## {title}", "", metrics.markdown_table(rows, names)]
     for section in ("privacy", "communication", "seconds", "hardware", "speed"):
-        lines += ["", f"## {section}", "", "| | |", "|---|---|"]
+        lines += ["", f"## {section}", ""]
+        if section == "seconds":
+            lines += ["Of the last call, and of the training of what the backbone holds.", ""]
+        lines += ["| | |", "|---|---|"]
         for key, value in report[section].items():
             lines.append(f"| {key} | {json.dumps(finite(value))} |")
     write_text(run / "report.json", json.dumps(finite(report), indent=1))
@@ -1646,13 +1629,11 @@ def generate(args, config, device):
     liveliness = None  # as public people
     if args.adapter:
         content = load_checkpoint(args.adapter, "personal adapter")
-        expected = describe_personal(config, state)
-        if content["description"] | {"origin": expected["origin"]} != expected:
-            raise ValueError(f"{args.adapter}: made with other settings: {content['description']}")
-        if content["description"] != expected:
+        if content["description"]["origin"] != describe_personal(config, state)["origin"]:
             raise ValueError(
                 f"{args.adapter}: was trained on another global adapter than the run has now"
             )
+        config = config | {"personal": content["description"]}  # its own rank and factors
         model = add_adapter(config, model, backbone["directions"], "personal")
         model = merged_copy(model, content["adapter"])
         liveliness = torch.full([1], content["liveliness"], device=device)
@@ -1670,7 +1651,11 @@ def generate(args, config, device):
     if args.look:
         save_crops(args.look, "reference", pictures)
     reference = torch.stack([data.to_float(picture, device) for picture in pictures])[None]
-    audio, mel = read_speech_windows(args)
+    audio = data.read_speech(args.speech)
+    if args.seconds:
+        # 1e-6: 4.6 * 25 is a little less than 115 in floating point
+        audio = audio[: int(args.seconds * data.FPS + 1e-6) * data.SAMPLES_PER_FRAME]
+    mel = torch.from_numpy(data.audio_windows(data.log_mel(audio)))[None]
     scales = {name: getattr(args, f"{name}_scale") for name in talking.CONDITIONS}
     generator = torch.Generator().manual_seed(config["seed"] if args.seed is None else args.seed)
     words = model.text_encoder.ids([args.prompt]).to(device)
@@ -1700,17 +1685,6 @@ def speaking_blocks(stream, num_frames, watermark):
                 frames = add_watermark(frames)
             yield to_pixels(frames)
             bar.update(len(frames))
-
-
-def read_speech_windows(args):
-    """Return --speech, at most --seconds of it: audio int16 [640 f] and mel windows [1 f n m]."""
-    audio = data.read_speech(args.speech)
-    if args.seconds:
-        audio = audio[: round(args.seconds * data.SAMPLE_RATE)]
-    num_frames = max(1, len(audio) // data.SAMPLES_PER_FRAME)
-    audio = np.pad(audio, (0, data.SAMPLES_PER_FRAME))[: num_frames * data.SAMPLES_PER_FRAME]
-    mel = data.audio_windows(data.log_mel(audio))
-    return audio, torch.from_numpy(mel)[None]
 
 
 def add_watermark(frames):
@@ -1769,7 +1743,7 @@ def personalize_own(args, config, device):
     for name, vector in (("global adapter", start), ("personal adapter", trained)):
         share = fed.unexplained_variance(merged_copy(model, vector), batch, 0).mean()
         shares[name] = float(share)
-    check_converged(shares["personal adapter"], "the person")
+    check_converged(shares["global adapter"], shares["personal adapter"], "the person")
     content = {
         "adapter": trained,
         "description": describe_personal(config, state),
@@ -1797,7 +1771,7 @@ def dry_run(args, config, device):
     """--action dry-run: print what a run would be, send, spend and take, from timed steps."""
     print(yaml.safe_dump(config, sort_keys=False))
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
-    b, f = config["backbone"], config["fed"]
+    b, f, p = config["backbone"], config["fed"], config["personal"]
     model = build_model(config).to(device)
     model.autoencoder.requires_grad_(False)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -1806,9 +1780,14 @@ def dry_run(args, config, device):
     judges = metrics.Judges().to(device).eval().requires_grad_(False)
     client_step = time_step(config, model, judges, f["batch_size"])
     adapter = lora.adapter_vector(model)
+    personal = personal_model(config, model, adapter, None)
+    personal_step = time_step(config, personal, judges, p["batch_size"])
     sent = describe_communication(config, model, len(adapter))
     print(f"parameters: {num_parameters:,}; trained and sent by a client: {len(adapter):,}")
-    print(f"bytes per client and round: {sent['bytes_up']:,} up, {sent['bytes_down']:,} down")
+    if "bytes_up" in sent:
+        print(f"bytes per client and round: {sent['bytes_up']:,} up, {sent['bytes_down']:,} down")
+    else:
+        print("the clients' clips are pooled: all of them are sent, and this is one client")
 
     state = {"round": 0, "accountant": [], "sampling_key": sampling_key(config).hex()}
     if args.resume and (Path(args.resume) / "last.pt").exists():
@@ -1818,8 +1797,9 @@ def dry_run(args, config, device):
     cohorts = draw_cohorts(config, state["sampling_key"], num_clients, f["rounds"])
     mechanism = make_mechanism(config, len(adapter), privacy.most_participations(cohorts))
     noise_multiplier = mechanism.noise_multiplier if mechanism else 0.0
-    accountant.spend(accounted_rate(f), noise_multiplier, max(0, f["rounds"] - state["round"]))
-    num_rounds = max(state["round"], f["rounds"])
+    rounds_left = max(0, f["rounds"] - state["round"])
+    accountant.spend(accounted_rate(f), noise_multiplier, rounds_left)
+    num_rounds = state["round"] + rounds_left
     state |= {"adapter": adapter, "accountant": accountant.history, "round": num_rounds}
     report = describe_privacy(config, state)
     epsilon = f"inf: {report['no_privacy_because']}"
@@ -1838,11 +1818,14 @@ def dry_run(args, config, device):
     windows = num_clips * int(data.CLIP_SECONDS * data.FPS / b["num_frames"])
     local_steps = fed.num_local_steps(windows, f["local_epochs"], f["batch_size"])
     backbone_hours = b["steps"] * backbone_step / 3600
-    rounds_hours = f["rounds"] * cohort * local_steps * client_step / 3600
+    rounds_hours = rounds_left * cohort * local_steps * client_step / 3600
+    personal_hours = min(p["clients"], num_clients) * p["steps"] * personal_step / 3600
     print(f"a step takes {backbone_step:.3g} s in the backbone and {client_step:.3g} s at a client")
     print("(3 were timed, on a CPU of at most 4 clips, and multiplied up to the batch)")
     print(f"{cohort:g} clients a round of {local_steps} steps, if they have {windows} windows each")
-    print(f"hours on one {device.type}: backbone {backbone_hours:.3g}, rounds {rounds_hours:.3g}")
+    hours = f"hours on one {device.type}: backbone's UNet {backbone_hours:.3g}, "
+    hours += f"{rounds_left} rounds {rounds_hours:.3g}, personal adapters {personal_hours:.3g}"
+    print(f"{hours}; with autoencoder, judges, face finder and evaluation it is more")
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -1946,11 +1929,12 @@ def choose_devices(gpus):
     number = number if colon else "1"
     if kind == "cpu" and number.isdecimal() and 1 <= int(number) <= 64:
         return ["cpu"] * int(number)
-    if not all(index.isdecimal() for index in gpus.split(",")):
+    indices = gpus.split(",")
+    if not all(index.isdecimal() for index in indices):
         raise ValueError(f"--gpus {gpus}: give CUDA indices such as 0,1, or cpu, or cpu:2")
-    if max(int(index) for index in gpus.split(",")) >= torch.cuda.device_count():
+    if max(map(int, indices)) >= torch.cuda.device_count():
         raise ValueError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()} GPUs")
-    return [f"cuda:{int(index)}" for index in gpus.split(",")]
+    return [f"cuda:{int(index)}" for index in indices]
 
 
 def launch(argv, num_workers):
@@ -2013,9 +1997,6 @@ def run_action(args, config, devices, workers):
     elif args.action == "dry-run":
         dry_run(args, config, device)
     else:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}"
-        run = Path(config["runtime"]["directory"]) / name
-        run = workers.broadcast(run if args.resume is None else Path(args.resume))
         with workers.first_on_machine():
             people = load_people(config)  # refuses what it must before anything is written
         clips = [
@@ -2023,12 +2004,29 @@ def run_action(args, config, devices, workers):
         ]
         if len(set(workers.merge({workers.rank: checksum(clips)}).values())) > 1:
             raise ValueError(f"{config['data']['root']}: its clips differ between the machines")
+        run = None
+        if workers.rank == 0:
+            run = Path(args.resume) if args.resume else make_run_folder(config)
+        run = workers.broadcast(run)
         with run_lock(run) if workers.rank == 0 else contextlib.nullcontext():
             if workers.rank == 0:
                 check_people(run, people)
                 if not (run / "config.yaml").exists():
                     save_config(run, config)
+                log(run, f"run: {run}")
             train(config, people, run, device, workers)
+
+
+def make_run_folder(config):
+    """Make the folder of a new run and return it; runs that begin in the same second get one each."""
+    while True:
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}"
+        run = Path(config["runtime"]["directory"], name)
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            time.sleep(0.1)
 
 
 def check_people(run, people):
@@ -2073,7 +2071,10 @@ def configure(args):
         raise ValueError(f"--resume {run}: no run is there, but a config.yaml with presets")
     own = load_config(run / "config.yaml")
     config = load_config(run / "config.yaml", args.preset, args.set)
-    check_resumed(own, config)
+    fixed = fixed_settings(config)
+    for name, value in fixed_settings(own).items():
+        if value != fixed[name]:
+            raise ValueError(f"--resume: the run was made with {name}={value}, not {fixed[name]}")
     needed = []
     if args.action in ("evaluate", "generate", "personalize"):
         needed = ["backbone.pt", "last.pt"]

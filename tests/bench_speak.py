@@ -39,7 +39,7 @@ def long_speech(name, clips, seconds, config):
     seed = config["seed"]
     person = data.make_person(seed, name, accent=1.0)
     rng = np.random.default_rng([seed, *name.encode()])  # other words for each person
-    _, curve = data.speech_curve(rng, seconds, person.mouths)
+    curve = data.speech_curve(rng, seconds, person.mouths)
     motion = data.make_motion(rng, person, curve, num_frames, "")
     return data.synthesize(rng, person, curve), motion.opening.flatten()
 

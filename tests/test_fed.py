@@ -597,7 +597,8 @@ def test_scaffolds_c_is_the_mean_of_all_c_i_though_updates_are_clipped(
 
 def test_a_killed_rounds_c_i_is_forgotten_if_the_client_then_fails(monkeypatch, tmp_path):
     clients = quadratic_clients(tmp_path / "clients")
-    clients[0].save_control(1, torch.ones(4))  # of a round that was killed
+    zeros = torch.zeros(4)
+    clients[0].write_controls({0: zeros, 1: torch.ones(4)})  # of a round that was killed
     clients[0].batch["target"] = None
     settings = ["fed.algorithm=scaffold", "fed.rounds=1", "privacy.clip_norm=100.0"]
     run_rounds(monkeypatch, tmp_path, clients, 1.0, settings, scaffold=True)
@@ -607,11 +608,10 @@ def test_a_killed_rounds_c_i_is_forgotten_if_the_client_then_fails(monkeypatch, 
 def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
     """Another process may have had the client's last round."""
     one, other = (fed.Client("a", {"train": []}, 8, tmp_path) for _ in range(2))
-    one.write_controls({0: torch.zeros(1)})
-    one.save_control(1, torch.tensor([1.0]))
-    other.save_control(2, torch.tensor([2.0]))
+    one.write_controls({0: torch.zeros(1), 1: torch.tensor([1.0])})
+    other.write_controls({1: torch.tensor([1.0]), 2: torch.tensor([2.0])})
     assert one.load_control(2) == 2
-    one.save_control(3, torch.tensor([3.0]))
+    one.write_controls({2: torch.tensor([2.0]), 3: torch.tensor([3.0])})
     one.undo_control(3)
     assert one.load_control(3) == other.load_control(3) == 2
 

@@ -746,7 +746,7 @@ def draw_talkers(names):
     for name in names:
         person = data.make_person(0, name)
         rng = np.random.default_rng([*name.encode()])
-        _, curve = data.speech_curve(rng, 1.0, person.mouths)
+        curve = data.speech_curve(rng, 1.0, person.mouths)
         motion = data.make_motion(rng, person, curve, 20, "")
         frames = data.draw(person, motion, 64)[::5]
         none = np.zeros(0)
@@ -1254,7 +1254,8 @@ def test_videos_with_judges_and_weights(tmp_path, people, judges, capsys):
         assert (row["mean"] is not None) == (available and known), metric
     assert rows["psnr"]["n"] == 3 and rows["psnr"]["groups"] == 2
     assert list(rows["sync*"]["values"]) == ["anna/1", "anna/2"]  # bo/1 has 34 frames
-    assert "bo/1: not in sync*, which needs 35 frames with sound" in err
+    lacking = "lse_c*, lse_d*, offset_found*, sync*"
+    assert f"bo/1: not in {lacking}, which needs 35 frames with sound" in err
     assert "anna/2: 40 and 37 frames, of which the first 37 are compared" in err
     assert report["sources"]["*"]["scores"] == judges.scores
     assert len(report["sources"]["*"]["weights"]["backbone.pt"]) == 64

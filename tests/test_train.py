@@ -501,8 +501,12 @@ def test_own_videos_become_an_adapter_that_only_its_run_accepts(
     base += ["--speech", str(first_clip(folder)), "--output", str(tmp_path / "no.mp4")]
     error = fails(capsys, *base, "--adapter", str(run / "backbone.pt"))
     assert "holds a backbone, not a personal adapter" in error
-    error = fails(capsys, *base, "--adapter", str(output), "--set", "personal.rank=2")
-    assert "other settings" in error
+    # It speaks whatever `personal` says now.
+    generate(
+        *(run, first_clip(folder, "client-001"), tmp_path / "2.mp4", "--adapter", str(output)),
+        *("--set", "personal.rank=2", "personal.train=R"),
+    )
+    assert (tmp_path / "2.mp4").read_bytes() == (tmp_path / "talk.mp4").read_bytes()
     content = train.load_checkpoint(output, "personal adapter")
     content["description"]["origin"] = "another adapter"
     train.save_checkpoint(output, "personal adapter", content)
@@ -1079,9 +1083,11 @@ def test_a_personal_adapter_that_diverged_replaces_none(finished, tmp_path, caps
     copied = copy_run(run, tmp_path)
     diverging = "--set", "personal.lr=1000000"
     before = snapshot(copied / "personal")
+    whole = snapshot(copied)
     error = last_line(capsys, "--resume", str(copied), *diverging)
     assert "client-000's adapter diverged: lower personal.lr" in error
     assert snapshot(copied / "personal") == before
+    assert snapshot(copied) == whole  # the old report and its settings, too
     output = tmp_path / "me.pt"
     shutil.copy(copied / "personal" / "client-000.pt", output)
     before = output.read_bytes()
@@ -1089,6 +1095,24 @@ def test_a_personal_adapter_that_diverged_replaces_none(finished, tmp_path, caps
     base += ["--clips", str(folder / "people" / "client-000")]
     assert "lower personal.lr" in last_line(capsys, *base, *diverging)
     assert output.read_bytes() == before
+
+
+def test_an_adapter_that_begins_on_noise_has_not_diverged():
+    """Of a global adapter that noise has drowned the report tells, not personal.lr."""
+    train.check_converged(200.0, 1900.0, "a")
+    train.check_converged(float("nan"), 9.0, "a")
+    for before, after in ((0.7, 11.0), (200.0, 2100.0), (0.7, float("nan"))):
+        with pytest.raises(ValueError, match="a's adapter diverged"):
+            train.check_converged(before, after, "a")
+
+
+def test_runs_that_begin_in_the_same_second_have_a_folder_each(tmp_path, monkeypatch):
+    names = iter(["20261129-120000", "20261129-120000", "20261129-120000", "20261129-120001"])
+    monkeypatch.setattr(train.time, "strftime", lambda pattern: next(names))
+    config = train.load_config(train.DEFAULTS, overrides=[f"runtime.directory={tmp_path}"])
+    first = train.make_run_folder(config)
+    second = train.make_run_folder(config)
+    assert first.name == "20261129-120000-talkers" and second.name == "20261129-120001-talkers"
 
 
 def test_an_interrupted_evaluation_leaves_settings_and_report(
@@ -1150,7 +1174,7 @@ def test_a_report_does_not_outlive_what_it_tells_of(finished, tmp_path, monkeypa
 
     for name, changes in (
         ("federate", ["fed.rounds=3"]),
-        ("fed.train_adapter", ["personal.lr=1.0"]),
+        ("save_checkpoint", ["personal.lr=0.001"]),  # of the first adapter that is replaced
     ):
         copied = copy_run(run, tmp_path / name)
         monkeypatch.setattr(f"train.{name}", stop)
@@ -1300,15 +1324,19 @@ def test_a_dry_run_counts_what_a_run_has_spent(finished, monkeypatch, capsys):
     spent = privacy.Accountant(state["accountant"])
     spent.spend(train.accounted_rate(config["fed"]), mechanism.noise_multiplier, 2)
     epsilon = spent.epsilon_known_cohorts(config["privacy"]["delta"], participations)
-    assert epsilon > 2.1 and f"epsilon {epsilon:.4g} at" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert epsilon > 2.1 and f"epsilon {epsilon:.4g} at" in printed
+    assert "2 rounds" in printed  # that are left
 
 
 def test_a_dry_run_multiplies_timed_steps(monkeypatch, capsys):
     """Steps of an hour: 2 of the backbone; 2 rounds of 5 clients with 3 clips of 50 frames each."""
     monkeypatch.setattr(train, "time_step", lambda *args: 3600.0)
     settings = [*TINY, "fed.rounds=2", "fed.local_epochs=2.0"]  # 18 windows, batches of 4
+    settings += ["personal.clients=3", "personal.steps=7"]
     train.main(["--gpus", "cpu", "--action", "dry-run", "--set", *settings])
-    assert "hours on one cpu: backbone 2, rounds 90\n" in capsys.readouterr().out
+    hours = "hours on one cpu: backbone's UNet 2, 2 rounds 90, personal adapters 21;"
+    assert hours in capsys.readouterr().out
 
 
 def test_a_timed_step_is_the_mean_of_three_after_one(monkeypatch):
@@ -1334,6 +1362,13 @@ def test_a_dry_run_counts_scaffolds_second_vector(capsys):
         assert "epsilon inf: privacy.enabled is false" in printed
         sent.append(int(re.search(r"round: ([\d,]+) up", printed)[1].replace(",", "")))
     assert sent[1] == 2 * sent[0]
+
+
+def test_a_dry_run_of_pooled_clips_counts_no_bytes_of_adapters(capsys):
+    arguments = ["--action", "dry-run", "--preset", "centralized", "--set", *TINY]
+    train.main(["--gpus", "cpu", *arguments])
+    printed = capsys.readouterr().out
+    assert "clips are pooled: all of them are sent" in printed and "bytes per" not in printed
 
 
 def test_a_dry_run_counts_the_noise_on_all_that_is_sent(monkeypatch, capsys):
@@ -1399,6 +1434,9 @@ def test_what_a_client_sends_and_receives_is_counted():
     clear = train.load_config(train.DEFAULTS, ["plain"])
     about = train.describe_communication(clear, torch.nn.Linear(3, 4), 64)
     assert about["bytes_up"] == about["bytes_down"] == 256
+    pooled = train.load_config(train.DEFAULTS, ["centralized"])
+    about = train.describe_communication(pooled, torch.nn.Linear(3, 4), 64)
+    assert about == {"numbers": 64, "model_parameters": 16}
 
 
 def test_readme_counts_the_numbers_of_the_papers_adapter():

@@ -4,14 +4,14 @@
     train = "B":   W' = W + (alpha / rank) B A      A frozen, B trained
     train = "AB":  W' = W + (alpha / rank) B A      both trained (Eq. 7, the paper's)
 
-R alone has the form of LoRA-XS (Balazy et al. 2024), here with A and B from gradients, as in LoRA-SB
-(Ponkshe et al. 2024); federated it is Fed-SB (Singhal et al. 2025). B alone is FFA-LoRA (Sun et al.
-2024).
+Training R alone has the form of LoRA-XS (Balazy et al. 2024), here with A and B computed from
+gradients, as in LoRA-SB (Ponkshe et al. 2024); its federated form is Fed-SB (Singhal et al. 2025).
+Training B alone is FFA-LoRA (Sun et al. 2024).
 
 With A frozen the mean of the clients' adapted layers is exactly the layer of the mean adapter; with
-A and B trained it is not, as mean(B_k) mean(A_k) differs from mean(B_k A_k). R has rank^2 numbers a
-layer, whatever the layer's width: noise for differential privacy grows with the root of how many
-numbers are sent.
+A and B trained it is not, as mean(B_k) mean(A_k) differs from mean(B_k A_k). R has rank^2 numbers
+per layer, whatever the layer's width. This keeps the noise for differential privacy small, whose
+norm grows with the square root of the count of numbers sent.
 """
 
 import math
@@ -24,9 +24,9 @@ TRAIN_CHOICES = ("R", "B", "AB")
 
 
 class LoRALayer(nn.Module):
-    """A frozen Linear or Conv2d layer W and its adapter (Eq. 7), which starts as zero.
+    """A frozen Linear or Conv2d layer W and its adapter (Eq. 7), which starts at zero.
 
-    A is [rank, in] ([rank, in, k, k] for a convolution: it slides over the picture as W does), R is
+    A is [rank, in] ([rank, in, k, k] for a convolution, with the stride and padding of W), R is
     [rank, rank] and B is [out, rank]. Dropout acts on the adapter's input.
     """
 
@@ -38,15 +38,16 @@ class LoRALayer(nn.Module):
         self.dropout = dropout
         self.A = nn.Parameter(A, requires_grad=train == "AB")
         self.R = nn.Parameter(A.new_zeros(rank, rank)) if train == "R" else None
-        # B starts at zero unless R does: the product has to be zero, with one factor that is not.
+        # The product starts at zero; with two zero factors it would never get a gradient. The zero
+        # factor is R if there is one, else B.
         self.B = nn.Parameter(
             B if train == "R" else torch.zeros_like(B), requires_grad=train != "R"
         )
 
     @property
     def weight(self):
-        """W' of Eq. 7, in the shape of W: what a module reads that does not call this layer, such as
-        nn.MultiheadAttention.
+        """Return W' of Eq. 7 in the shape of W, for modules that read the weight of a layer without
+        calling it, such as nn.MultiheadAttention.
         """
         update = self.scaling * self.output_factor() @ self.A.flatten(1)  # out (in k k)
         return self.base.weight + update.view_as(self.base.weight)
@@ -56,7 +57,7 @@ class LoRALayer(nn.Module):
         return self.base.bias
 
     def output_factor(self):
-        """Return B R, or B where R is not there: [out, rank]."""
+        """Return B R, or B if there is no R, [out, rank]."""
         return self.B if self.R is None else self.B @ self.R
 
     def forward(self, x):
@@ -77,13 +78,14 @@ def adaptable_layers(module):
 
 def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, seed=0, layers=""):
     """Freeze `module`, put an adapter on each of its Linear and Conv2d layers whose name contains
-    `layers`, and return how many.
+    `layers`, and return the number of adapters.
 
-    `directions` {layer name: (A [r, in...], B [out, r])} with r >= rank gives the frozen factors
-    (`leading_directions`); without it, and for "AB", they are random, drawn on the CPU so that
+    `directions` {layer name: (A [r, in...], B [out, r])} with r >= rank (`leading_directions`)
+    gives A and, for "R", B. Without it, and for "AB", they are random, drawn on the CPU so that
     every device starts from the same numbers. Raises ValueError for a rank, alpha or dropout out of
-    range, an unknown `train`, a name that no layer contains, a layer without directions, a
-    convolution with groups, dilation or a padding that is not of zeros, or a module with adapters.
+    range, an unknown `train`, `layers` that no name contains, a layer without directions, a
+    convolution with groups, dilation or padding other than zeros, or a module that has adapters
+    already.
     """
     if train not in TRAIN_CHOICES:
         raise ValueError(f"lora.train must be one of {', '.join(TRAIN_CHOICES)}, not {train!r}")
@@ -93,7 +95,7 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
         raise ValueError(f"lora.alpha must be above 0, not {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora.dropout must be at least 0 and below 1, not {dropout}")
-    use_directions = directions is not None and train != "AB"  # the paper's A starts at random
+    use_directions = directions is not None and train != "AB"  # the paper's A starts random
     kept = min(len(A) for A, _ in directions.values()) if use_directions else rank
     if kept < rank:
         raise ValueError(f"lora.rank must be at most {kept}, the directions kept, not {rank}")
@@ -106,7 +108,7 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
     for name, layer in adapted.items():
         if use_directions and name not in directions:
             raise ValueError(f"{name}: there are no directions for it")
-        if isinstance(layer, nn.Conv2d):  # the adapter has the stride and the padding alone
+        if isinstance(layer, nn.Conv2d):  # the adapter copies its stride and padding only
             if (layer.groups, layer.dilation, layer.padding_mode) != (1, (1, 1), "zeros"):
                 raise ValueError(f"{name}: has groups, dilation or a padding that is not of zeros")
     module.requires_grad_(False)
@@ -140,7 +142,7 @@ def add_gradient_moments(module, moments):
     """Add G G^T / |G|^2 and G^T G / |G|^2 of each layer's gradient G [out, in k k] to `moments`
     {name: [left, right]}.
 
-    Call it once for each public person: divided by its norm, each gradient counts the same.
+    Call it once per public person. Gradients are divided by their norms, so all people count alike.
     """
     for name, layer in adaptable_layers(module).items():
         gradient = layer.weight.grad.flatten(1)  # out (in k k)
@@ -176,8 +178,8 @@ def leading_directions(module, moments, rank):
 
 
 def adapter_parameters(module):
-    """Return the parameters that are trained, in the order of their names: R, B, or A and B of each
-    adapted layer.
+    """Return the trained parameters in the order of their names: R, B, or A and B of each adapted
+    layer.
     """
     return [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
 
@@ -212,8 +214,8 @@ def load_adapter_vector(module, vector):
 
 
 def merge_lora(module):
-    """Fold every adapter into its layer and return `module` without adapters: same output, less
-    work.
+    """Fold every adapter into its layer and return `module` without adapters. The output stays the
+    same up to rounding.
     """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoRALayer):

@@ -37,9 +37,10 @@ from scipy import optimize, special, stats
 # ---------------------------------------------------------------- accounting
 # One client's vector moves the sum by at most the sensitivity S; in units of S the noise has the
 # standard deviation z = noise_multiplier. A client joins a round with probability q = sample_rate.
-# Its vector or zeros in its place: the sum is (1 - q) N(0, z^2) + q N(1, z^2) or N(0, z^2). This is
-# the pair of add-or-remove adjacency, and of its two divergences the one of the mixture from the
-# Gaussian is the larger (Mironov, Talwar and Zhang 2019, Thm. 4 and 5, arXiv:1908.10530).
+# With its vector the sum is distributed as (1 - q) N(0, z^2) + q N(1, z^2); with zeros in place of
+# the vector, as N(0, z^2). Add-or-remove adjacency has the same pair of distributions. The larger
+# of their two divergences is that of the mixture from the Gaussian (Mironov, Talwar and Zhang 2019,
+# Thm. 4 and 5, arXiv:1908.10530).
 
 ORDERS = (
     *(1.01, 1.02, 1.05),
@@ -83,10 +84,11 @@ def sampled_rdp(q, z, order):
 
     log E[(1 + u)^order] / (order - 1) with x ~ N(0, z^2) and u = q (r - 1), where r is the ratio of
     the densities of N(1, z^2) and N(0, z^2) at x (Mironov et al. 2019, Thm. 4). As u has mean 0,
-    E[(1 + u)^order] - 1 is the mean of (1 + u)^order - 1 - order u, which is nowhere negative: in
-    the sum nothing cancels. Its branch points lie z^2 pi beside the real line, where the mixture's
-    two parts are equal. A sinh puts the points densely there and sparsely elsewhere, which keeps
-    the trapezoid rule's exponential convergence.
+    E[(1 + u)^order] - 1 is the mean of (1 + u)^order - 1 - order u, which is nowhere negative, so
+    that no digits cancel in the sum. Its branch points lie at a distance of pi z^2 from the real
+    line, at the x where the two parts of the mixture are equal. A sinh substitution places the
+    points densely near this x and sparsely elsewhere, which keeps the exponential convergence of
+    the trapezoid rule.
     """
     crossing = 0.5 + z**2 * (math.log1p(-q) - math.log(q))
     low = -10 * z - crossing
@@ -97,14 +99,14 @@ def sampled_rdp(q, z, order):
     x = crossing + width * np.sinh(t)
     spacing = width * np.cosh(t) * step  # dx
     log_weight = np.log(spacing / (z * math.sqrt(2 * math.pi))) - 0.5 * (x / z) ** 2
-    log_ratio = (2 * x - 1) / (2 * z**2)  # log r, beyond 700 an overflow: there 1 + u = q r
+    log_ratio = (2 * x - 1) / (2 * z**2)  # log r; exp overflows beyond 700: there 1 + u = q r
     u = q * np.expm1(np.minimum(log_ratio, 700))
     # log (1 + u)^order
     power = order * np.where(log_ratio < 700, np.log1p(u), math.log(q) + log_ratio)
     excess = np.expm1(np.minimum(power, 700)) - order * u
-    # (1 + u)^order alone where that overflows: an upper bound, and close
+    # where that overflows, (1 + u)^order alone, a close upper bound
     log_integrand = np.where(power < 700, np.log(np.maximum(excess, 1e-300)), power)
-    # initial = 0 is the logarithm of the 1 that the integrand lacks
+    # initial = 0 is log 1: it adds the 1 that was subtracted from the integrand
     return np.logaddexp.reduce(log_integrand + log_weight, initial=0.0) / (order - 1)
 
 
@@ -115,9 +117,9 @@ def round_rdp(q, z, orders):
         return np.zeros(len(orders))
     if z < LEAST_NOISE:
         return np.full(len(orders), math.inf)
-    rdp = np.array(orders) / (2 * z**2)  # if all join: Mironov 2017, Prop. 7, arXiv:1702.07476
+    rdp = np.array(orders) / (2 * z**2)  # not sampled: Mironov 2017, Prop. 7, arXiv:1702.07476
     for k, order in enumerate(orders):
-        # Otherwise the bound without sampling stays: valid, and this is not the best order.
+        # At other orders the bound without sampling stays, which is valid, too.
         if q < 1 and order < 2000 * z and z >= 0.01:
             rdp[k] = min(rdp[k], sampled_rdp(q, z, order))
     return rdp
@@ -125,9 +127,9 @@ def round_rdp(q, z, orders):
 
 @dataclass
 class Accountant:
-    """The rounds spent so far: plain rows [sample_rate, noise_multiplier, rounds], for checkpoints.
+    """The rounds spent so far as rows [sample_rate, noise_multiplier, rounds], for checkpoints.
 
-    Raises ValueError for rows out of range. A round without noise makes epsilon infinite for good.
+    Raises ValueError for rows out of range. After a round without noise epsilon stays infinite.
     """
 
     history: list = field(default_factory=list)
@@ -139,7 +141,7 @@ class Accountant:
             self.spend(*row)
 
     def spend(self, sample_rate, noise_multiplier, rounds=1):
-        """Add rounds, before they start: they count whether or not their sum arrives."""
+        """Add rounds; call it before they start, as they count even if their sum never arrives."""
         if not 0 <= sample_rate <= 1:
             raise ValueError(f"sample_rate is a probability in [0, 1], not {sample_rate}.")
         if not 0 <= noise_multiplier < 1e100:
@@ -157,12 +159,12 @@ class Accountant:
         return sum(rounds for _, _, rounds in self.history)
 
     def epsilon(self, delta, orders=None):
-        """Return epsilon against an adversary who knows neither who nor how many joined a round.
+        """Return epsilon against an adversary who does not know which clients joined, or how many.
 
-        (Against one who knows that p of n joined, rate p / n gives no bound, as without this client
-        another one would have joined: take rate 1, as for fixed cohorts.)
-        orders > 1: the Renyi bound at these orders alone; None: the best of ORDERS and of the exact
-        bound without sampling. Raises ValueError unless 0 < delta < 1.
+        (If it knows that p of n clients joined, rate p / n gives no bound, because without this
+        client another one would have joined. Account with rate 1 then, as for fixed cohorts.)
+        orders > 1: the least Renyi bound at these orders; None: the least of the Renyi bounds at
+        ORDERS and the exact bound without sampling. Raises ValueError unless 0 < delta < 1.
         """
         unsampled = self.epsilon_known_cohorts(delta) if orders is None else math.inf
         orders = ORDERS if orders is None else tuple(orders)
@@ -181,9 +183,10 @@ class Accountant:
     def epsilon_known_cohorts(self, delta, participations=None):
         """Return epsilon against an adversary who knows every cohort, as server and clients do.
 
-        Only the rounds with a client in them reveal anything about it: participations = most rounds
-        of any client (None: all), taken to be those with the least noise. Gaussian releases compose
-        to one Gaussian, so this is exact (Dong, Roth and Su 2019, Cor. 3.3, arXiv:1905.02383).
+        A round reveals something only about the clients in it. participations = the most rounds
+        that any client is in (None: all), assumed to be the rounds with the least noise. Gaussian
+        releases compose to one Gaussian, so this is exact (Dong, Roth and Su 2019, Cor. 3.3,
+        arXiv:1905.02383).
         """
         left = math.inf if participations is None else participations
         precision = 0.0  # sum of 1 / z^2
@@ -202,10 +205,10 @@ def compute_epsilon(sample_rate, noise_multiplier, rounds, delta, orders=None):
 
 
 def find_noise_multiplier(target_epsilon, delta, sample_rate, rounds):
-    """Return the least noise_multiplier (to 1e-5 relative, >= 0.01) that keeps target_epsilon > 0.
+    """Return the least noise_multiplier, from 0.01 on, whose epsilon is at most target_epsilon.
 
-    With sample_rate 1 the target also holds against an adversary who knows the cohorts. Raises
-    ValueError if 1e5 does not keep it.
+    It is exact to 1e-5 relative. With sample_rate 1 the target also holds against an adversary who
+    knows the cohorts. Raises ValueError unless target_epsilon is above 0 and 1e5 reaches it.
     """
     low = 1e-2
     high = 1e5
@@ -229,9 +232,9 @@ def new_sampling_key():
 def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
     """Return the sorted indices [k] of the clients in a round.
 
-    Each joins with probability sample_rate, independently (Poisson sampling). With a fixed size
-    exactly that share joins, at least one client: account for it at rate 1, as `Accountant`
-    amplifies Poisson samples only.
+    Each joins with probability sample_rate, independently (Poisson sampling). With fixed_size
+    exactly that share of the clients joins, at least one. Account for fixed cohorts with rate 1:
+    `Accountant` knows amplification by Poisson sampling only.
     """
     if not (isinstance(key, bytes) and len(key) == 32):
         raise ValueError("key is 32 bytes from new_sampling_key().")
@@ -246,8 +249,10 @@ def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
 
 
 def most_participations(cohorts, num_spent=0):
-    """Return an upper bound of the rounds that any one client was in: those of `cohorts` [[k]] that
-    list it, and each round spent beyond them, as nobody knows which one was killed and done again.
+    """Return an upper bound of the number of rounds that any one client was in.
+
+    That is its rounds in `cohorts` [[k]], plus all rounds that were spent beyond them: it is not
+    recorded which of the rounds were killed and repeated.
     """
     counts = np.bincount(np.concatenate([np.zeros(0, int), *cohorts]).astype(int))
     return int(counts.max(initial=0)) + max(0, num_spent - len(cohorts))
@@ -260,11 +265,14 @@ def likely_participations(num_clients, sample_rate, rounds):
 
 # ---------------------------------------------------------------- clip, weight, noise
 
-NOISE_TAIL = 12  # standard deviations of room for the noise; a sum wraps once in 3e32 values
+NOISE_TAIL = 12  # room for the noise in standard deviations; one value in 3e32 wraps around
 
 
 def clip_update(update, clip_norm):
-    """Return the update [d], scaled down to L2 norm clip_norm; ValueError if it is not finite."""
+    """Return the update [d], scaled down to an L2 norm of at most clip_norm.
+
+    Raises ValueError if it is not finite.
+    """
     update = np.asarray(update, np.float64)
     norm = float(np.linalg.norm(update))
     if not math.isfinite(norm):
@@ -275,9 +283,10 @@ def clip_update(update, clip_norm):
 def gaussian_noise(std, count, key=None):
     """Return `count` values of N(0, std^2), rounded to whole numbers; std up to 2^31.
 
-    From the operating system's randomness, or from a key (bytes) in a run without privacy. Of 64
-    bits 63 choose the magnitude: tails reach 9 standard deviations, and a float64 (exact below
-    2^53) still resolves the lowest bit of the result.
+    The random bits are the operating system's, or follow from a key (bytes) in a run without
+    privacy. Of 64 bits one is the sign and 63 choose the magnitude, so that the tails reach 9
+    standard deviations, and a float64 (exact below 2^53) still resolves the lowest bit of the
+    result.
     """
     data = os.urandom(8 * count) if key is None else hashlib.shake_128(key).digest(8 * count)
     words = np.frombuffer(data, np.uint64)
@@ -288,23 +297,23 @@ def gaussian_noise(std, count, key=None):
 
 @dataclass
 class Mechanism:
-    """From one client's update to a vector of 32-bit integers, and from their sum to the mean.
+    """Encodes a client's update as a vector of 32-bit integers; decodes the mean from their sum.
 
     A client's vector is [w clip(u), s w] with weight w in [0, 1] and s = weight_scale * clip_norm,
     so its norm is at most S = sqrt(clip_norm^2 + s^2), which is the sensitivity. Rounding to the
-    integer grid may lengthen it by sqrt(length + 1) / 2 steps, which S counts, too.
+    integer grid may lengthen it by sqrt(length + 1) / 2 steps; the noise counts these in S.
 
     Noise, with tau = survivor_share: each of p clients of a cohort adds N(0, z^2 S^2 / (tau p)),
-    and for m survivors the server adds N(0, z^2 S^2 (p - m) / (tau p)). So the sum always has the
-    noise variance z^2 S^2 / tau and does not tell who stayed. The server knows its own part, which
-    leaves z^2 S^2 m / (tau p), less the parts of num_curious clients that may help it. With at
-    least tau p + num_curious survivors it is z^2 S^2 or more. Raises ValueError for settings that
-    are out of range or do not fit 32 bits. To change one make a new mechanism (`replace`): step and
-    noise are computed once.
+    and for m survivors the server adds N(0, z^2 S^2 (p - m) / (tau p)). So the noise on the sum
+    always has the variance z^2 S^2 / tau, which does not reveal how many clients stayed. The server
+    knows its own part. The variance unknown to it is z^2 S^2 m / (tau p), minus the parts of
+    num_curious clients that may help it; with at least tau p + num_curious survivors it is z^2 S^2
+    or more. Raises ValueError for settings that are out of range or do not fit 32 bits. To change a
+    setting, make a new mechanism with `replace`, as step and noise are computed once.
     """
 
     clip_norm: float  # largest L2 norm of an update in the sum
-    noise_multiplier: float  # z = noise that the server does not know / S
+    noise_multiplier: float  # z = standard deviation of the noise unknown to the server / S
     length: int  # values of an update
     num_clients: int  # of the federation: all of them may be in one sum
     weight_scale: float  # s / clip_norm
@@ -328,7 +337,7 @@ class Mechanism:
         # noise fit in 32 bits: num_clients (largest / step + 1) + tail (S / step + rounding)
         # is below 2^31.
         rounding = math.sqrt(self.length + 1) / 2  # in steps
-        largest = self.clip_norm * max(1.0, self.weight_scale)  # coordinate of an upload
+        largest = self.clip_norm * max(1.0, self.weight_scale)  # of an upload's coordinates
         # Standard deviation of the sum's noise / S.
         relative_std = self.noise_multiplier / math.sqrt(self.survivor_share)
         tail = NOISE_TAIL * relative_std
@@ -337,16 +346,17 @@ class Mechanism:
             raise ValueError(f"{self.num_clients} clients with this noise overflow 32 bits.")
         self.step = (self.num_clients * largest + tail * self.sensitivity) / room
         self.total_std = relative_std * (self.sensitivity / self.step + rounding)  # in steps
-        # To exp(-pi^2 4^2) < 1e-68 (Poisson summation) the sum of n rounded Gaussians of std >= 4
-        # steps is distributed as the rounded sum of the Gaussians and of n - 1 uniform numbers in
-        # +-1/2, which is post-processing of the Gaussian sum.
+        # Up to an error of exp(-pi^2 4^2) < 1e-68 (Poisson summation), the sum of n rounded
+        # Gaussians of std >= 4 steps is distributed as the rounded sum of n Gaussians and n - 1
+        # uniform numbers in +-1/2. This is post-processing of the Gaussian sum, so its guarantee
+        # holds.
         if 0 < self.total_std < 4 * math.sqrt(self.num_clients):
             raise ValueError(
                 f"With {self.num_clients} clients 32 bits are too coarse for the noise."
             )
 
     def min_survivors(self, cohort_size):
-        """Return the fewest clients of a cohort whose sum may be opened."""
+        """Return how many clients of a cohort must survive for their sum to be opened."""
         # 1e-9: 0.8 * 15 is a little more than 12 in floating point
         return math.ceil(self.survivor_share * cohort_size - 1e-9) + self.num_curious
 
@@ -357,9 +367,9 @@ class Mechanism:
     def encode(self, update, weight, cohort_size, context=None):
         """Return one client's upload, uint32 [length + 1]: clipped, weighted, rounded, with noise.
 
-        A client whose training failed sends zeros with weight 0. context (round, client) separates
-        the noise of a seeded run. Raises ValueError for an update that is not finite or a weight
-        outside of [0, 1], for which the sensitivity would not hold.
+        A client whose training failed sends zeros with weight 0. In a seeded run each context
+        (round, client) has noise of its own. Raises ValueError for an update that is not finite or
+        a weight outside of [0, 1], for which the sensitivity would not hold.
         """
         if not 0 <= weight <= 1:
             raise ValueError(f"A weight is in [0, 1], not {weight}.")
@@ -383,7 +393,7 @@ class Mechanism:
         if not self.min_survivors(cohort_size) <= num_survivors <= cohort_size:
             raise ValueError(f"{num_survivors} survivors of {cohort_size} add too little noise.")
         top_up = self.total_std * math.sqrt((cohort_size - num_survivors) / cohort_size)
-        total = np.asarray(total).astype("<u4")  # of wider integers all that counts
+        total = np.asarray(total).astype("<u4")  # of wider integers the lowest 32 bits count
         values = (total.view("<i4") + self._noise(top_up, context)) * self.step  # [length + 1]
         weight = float(values[-1]) / (self.weight_scale * self.clip_norm)
         # the noisy sum of weights may be close to 0 or below
@@ -401,11 +411,12 @@ class Mechanism:
 
 # ---------------------------------------------------------------- secure aggregation: tools
 # Bonawitz et al. 2017 (doi:10.1145/3133956.3133982, Fig. 4: double masking) on the k-regular graph
-# of Bell et al. 2020 (doi:10.1145/3372297.3417885). Two changes. What a client shares for the case
-# that it drops out is not a second private key but the key of a sealed list of its pair seeds,
-# which the server holds: opening it gives the server the same seeds and nothing else, and halves
-# the key agreements. And each client commits to its two secrets, so that the server notices a wrong
-# share. Keys, seeds and tags have 128-bit strength, as has Curve25519.
+# of Bell et al. 2020 (doi:10.1145/3372297.3417885), with two changes. (1) There, for the case that
+# it drops out, a client shares a second private key. Here it gives the server a sealed list of its
+# pair seeds and shares the key of this list. If it drops out, the server learns the same seeds and
+# nothing else, and half as many key agreements are needed. (2) Each client commits to its two
+# secrets, so that the server notices wrong shares. Keys, seeds and tags have 128-bit strength, like
+# Curve25519.
 
 STAGES = ("advertise", "share", "mask", "unmask")
 PRIME = 2**255 - 19  # of Curve25519
@@ -426,13 +437,13 @@ class AggregationAborted(RuntimeError):
 def x25519(scalar, point):
     """Return the X25519 product of a scalar and a point, 32-byte strings (RFC 7748, Sec. 5).
 
-    Raises ValueError for a point of small order. Python's integers do not take constant time.
+    Raises ValueError for a point of small order. Not constant-time, as Python's integers are not.
     """
     k = int.from_bytes(scalar, "little") & (2**254 - 8) | 2**254
     low = 2**255 - 1
     u = int.from_bytes(point, "little") & low
     x2, z2 = 1, 0  # 0 times the point: coordinates are x / z
-    x3, z3 = u, 1  # once the point; the two always differ by it
+    x3, z3 = u, 1  # 1 times the point; always (x2, z2) plus the point
     last = "0"
     for bit in f"{k:b}":  # the last bit is 0, as k is a multiple of 8: no swap is left over
         if bit != last:
@@ -443,7 +454,7 @@ def x25519(scalar, point):
         b = x2 - z2
         da = (x3 - z3) * a  # names as in RFC 7748
         cb = (x3 + z3) * b
-        # 2^255 = 19: folding the high bits costs less than %, and leaves few enough of them.
+        # 2^255 = 19 mod PRIME: folding the high bits costs less than % and leaves few of them.
         aa = a * a
         aa = (aa & low) + 19 * (aa >> 255)
         bb = b * b
@@ -481,7 +492,7 @@ def derive_key(secret, params, purpose, *clients):
 
 
 def commit(secret, params, owner):
-    """Return 16 bytes by which the server recognises a secret of this client."""
+    """Return a commitment of 16 bytes, with which the server recognises this client's secret."""
     return derive_key(secret, params, b"commitment", owner)[:SECRET]
 
 
@@ -497,13 +508,16 @@ def _xor(key, message):
 
 
 def seal(key, message):
-    """Return the message encrypted, then authenticated, under a 64-byte key used only here."""
+    """Return the message encrypted, then authenticated, with a 64-byte key for one message only."""
     sealed = _xor(key[:32], message)
     return sealed + hmac.digest(key[32:], sealed, "sha256")[:SECRET]
 
 
 def unseal(key, sealed):
-    """Return the message of `seal`; ValueError if it was not sealed, whole, under this key."""
+    """Return the message that `seal` sealed.
+
+    Raises ValueError if it was sealed with another key or has changed since.
+    """
     tag = hmac.digest(key[32:], sealed[:-SECRET], "sha256")[:SECRET]
     if not hmac.compare_digest(tag, sealed[-SECRET:]):
         raise ValueError("A sealed message was forged, reflected, misdirected or damaged.")
@@ -511,7 +525,7 @@ def unseal(key, sealed):
 
 
 def new_secret():
-    """Return 16 random bytes that are, as a number, below FIELD."""
+    """Return 16 random bytes that represent a number below FIELD."""
     return secrets.randbelow(FIELD).to_bytes(SECRET, "big")
 
 
@@ -559,9 +573,9 @@ def join_secret(shares, threshold):
 
 
 def check_parts(message, sizes, complete=True):
-    """Raise ValueError unless message is {client: bytes} with these sizes {client: bytes}.
+    """Raise ValueError unless message is {client: bytes} with sizes {client: number of bytes}.
 
-    complete: with a part for every client of sizes.
+    complete: every client in sizes must have a part.
     """
     fits = isinstance(message, dict) and all(
         isinstance(part, bytes) and len(part) == sizes.get(i) for i, part in message.items()
@@ -583,12 +597,13 @@ def check_vector(vector, params):
 def choose_neighbors(num_clients):
     """Return the even degree of the graph on which clients share masks; None: complete graph.
 
-    The least degree for which, with a fifth of the clients dropped out and another fifth curious,
-    the chance in a round that (a) some client has too few share holders left, so that the round
-    aborts, (b) enough of a client's holders are curious to open both of its secrets, or (c) a gap
-    on the circle is as wide as half a neighbourhood, which may cut the graph in two, is below 1e-4
-    (union bound; Bell et al. 2020, Sec. 3.3). At 100 clients this is 34, where (b) and (c) make up
-    2.4e-6. Complete where that would save less than half of the pairs, below about 50 clients.
+    It is the least degree for which three events together have a probability below 1e-4 per round
+    (union bound; Bell et al. 2020, Sec. 3.3), if a fifth of the clients drops out and another fifth
+    is curious: (a) some client has too few share holders left, so that the round aborts; (b) enough
+    of a client's share holders are curious to open both of its secrets; (c) a gap on the circle is
+    as wide as half a neighbourhood, which may cut the graph in two. For 100 clients the degree is
+    34, and (b) and (c) contribute 2.4e-6. The graph is complete if that degree would save less than
+    half of the pairs, which is so below about 50 clients.
     """
     fifth = math.ceil(num_clients / 5)
     for degree in range(4, num_clients // 2, 2):
@@ -615,8 +630,8 @@ class RoundParams:
         if num_clients < 2:
             raise AggregationAborted(f"the cohort has {num_clients} clients, 2 are needed")
         self.degree = num_clients - 1 if neighbors is None else neighbors
-        # Of a client's share holders, itself included. Each reveals its share of only one of the
-        # client's two secrets, so that only one of them can be opened.
+        # More than half of a client's share holders, itself included. Each holder reveals its share
+        # of only one of the client's two secrets, so that only one of them can be opened.
         majority = (self.degree + 1) // 2 + 1
         if length < 1:
             raise ValueError("A vector has 1 value or more.")
@@ -630,14 +645,14 @@ class RoundParams:
         # More than half, so that no two disjoint sets of survivors can both be summed.
         self.min_survivors = max(min_survivors, self.threshold, num_clients // 2 + 1)
         self.session = secrets.token_bytes(32)
-        # A random circle: who drops out or is curious is independent of who is whose neighbour.
+        # The circle is random, so that neighbours drop out or are curious independently.
         self.circle = sorted(
             range(num_clients), key=lambda client: derive_key(b"", self, b"place", client)
         )
         self.place = {client: place for place, client in enumerate(self.circle)}
 
     def neighbors_of(self, client):
-        """Return this client's neighbours, the nearest on the circle: they share masks, secrets."""
+        """Return the nearest clients on the circle, with whom this one shares masks and secrets."""
         first = self.place[client] - self.degree // 2
         nearest = {self.circle[(first + k) % self.num_clients] for k in range(self.degree + 1)}
         return sorted(nearest - {client})
@@ -657,7 +672,9 @@ class RoundParams:
         return 32 * self.num_clients + shares + survivors
 
     def check_present(self, present, client=None):
-        """Raise AggregationAborted for too few clients or holders, or a gap that cuts the graph."""
+        """Raise AggregationAborted if too few clients, or share holders of `client`, are present,
+        or if a gap on the circle may cut the graph in two.
+        """
         if len(present) < self.min_survivors:
             raise AggregationAborted(
                 f"{len(present)} clients are left, {self.min_survivors} are needed."
@@ -677,10 +694,10 @@ class RoundParams:
 class SecureAggregationClient:
     """One client in one round: advertise, share, mask, unmask, once each, in this order.
 
-    A refused message ends its round. Raises ValueError for messages that a correct server would not
-    send, AggregationAborted where too few others are left. `agreed` {pair of public keys: secret}
-    only saves time where one process simulates both ends of a pair, which compute the same secret:
-    the second end looks it up. A real client has no such table.
+    A client that refuses a message leaves the round. Raises ValueError for messages that a correct
+    server would not send, AggregationAborted if too few other clients are left. `agreed` {pair of
+    public keys: secret} is a cache for simulations: both clients of a pair compute the same secret,
+    and where one process simulates both, the second looks it up. A real client has no such table.
     """
 
     def __init__(self, params, index, agreed=None):
@@ -713,7 +730,7 @@ class SecureAggregationClient:
     def share(self, roster):
         """Return {self: sealed pair seeds, two commitments; neighbour: sealed shares of secrets}.
 
-        From the roster {client: public key}.
+        roster: {client: public key}.
         """
         self._enter("share")
         me = self.index
@@ -729,7 +746,7 @@ class SecureAggregationClient:
         escrow_shares = split_secret(self._escrow, params.threshold, [me, *self._peers])
         self._held = {me: (self_shares[me], escrow_shares[me])}  # shares that we hold for others
         self._pair_seeds = {}  # {neighbour: seed of the mask that we share}
-        self._inbound = {}  # keys of the shares that will come in
+        self._inbound = {}  # {neighbour: key that unseals the shares it sends us}
         outbox = {}
         for i in self._peers:
             check_public_key(roster[i])
@@ -748,7 +765,8 @@ class SecureAggregationClient:
     def mask(self, vector, inbox):
         """Return the vector plus our self mask and a pair mask for each neighbour in the inbox.
 
-        inbox {sender: sealed shares}; of a pair one adds the mask and the other subtracts it.
+        inbox {sender: sealed shares}. Of a pair the lower index adds the mask, the higher subtracts
+        it.
         """
         self._enter("mask")
         me = self.index
@@ -774,8 +792,8 @@ class SecureAggregationClient:
         if not fits or len(set(survivors)) != len(survivors) or self.index not in survivors:
             raise ValueError("The survivors repeat somebody or miss us.")
         present = set(survivors)
-        # Both secrets of a client together unmask its vector. The answer is final, so all that
-        # the server may ask is checked now.
+        # Both secrets of a client together unmask its vector. A client answers only once, so the
+        # whole request is checked before.
         strangers = present - self._roster
         silent = (present & set(self._peers)) - set(self._held)
         if strangers or silent:
@@ -787,8 +805,8 @@ class SecureAggregationClient:
 class SecureAggregationServer:
     """The server in one round: `receive` each message, `close` each stage.
 
-    It only ever adds masked vectors, and draws no random numbers: every process that hands it the
-    same messages computes the same answers.
+    It only adds up masked vectors. It draws no random numbers, so that all processes that pass it
+    the same messages get the same answers.
     """
 
     def __init__(self, params):
@@ -799,8 +817,8 @@ class SecureAggregationServer:
         self._total = np.zeros(params.length, "<u4")
 
     def receive(self, stage, client, message):
-        """Take one message; ValueError if it is late, early, unknown, a duplicate or malformed, or
-        if its public key is unsafe or repeated.
+        """Accept one message. Raises ValueError if it is late, early, repeated, malformed or from
+        an unknown client, or if its public key is unsafe or repeated.
         """
         if self._stages[:1] != [stage]:
             raise ValueError(f"{stage!r} of client {client} came late or early.")
@@ -830,7 +848,7 @@ class SecureAggregationServer:
     def close(self, stage):
         """End a stage; return the roster, the inboxes, the survivors or, at last, the sum.
 
-        Raises AggregationAborted when too few answered; no stage is then open.
+        Raises AggregationAborted, which ends the round, if too few clients answered.
         """
         if self._stages[:1] != [stage]:
             raise ValueError(f"{stage!r} is not open.")
@@ -857,7 +875,7 @@ class SecureAggregationServer:
         return self._survivors
 
     def _recover(self, owner, revealed, commitment):
-        """Return the owner's secret, from shares of which some may be wrong."""
+        """Return the owner's secret, recovered from its shares, some of which may be wrong."""
         shares = {i: parts[owner] for i, parts in revealed.items() if owner in parts}
         for secret in join_secret(shares, self.params.threshold):
             if commit(secret, self.params, owner) == commitment:
@@ -865,7 +883,7 @@ class SecureAggregationServer:
         raise AggregationAborted(f"The shares of client {owner}'s secret do not fit together.")
 
     def _unmask(self, revealed):
-        """Return the sum without survivors' self masks and the masks they share with dropouts."""
+        """Return the sum minus the survivors' self masks and their pair masks with dropouts."""
         params = self.params
         total = self._total
         for owner, message in self._shared.items():
@@ -893,9 +911,9 @@ class SecureAggregationServer:
 def run_protocol(params, vectors, drop=None, workers=None):
     """Return (sum uint32 [length], survivors) of a round; vectors {client: uint32 [length]}.
 
-    drop = {stage: clients that vanish before it}. workers (`fed.Workers` or None) joins the
-    processes: each simulates its own clients, and the same server on everybody's messages. Raises
-    AggregationAborted, in every process, when too few are left.
+    drop = {stage: clients that drop out before it}. workers (`fed.Workers` or None) connects the
+    processes: each simulates its own clients, and a copy of the server that gets all messages.
+    Raises AggregationAborted, in every process, when too few clients are left.
     """
     drop = drop or {}
     if not set(drop) <= set(STAGES):
@@ -914,7 +932,7 @@ def run_protocol(params, vectors, drop=None, workers=None):
         messages = {}
         for i, client in clients.items():
             if i in drop.get(stage, ()) or (answer is not None and i not in answer):
-                continue  # it vanished, or the server refused its last message
+                continue  # it dropped out, or the server refused its last message
             try:
                 if stage == "advertise":
                     messages[i] = client.advertise()
@@ -925,7 +943,7 @@ def run_protocol(params, vectors, drop=None, workers=None):
                 else:
                     messages[i] = client.unmask(answer)
             except (ValueError, AggregationAborted):
-                pass  # it leaves alone; the server counts who is left
+                pass  # only this client leaves; the server counts those that are left
         clients = {i: clients[i] for i in messages}
         if workers is not None:
             messages = workers.merge(messages)
@@ -933,7 +951,7 @@ def run_protocol(params, vectors, drop=None, workers=None):
             try:
                 server.receive(stage, i, message)
             except ValueError:
-                pass  # costs its sender its place; a bad seal costs its receivers theirs
+                pass  # the sender is out; a bad seal is noticed by its receivers, which then leave
         answer = server.close(stage)
         if stage == "mask":
             survivors = answer
@@ -941,7 +959,7 @@ def run_protocol(params, vectors, drop=None, workers=None):
 
 
 def secure_sum(vectors, threshold, neighbors=None, drop=None, bound=None):
-    """Return the sum float64 [d] of the surviving rows of vectors [n, d], by the whole protocol.
+    """Return the sum float64 [d] of the surviving rows of vectors [n, d], from the full protocol.
 
     Each value is clamped to +-bound and rounded to a multiple of bound n / 2^31. bound is public
     (None: the largest magnitude, for tests); drop as in `run_protocol`. Raises ValueError for
@@ -966,14 +984,14 @@ def secure_sum(vectors, threshold, neighbors=None, drop=None, bound=None):
 
 # ---------------------------------------------------------------- audit
 
-DEFECTS = {  # factors of the noise, the clip norm and the largest weight of a broken client
+DEFECTS = {  # by which factors a broken client changes noise, clip norm and largest weight
     None: (1, 1, 1),
     "noise off": (0, 1, 1),
     "half the noise": (0.5, 1, 1),
     "clipping bypassed": (1, 10, 1),
     "weights uncapped": (1, 5, 5),
 }
-# What a server's checkpoint holds beside its vectors adapter and control, in plain values.
+# The plain values that a server's checkpoint may hold beside the vectors adapter and control.
 SERVER_VALUES = (
     "kind",
     "version",
@@ -987,11 +1005,12 @@ SERVER_VALUES = (
 
 
 def measured_noise(inside, outside, confidence):
-    """Return (lower bound, upper bound) of noise / distance, from scores of canaries.
+    """Return (lower bound, upper bound) of the noise multiplier that scores of canaries show.
 
     Andrew et al. 2024, Sec. 4, arXiv:2302.03098: the scores of canaries inside and outside of the
-    data are Gaussian, so their spread over the distance of their means is a noise multiplier. Its
-    bounds join Student's interval for the distance and a chi-square interval for the spread.
+    data are Gaussian, so their standard deviation divided by the distance of their means is a noise
+    multiplier. The bounds combine Student's interval for the distance with a chi-square interval
+    for the standard deviation.
     """
     n = len(inside)
     m = len(outside)
@@ -1006,28 +1025,28 @@ def measured_noise(inside, outside, confidence):
 
 
 def canary_audit(mechanism, delta, defect=None, seed=None):
-    """Return (flagged, why) of rounds of canaries, huge updates that measure the noise.
+    """Return (flagged, why) of rounds with canaries: huge updates from which noise is measured.
 
-    Each canary is a random direction on coordinates of its own; half of them are in the data. Flags
-    a mechanism whose noise on updates or on the sum of weights is, with 99.9 % confidence, less
-    than it must be. A defect (of DEFECTS) breaks the clients' copy of the mechanism, which must be
-    flagged. seed draws the directions. Raises ValueError for an update shorter than 4 values, and
-    for noise that would take too many rounds to measure.
+    Each canary is a random direction on coordinates of its own; half of the canaries are in the
+    data. Flags a mechanism whose noise on updates or on the sum of weights is, with 99.9 %
+    confidence, less than it must be. A defect (of DEFECTS) breaks the clients' copy of the
+    mechanism, which must then be flagged. seed: of the directions. Raises ValueError for an update
+    shorter than 4 values, and for noise that would take too many rounds to measure.
     """
     if defect not in DEFECTS:
         raise ValueError(f"defect is one of {list(DEFECTS)}, not {defect!r}.")
     n = min(256, mechanism.length // 2)
     if n < 2:
         raise ValueError("An update of fewer than 4 values has no room for canaries.")
-    server = replace(mechanism, num_clients=n, num_curious=0)  # one client for each canary
-    client = copy.copy(server)  # the grid stays, whatever the defect
+    server = replace(mechanism, num_clients=n, num_curious=0)  # a client for each canary inside
+    client = copy.copy(server)  # a defect does not change the integer grid
     noise_factor, clip_factor, weight_factor = DEFECTS[defect]
     client.total_std *= noise_factor
     client.clip_norm *= clip_factor
     client.weight_scale *= weight_factor / clip_factor
     rng = np.random.default_rng(seed)
-    due = server.noise_std(1) / server.clip_norm  # the sum's noise, whatever the roster
-    rounds = math.ceil(300 * max(1.0, due) ** 2 / n)  # enough canaries to notice half of the noise
+    due = server.noise_std(1) / server.clip_norm  # std of the sum's noise, for any cohort size
+    rounds = math.ceil(300 * max(1.0, due) ** 2 / n)  # enough to notice if half the noise is there
     if rounds > 3000:
         raise ValueError(f"{due:.3g} clip norms of noise on {n} canaries take too long to measure.")
     inside = []
@@ -1042,7 +1061,7 @@ def canary_audit(mechanism, delta, defect=None, seed=None):
             update[places[k]] = 1e3 * client.clip_norm * signs[places[k]]
             total = total + client.encode(update, 1.0, n, ("audit", r, k))
         mean, weight_sum = server.decode(total, n, n, ("audit", r))
-        # the sum again, in clip norms [length]; a canary inside scores 1 on average, outside 0
+        # back to the sum, in clip norms [length]; a canary inside scores 1 on average, outside 0
         released = mean * max(weight_sum, server.min_weight) / server.clip_norm
         scores = [released[place] @ signs[place] / math.sqrt(len(place)) for place in places]
         inside += scores[:n]
@@ -1059,7 +1078,9 @@ def canary_audit(mechanism, delta, defect=None, seed=None):
 
 
 def lattice_audit(noise):
-    """Return (flagged, why) of noise in steps: flagged if it misses some whole numbers."""
+    """Return (flagged, why) of noise in steps: flagged if some whole numbers never occur, or odd
+    ones more or less often than even ones.
+    """
     noise = np.asarray(noise, np.int64)
     spacing = int(np.gcd.reduce(noise - noise[0]))  # 1 on all whole numbers
     odd = float(np.mean(noise % 2))
@@ -1068,18 +1089,19 @@ def lattice_audit(noise):
 
 
 def presence_audit(mechanism, cohort_size, fixed_noise=False, seed=None):
-    """Return (flagged, why): whether the noise tells that a client which sends zeros takes part.
+    """Return (flagged, why): flagged if the noise reveals whether a client with zeros takes part.
 
-    In each of 40 trials a coin (of `seed`) decides whether it joins the roster, and an attacker
-    guesses from the mean square of what is released; without information half of the guesses are
-    right. fixed_noise: the defect that a client's noise does not depend on the cohort's size.
+    In each of 40 trials a coin (of `seed`) decides whether this client joins the cohort, and an
+    attacker guesses it from the mean square of the released values. Without information half of the
+    guesses are right. fixed_noise: a defect, a client's noise does not depend on the cohort size.
     """
     zeros = np.zeros(mechanism.length)
-    rounds = math.ceil(20_000 / mechanism.length)  # that many values would tell 11 clients from 12
-    middle = mechanism.noise_std(1) ** 2 * (1 - 0.5 / cohort_size)  # between p and p - 1 clients
+    rounds = math.ceil(20_000 / mechanism.length)  # enough to distinguish 11 clients from 12
+    # halfway between the mean squares of p and p - 1 clients with fixed noise
+    middle = mechanism.noise_std(1) ** 2 * (1 - 0.5 / cohort_size)
     found = 0
     for trial, joins in enumerate(np.random.default_rng(seed).random(40) < 0.5):
-        size = cohort_size if joins else cohort_size - 1  # who survives is who joined
+        size = cohort_size if joins else cohort_size - 1  # nobody drops out
         calibrated_to = cohort_size if fixed_noise else size
         mean_square = 0.0
         for r in range(rounds):
@@ -1094,11 +1116,11 @@ def presence_audit(mechanism, cohort_size, fixed_noise=False, seed=None):
 
 
 def checkpoint_audit(state, length):
-    """Return (flagged, why) of a server's checkpoint: flagged if it holds more than a server has.
+    """Return (flagged, why) of a server's checkpoint: flagged if it holds more than a server may.
 
-    That is the vectors adapter and control of `length` numbers, SERVER_VALUES, short texts and an
-    accountant's rows. It finds vectors that were kept by mistake; who wanted to could hide a short
-    one in 500 characters or in an accountant's rows.
+    Allowed are the vectors adapter and control of `length` numbers, SERVER_VALUES of at most 500
+    characters each, and rows of 3 numbers for the accountant. This finds vectors that are kept by
+    mistake, but not a short one that is hidden on purpose in those characters or rows.
     """
     bad = []
     for key, value in state.items():
@@ -1132,21 +1154,20 @@ NOT_COVERED = [
 
 
 def privacy_report(mechanism, accountant, delta, cohorts):
-    """Return the report's privacy section, plain values for JSON; None: an infinite epsilon.
+    """Return the report's privacy section, plain values for JSON; epsilon None: no guarantee.
 
-    `cohorts` [[k]] are those of the rounds that were finished; what was spent beyond them are
-    rounds that were killed and done again, by the same cohort. Raises ValueError unless 0 < delta <
-    1 / num_clients.
+    `cohorts` [[k]] are those of the finished rounds. The rounds spent beyond these were killed and
+    repeated with the same cohort. Raises ValueError unless 0 < delta < 1 / num_clients.
     """
     check_delta(delta, mechanism.num_clients)
     participations = most_participations(cohorts, accountant.num_rounds)
     repeated = accountant.num_rounds - len(cohorts)
     known = accountant.epsilon_known_cohorts(delta, participations)
     spent = Accountant(accountant.history)  # a copy
-    if repeated > 0:  # who is in a cohort is drawn once: sampling does not hide its second sum
+    if repeated > 0:  # the cohort was not drawn again: its second sum gets no amplification
         least_noise = min(noise_multiplier for _, noise_multiplier, _ in spent.history)
         spent.spend(1.0, least_noise, repeated)
-    sampled = min(known, spent.epsilon(delta))  # who knows less learns no more
+    sampled = min(known, spent.epsilon(delta))  # an adversary who knows less learns no more
     reason = None
     if mechanism.seed is not None:
         reason = "the noise is seeded"
@@ -1183,16 +1204,16 @@ def privacy_report(mechanism, accountant, delta, cohorts):
 def verify_run(folder):
     """Return the privacy section of a run's report, if it follows from the run's own record.
 
-    Reads report.json; rounds.jsonl, one JSON a line with round, cohort_size, sample_rate,
+    Reads report.json; rounds.jsonl, one JSON object per line with round, cohort_size, sample_rate,
     noise_multiplier and epsilon (against known cohorts, of all rounds so far); and last.pt, whose
     state holds adapter, round, accountant and sampling_key. Raises ValueError for a damaged
     last.pt, for rounds that ran but were not spent, for vectors of single clients in the
-    checkpoint, and for a log or report that claims what does not follow. Of the mechanism the
-    record holds the noise and the length; the rest is what the report declares. A report that
-    claims no privacy is returned as it is.
+    checkpoint, and for a claim in the log or report that does not follow from the record. The
+    record holds the mechanism's noise and length; its other settings are taken from the report. A
+    report that claims no privacy is returned as it is.
     """
-    import torch  # only here: the rest of this file does without
-    import train  # which imports this file
+    import torch  # the rest of this file does not need it
+    import train  # not above, as it imports this file
 
     folder = Path(folder)
     claimed = json.loads((folder / "report.json").read_text())["privacy"]
@@ -1215,7 +1236,7 @@ def verify_run(folder):
     key = bytes.fromhex(state["sampling_key"])
     cohorts = []
     for row in log:
-        fixed = row["sample_rate"] == 1  # so are fixed cohorts accounted
+        fixed = row["sample_rate"] == 1  # fixed cohorts are accounted at rate 1
         rate = row["cohort_size"] / mechanism.num_clients if fixed else row["sample_rate"]
         cohorts.append(draw_cohort(mechanism.num_clients, rate, key, row["round"], fixed))
         if len(cohorts[-1]) != row["cohort_size"]:
@@ -1250,7 +1271,7 @@ def verify_run(folder):
     expected = privacy_report(mechanism, accountant, claimed["delta"], cohorts)
     for key, value in expected.items():
         if isinstance(value, str):
-            continue  # prose, which an earlier version may have put otherwise
+            continue  # text, which other versions of this file may word differently
         same = claimed.get(key) == value
         if isinstance(value, float) and isinstance(claimed.get(key), float):
             same = math.isclose(claimed[key], value, rel_tol=1e-6)
@@ -1269,7 +1290,7 @@ def print_table(args, z):
         "clients  cohort  rounds  noise multiplier     epsilon  epsilon with sampling",
     ]
     for n, rounds in itertools.product(args.clients, args.rounds):
-        # The mean divides by the cohort: with twice the clients, twice the noise does as much.
+        # The mean divides the sum by the cohort size, so that the noise may grow with it.
         noise = z * n / min(args.clients)
         accountant = Accountant([[args.rate, noise, rounds]])
         participations = likely_participations(n, args.rate, rounds)
@@ -1281,8 +1302,11 @@ def print_table(args, z):
 
 
 def print_audit(args, z):
-    """Print one line for each check, on a mechanism and broken copies; return if all were right."""
-    num_clients = min(args.clients)  # z is theirs, as in the table
+    """Print one line for each check of a mechanism and of broken copies.
+
+    Return whether each check flagged the broken copies and nothing else.
+    """
+    num_clients = min(args.clients)  # to which z belongs, as in the table
     mechanism = Mechanism(
         clip_norm=1.0,
         noise_multiplier=z,
@@ -1296,7 +1320,7 @@ def print_audit(args, z):
         raise ValueError("--audit needs 2 clients or more.")
     cohort_size = min(12, num_clients)
     zeros = np.zeros(args.length)
-    num_uploads = math.ceil(64 / args.length)  # of few numbers all are even at times
+    num_uploads = math.ceil(64 / args.length)  # a few numbers might all be even by chance
     uploads = [mechanism.encode(zeros, 0.0, cohort_size).view("<i4") for _ in range(num_uploads)]
     upload = np.concatenate(uploads)
     state = {"round": 1, "adapter": zeros, "control": zeros}
@@ -1321,7 +1345,7 @@ def run(args):
     if args.verify:
         try:
             report = json.dumps(verify_run(args.verify), indent=2)
-        except Exception as error:  # an unreadable record supports no report, whatever is wrong
+        except Exception as error:  # whatever makes the record unreadable
             refuse(f"{args.verify} is refused: {type(error).__name__}: {error}")
         print(report)
         return
@@ -1342,7 +1366,7 @@ def run(args):
 def refuse(message):
     """Print one line and leave with status 2."""
     print(f"privacy.py: {message}".splitlines()[0], file=sys.stderr)
-    sys.stdout = None  # Python would try again to write what a full disk has refused
+    sys.stdout = None  # else Python would try again to write to a full disk
     sys.exit(2)
 
 
@@ -1354,19 +1378,19 @@ def main(arguments=None):
     add("--rate", type=float, default=1.0, help="probability that a client joins a round")
     add("--rounds", type=int, nargs="+", default=[2])
     add("--delta", type=float, default=1e-5, help="below 1 / clients")
-    add("--noise", type=float, help="noise multiplier z, noise / sensitivity of the fewest clients")
+    add("--noise", type=float, help="noise multiplier z for the smallest number of --clients")
     add(
         "--target-epsilon",
         type=float,
-        help="instead of --noise: least z that keeps it if cohorts are secret",
+        help="instead of --noise: the least z with at most this epsilon if cohorts are secret",
     )
-    add("--audit", action="store_true", help="canaries and other checks, and what they must flag")
+    add("--audit", action="store_true", help="check the mechanism, by canaries and other tests")
     add("--length", type=int, default=40, help="values of an update, for --audit")
-    add("--verify", metavar="RUN", help="compute the report of a run again, from its record")
+    add("--verify", metavar="RUN", help="recompute a run's epsilon from its record")
     args = parser.parse_args(arguments)
     try:
         run(args)
-        print(end="", flush=True)  # here a full disk is noticed
+        print(end="", flush=True)  # raises OSError here if the disk is full
     except (ValueError, OSError, OverflowError, MemoryError) as error:
         refuse(error)
     except KeyboardInterrupt:

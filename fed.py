@@ -22,7 +22,7 @@ import metrics
 import model as talking
 import privacy
 
-# Share of training clips whose first frames are known: so the model learns to continue a window.
+# Share of training clips whose first frames are known, for the model to learn continuing a window.
 CONTINUED = 0.25
 JUDGED_FRAMES = 5  # frames that Eq. 9-11 decode: a window of the sync network
 VALIDATION_FRAMES = 16
@@ -64,13 +64,13 @@ def auxiliary_losses(model, judges, batch, x0_hat):
 
 def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     """Return a batch's random numbers: t [b f], eps [b f m h w], keep {condition: [b]}, judged (the
-    clip that Eq. 9-11 decode, or None) and judged_frame (its first frame there).
+    clip that Eq. 9-11 decode, or None) and judged_frame (the first of its decoded frames).
 
     One t per clip, stratified over the clips of the batch. In a share CONTINUED of the clips the
     first frames are known (no noise, t = -1). Each condition is dropped from a share
-    `condition_dropout` of the clips, independently. Eq. 9-11 are to be weighted by alpha_bar_t: one
-    clip is drawn, and judged with probability alpha_bar_t, which has the same expectation at a
-    fraction of the cost.
+    `condition_dropout` of the clips, independently. Eq. 9-11 are weighted by alpha_bar_t. Instead
+    of all clips, one is drawn and judged with probability alpha_bar_t, which has the same
+    expectation at a fraction of the cost.
     """
     b, f = batch["motion"].shape[:2]
     device = batch["motion"].device
@@ -83,9 +83,9 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
     continued = torch.rand(b, generator=generator) < CONTINUED
     num_known = min(talking.KNOWN_FRAMES, f // 2) * continued
     known = torch.arange(f) < num_known[:, None]  # b f
-    # implied_eps is 0 for known frames: so is eps, and Eq. 8 sees no error there.
+    # implied_eps is 0 for known frames: eps is set to 0, too, so that Eq. 8 has no error there.
     eps = eps * ~known[:, :, None, None, None]
-    # Drawn even if nobody judges: runs with and without a loss then see the same batches.
+    # Drawn even if unused, so that runs with and without these losses see the same batches.
     judged = data.pick(range(b), generator)
     by_chance = torch.rand((), generator=generator) < model.diffusion.alpha_bar[t[judged]]
     judged_frame = data.pick(range(f - JUDGED_FRAMES + 1), generator)
@@ -100,8 +100,8 @@ def draw_noise(model, batch, loss_weights, generator, condition_dropout=0.1):
 
 
 def objective(model, judges, batch, noise, loss_weights, rows, bf16=False):
-    """Return what the clips in the slice `rows` add to Eq. 12 of the whole batch, and to each of
-    its terms.
+    """Return the contribution of the clips in the slice `rows` to Eq. 12 of the whole batch, and to
+    each of its terms.
 
     L = L_diff + tdc L_TDC + identity L_id + perceptual L_perc + sync L_sync, with the weights of
     `loss_weights`.
@@ -134,15 +134,15 @@ def objective(model, judges, batch, noise, loss_weights, rows, bf16=False):
 
 
 def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=False):
-    """Leave the gradient of Eq. 12 on a batch in the parameters and return the value of each term.
+    """Set the parameters' gradients to that of Eq. 12 on a batch; return the value of each term.
 
-    `micro_batch` clips at a time (0: all at once) bound the memory; randomness is drawn for the
-    whole batch, so that the gradient is the same up to rounding.
+    To save memory, `micro_batch` clips are processed at a time (0: all). Random numbers are drawn
+    for the whole batch, so that the gradient does not depend on micro_batch, up to rounding.
     """
     noise = draw_noise(model, batch, loss_weights, generator)
     num_clips = len(batch["motion"])
     step = micro_batch or num_clips
-    # A batch of which no clip is judged adds 0 to the judges' terms.
+    # The judges' terms stay 0 if no clip of the batch is judged.
     sums = {"diffusion": 0.0} | {name: 0.0 for name, weight in loss_weights.items() if weight}
     # Before the step, not after it: a batch that failed may have left gradients.
     model.zero_grad()
@@ -164,7 +164,7 @@ def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
     """
     x0 = batch["motion"] / model.motion_std
     power = model.weighted_power(x0)  # b
-    power = power.clamp(min=0.01 * model.prior.mean_variance())  # a still picture is a clip, too
+    power = power.clamp(min=0.01 * model.prior.mean_variance())  # for clips that stand still
     conditions = model.encode_conditions(batch["mel"], batch["reference"], batch["words"])
     generator = torch.Generator().manual_seed(seed)
     shares = []
@@ -185,8 +185,8 @@ def unexplained_variance(model, batch, seed, num_levels=4, use_unet=True):
 
 @torch.no_grad()
 def encode_batch(model, batch):
-    """Return a batch of frames, reference, liveliness, mel and prompt on the model's device, with
-    what the model is trained on: motion, reference_latents, words.
+    """Return a batch's frames, reference, liveliness and mel on the model's device, with what is
+    computed from them and from the prompt: motion, reference_latents, words.
     """
     device = model.motion_std.device
     names = ("frames", "reference", "liveliness", "mel")
@@ -206,9 +206,9 @@ def sample_batch(model, people, batch_size, num_frames, generator, same_clip=Fal
 
 
 class Batches(torch.utils.data.Dataset):
-    """The backbone's training batches by step: what `sample_batch` returns, but for the frames.
+    """The backbone's training batches by step: those of `sample_batch`, without the frames.
 
-    `views` holds its arguments same_clip and mirror.
+    `views` holds the arguments same_clip and mirror of `sample_batch`.
     """
 
     def __init__(self, model, people, batch_size, num_frames, seed, views):
@@ -221,22 +221,22 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
         batch = sample_batch(self.model, self.people, *self.size, generator, **self.views)
-        # Eq. 9-11 alone look at them. The rest is small enough for the memory that processes share.
+        # Only Eq. 9-11 need the frames. The rest is small enough for the processes' shared memory.
         del batch["frames"]
         return batch
 
     def loader(self, first, stop):
         """Return an iterable of the batches of steps first ... stop - 1.
 
-        On a CPU another process makes them ahead: operations as small as these keep one core busy
-        only. Not on a GPU, which a forked process cannot use.
+        On a CPU another process makes them ahead, because operations as small as these keep only
+        one core busy. On a GPU this process makes them, because a forked one cannot use the GPU.
         """
         parallel = {}
         if self.model.motion_std.device.type == "cpu":
             parent = os.getpid()
             parallel = {"num_workers": 1, "multiprocessing_context": "fork"}
             parallel["worker_init_fn"] = lambda worker: data.die_with_parent(parent)
-        # Without a generator of its own it would draw a number from the global one.
+        # Without a generator of its own the loader would draw from the global one.
         order = {"sampler": range(first, stop), "generator": torch.Generator()}
         return torch.utils.data.DataLoader(self, batch_size=None, **order, **parallel)
 
@@ -266,8 +266,8 @@ class Client:
     """One person's clips, split into train, validation and test, the batches made of them, and
     SCAFFOLD's c_i.
 
-    Everything here stays with the client. c_i = {round: c_i after that many rounds}, the last two,
-    is kept in `folder`, where every process finds it, as another may have the client's next round.
+    Everything here stays with the client. The last two {number of rounds: c_i after them} are kept
+    in a file in `folder`, because another process may be assigned the client in its next round.
     """
 
     def __init__(self, name, split, num_frames, folder=None, same_clip=False):
@@ -285,7 +285,7 @@ class Client:
         size = batch_size, self.num_frames
         return sample_batch(model, self.train_clips, *size, generator, self.same_clip)
 
-    # Of the latest clients only: those of a large federation would fill the memory.
+    # Cached for the latest clients only: the batches of a large federation would fill the memory.
     @functools.lru_cache(maxsize=128)
     def validation_batch(self, model):
         """Return the first VALIDATION_FRAMES of the first validation clip as a batch, its reference
@@ -295,16 +295,16 @@ class Client:
         return fixed_batch(model, clips, self.split["train"], VALIDATION_FRAMES)
 
     def read_controls(self):
-        """Return the last two c_i by round; the first, zeros, is there before the first round."""
+        """Return the last two {number of rounds: c_i after them}; before the first, {0: zeros}."""
         try:
             return torch.load(self.control_file, weights_only=True)
-        except Exception as error:  # torch raises many kinds for what is no file of its own
+        except Exception as error:  # torch raises many kinds of errors for other files
             raise ValueError(
                 f"{self.control_file}: lost or damaged, and with it the client's c_i ({error})"
             ) from None
 
     def write_controls(self, controls):
-        """Keep these c_i by round."""
+        """Write {number of rounds: c_i after them} to the client's file."""
         data.write_tensors(self.control_file, controls)
 
     def load_control(self, num_rounds):
@@ -320,7 +320,7 @@ class Client:
         return controls[max(earlier)]
 
     def undo_control(self, num_rounds):
-        """Take back the c_i after `num_rounds` rounds: the client's update did not count."""
+        """Delete the c_i after `num_rounds` rounds, because the client's update did not count."""
         controls = self.read_controls()
         if controls.pop(num_rounds, None) is not None:
             self.write_controls(controls)
@@ -361,12 +361,12 @@ def train_adapter(
 
     `proximal` is FedProx's mu: it adds (mu / 2) |phi - g|^2 to the loss (Li et al. 2020, Eq. 2).
     `correction` [d] is SCAFFOLD's c - c_i, added to every gradient (Karimireddy et al. 2020,
-    Algorithm 1); with it the steps are plain SGD of constant rate, which its control variates
-    assume. Otherwise AdamW, whose rate is constant for half of the steps and then falls to zero.
-    Raises ValueError for an adapter that is not finite.
+    Algorithm 1); with it the optimizer is SGD with a constant rate, as the control variates assume.
+    Otherwise it is AdamW, whose rate is constant for half of the steps and then falls to zero.
+    Raises ValueError if the new adapter is not finite.
     """
     parameters = lora.load_adapter_vector(model, start)
-    # g, which the parameters are about to leave
+    # g of FedProx
     anchors = lora.split_vector(parameters, start)
     if correction is None:
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -375,10 +375,10 @@ def train_adapter(
         corrections = lora.split_vector(parameters, correction)
     generator = torch.Generator().manual_seed(seed)
     gpus = [parameters[0].device] if parameters[0].is_cuda else []
-    model.unet.train()  # for the adapters' dropout: nothing else in the UNet has a mode
+    model.unet.train()  # for the adapters' dropout; nothing else in the UNet depends on the mode
     sums = {}
     try:
-        # That dropout draws from torch's own generators, which keep their state for others.
+        # Dropout draws from torch's global generators, whose state is restored afterwards.
         with torch.random.fork_rng(gpus):
             torch.manual_seed(derive_seed(seed))
             for step in range(num_steps):
@@ -391,16 +391,16 @@ def train_adapter(
                     optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
                     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 else:
-                    # Option II divides phi_k - g by K lr: no clipping, no momentum.
+                    # Option II needs phi_k - g = -lr sum of the K steps: no clipping or momentum.
                     for parameter, piece in zip(parameters, corrections):
                         parameter.grad += piece
                 optimizer.step()
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value / num_steps
-    finally:  # a step that fails costs this client's update only
+    finally:  # also after a failed step: the next client uses the same model
         model.unet.eval()
     trained = lora.adapter_vector(model)
-    if not trained.sum().isfinite():  # any NaN or infinity makes the sum one
+    if not trained.sum().isfinite():  # it is not if any number is not
         raise ValueError("the adapter is not finite")
     return trained, sums
 
@@ -428,8 +428,8 @@ def local_update(
 
     With SCAFFOLD's c in the state the update is [2 d]: its second half is c_i+ - c_i with c_i+ =
     c_i - c - (phi_k - g) / (K lr) (Karimireddy et al. 2020, Algorithm 1, option II). The client
-    moves its c_i by as much as it sends, the update clipped to `clip_norm`: c stays the mean of all
-    c_i.
+    adds to its c_i what it sends, the second half of the update clipped to `clip_norm`, so that c
+    stays the mean of all c_i.
     """
     num_steps = num_local_steps(client.num_samples, local_epochs, batch_size)
     # `train_adapter` counts steps, not epochs.
@@ -441,12 +441,12 @@ def local_update(
     trained, terms = train_adapter(model, judges, client, start, seed, **kwargs)
     update = trained - start
     if "control" in state:
-        # (g - phi_k) / (K lr) is the mean gradient of the K steps.
+        # (g - phi_k) / (K lr) is the mean of the K gradients, each with c - c_i added.
         change = (start - trained) / (num_steps * lr) - state["control"]
         update = torch.cat([update, change])  # 2 d
         # raises ValueError for a change that is not finite
         sent = torch.from_numpy(privacy.clip_update(update.numpy(), clip_norm)).float()
-        # A round that is killed or aborted has to find c_i as it was.
+        # The old c_i stays in the file, because the round may yet be killed or aborted.
         num_rounds = state["round"]
         later = own_control + sent[len(start) :]
         client.write_controls({num_rounds: own_control, num_rounds + 1: later})
@@ -455,7 +455,7 @@ def local_update(
 
 @contextlib.contextmanager
 def catch_failure(client, record):
-    """Turn whatever fails at a client into record["failure"]: it costs its own update only."""
+    """Store any error of a client in record["failure"], so that only its own update is lost."""
     try:
         yield
     except Exception as error:
@@ -495,12 +495,12 @@ def isfa_weight(num_samples, reliability, gamma, cap):
 
 
 def round_params(mechanism, cohort_size):
-    """Return what clients and server agree on before a secure sum; raises AggregationAborted for
-    fewer than two clients.
+    """Return the parameters that clients and server agree on before a secure sum; raises
+    AggregationAborted for fewer than two clients.
     """
     neighbors = privacy.choose_neighbors(cohort_size)
-    # Opening an upload takes shares of more than half of the client's neighbours: the curious ones
-    # have to stay below that.
+    # Shares of more than half of a client's neighbours open its upload. If that many may be
+    # curious, all clients are neighbours instead.
     if neighbors is not None and mechanism.num_curious > neighbors // 2:
         neighbors = None
     needed = mechanism.min_survivors(cohort_size)
@@ -515,7 +515,8 @@ def plain_mean(uploads, dropouts):
 
     Raises AggregationAborted where nobody is left.
     """
-    # Who vanishes before "unmask" has uploaded: as in the secure sum, that upload counts.
+    # A client that drops out before "unmask" has uploaded already: its upload counts, as in the
+    # secure sum.
     gone = {i for stage, clients in dropouts.items() if stage != "unmask" for i in clients}
     survivors = [i for i in uploads if i not in gone and uploads[i][1] > 0]
     if not survivors:
@@ -531,10 +532,11 @@ def plain_mean(uploads, dropouts):
 def server_update(state, mean, server_lr, participation):
     """Return the state after one round: adapter + server_lr mean (ISFA / FedAvg).
 
-    With SCAFFOLD's control variate c in the state the mean is [2 d], and c, the mean of all N
-    clients' c_i (but for the noise), moves by `participation` = |S| / N times its second half.
+    With SCAFFOLD's control variate c in the state the mean is [2 d], and `participation` = |S| / N
+    times its second half is added to c, which is (except for the noise) the mean of all N clients'
+    c_i.
     """
-    mean = torch.as_tensor(mean).float()  # of float64 NumPy (Mechanism.decode) or torch
+    mean = torch.as_tensor(mean).float()  # was float64, of NumPy (Mechanism.decode) or torch
     d = len(state["adapter"])
     state = state | {"adapter": state["adapter"] + server_lr * mean[:d]}
     if "control" in state:
@@ -548,14 +550,14 @@ def zero_update(state):
 
 
 def derive_seed(*parts):
-    """Return one 63-bit seed of several integers; the number of parts counts, too."""
+    """Return a 63-bit seed that depends on several integers and on how many there are."""
     sequence = np.random.SeedSequence([len(parts), *(int(part) for part in parts)])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 def choose_dropouts(num_clients, rate, seed):
-    """Return {stage of the secure sum: [clients]} for a random share `rate` of the clients, which
-    vanish before it.
+    """Return {stage of the secure sum: [clients that drop out before it]}; each client drops out
+    with probability `rate`.
     """
     rng = np.random.default_rng(seed)
     dropouts = {stage: [] for stage in privacy.STAGES}
@@ -571,8 +573,8 @@ def choose_dropouts(num_clients, rate, seed):
 
 
 class Workers:
-    """The processes of a run, one per device; rank 0 also plays the server. Without
-    torch.distributed: this one alone.
+    """The processes of a run, one per device: each simulates its share of the clients, and a copy
+    of the server. Without torch.distributed there is only this process.
     """
 
     def __init__(self):
@@ -581,8 +583,8 @@ class Workers:
         self.size = dist.get_world_size() if distributed else 1
 
     def merge(self, own):
-        """Return the union of every process's dict `own`, in the order of its keys, so that sums do
-        not depend on ranks.
+        """Return the union of all processes' dicts `own`, sorted by key, so that sums over it do
+        not depend on the number of processes.
         """
         parts = [own]
         if self.size > 1:
@@ -604,8 +606,8 @@ class Workers:
         return box[0]
 
     def assign(self, costs):
-        """Return the indices of `costs` that fall to this process: the costliest first, each to the
-        least busy (Graham 1969).
+        """Return the indices of `costs` that are assigned to this process: in descending order of
+        cost, each goes to the process with the least work so far (Graham 1969).
         """
         busy = [0.0] * self.size
         own = []
@@ -623,8 +625,8 @@ class Workers:
 
     @contextlib.contextmanager
     def first_on_machine(self):
-        """Run the block in one process of each machine, then in its others: files that it makes are
-        there for them.
+        """Run the block in one process of each machine, then in the others, which can use the files
+        that the first has made.
         """
         if not data.is_first_worker():
             self.wait()

@@ -1,24 +1,24 @@
 """The talking-head generator: autoencoder, condition encoders, spatio-temporal UNet, diffusion,
 sampler.
 
-A frame is the reference picture, warped by a coarse flow, plus what its latent then lacks. Both
-together are the clip's *motion*: two channels of flow and c of latent residual on the latent grid,
-divided by their standard deviation and by the clip's liveliness. The diffusion runs on this x0, so
-that the network never has to draw the face that the reference shows already.
+A frame is the reference picture, warped by a coarse flow, plus a residual: the latents of the frame
+minus those of the warped picture. Two channels of flow and c of residual on the latent grid,
+divided by the clip's liveliness, are its *motion*. Divided by their standard deviations, too, they
+are x0 of the diffusion, so that the network need not draw the face, which the reference shows.
 
 Before any network, x0 is modelled as a Gaussian N(0, S) whose covariance S = K (x) (U diag(v) U^T +
-r (I - U U^T)) is measured on public clips (K: over frames, U: the leading modes of a frame). The
-best linear denoiser of a Gaussian is
+r (I - U U^T)) is measured on public clips (K: correlation of frames; U: leading modes of a frame;
+v: their variances; r: variance in all other directions). The best linear denoiser of a Gaussian is
     D(xt) = E[x0 | xt] = a S (a^2 S + s^2 I)^-1 xt,
-    a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar),
-and it leaves at each place a standard deviation d_t. The network corrects it: x0_hat = D(xt) + d_t
-* UNet(D(xt), t, c). With S = sigma_data^2 I this is the preconditioning of Karras et al. 2022
-(EDM), Eq. 7 and Table 1: c_skip xt is D(xt) and c_out is d_t. The linear part costs no training and
-leaves to the network what speech and identity decide.
+    a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar).
+With the posterior standard deviation d_t at each place, the network corrects it: x0_hat = D(xt) +
+d_t * UNet(D(xt), t, c). With S = sigma_data^2 I this is the preconditioning of Karras et al. 2022
+(EDM), Eq. 7 and Table 1: c_skip xt is D(xt) and c_out is d_t. The linear part needs no training;
+the network only has to learn what depends on speech and identity.
 
-What speech moves in every face alike takes a direct path from the embedding of time, speech and
-prompt to the UNet's output. It is taught first, in pure noise, at a twentieth of the UNet's cost a
-frame.
+A direct path leads from the embedding of time, speech and prompt to the UNet's output. It predicts
+the motion that speech causes in all faces alike. It is trained first, in pure noise, at a twentieth
+of the UNet's cost per frame.
 
 Axes: b clips, f frames, n pictures, tokens or mel steps, c channels, h w pixels or latent grid, m
 motion channels (the bands of a mel spectrogram; keys in attention), d features. Pixels are in
@@ -36,7 +36,7 @@ from torch import nn
 
 CONDITIONS = ("speech", "identity", "text")
 LATENT_CHANNELS = 16
-KNOWN_FRAMES = 4  # frames that a window of a long clip takes over from the window before
+KNOWN_FRAMES = 4  # frames that a window of a long clip shares with the window before
 # Channels of each group in every GroupNorm. With a number that is no multiple of 8, torch's kernel
 # for channels_last takes 10 to 40 times as long on CPUs.
 GROUP_CHANNELS = 8
@@ -51,8 +51,8 @@ def group_norm(channels):
 
 
 def zeroed(layer):
-    """Set weight and bias to zero, so that the block or path which the layer closes starts as
-    nothing; return the layer.
+    """Set weight and bias to zero, so that the block or path that ends in this layer outputs zero
+    at the start of training; return the layer.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -86,7 +86,7 @@ class ResnetBlock(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """KL-regularised convolutional autoencoder (Rombach et al. 2022) around a linear one.
+    """KL-regularised convolutional autoencoder (Rombach et al. 2022) added to a linear one.
 
     The linear path starts at the principal components of the data's blocks of pixels; the
     convolutions start as a zero residual and learn what it misses. Each side of a picture shrinks
@@ -157,12 +157,12 @@ class AutoencoderKL(nn.Module):
         mean = blocks.mean(0)
         variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
         basis = axes.flip(1)[:, :num_latents].T  # c (3 p p), largest variance first
-        # One scale for all, so that the spectrum keeps its decay.
+        # One scale for all keeps the ratios of the components' variances.
         scale = variance.flip(0)[:num_latents].mean().sqrt()
         self.linear_in.weight.copy_((basis / scale).view(num_latents, 3, p, p))
         self.linear_in.bias.copy_(-(basis @ mean) / scale)
         self.linear_out.weight.copy_((basis * scale).view(num_latents, 3, p, p))
-        # A bias has one number per colour: the mean block is taken to be flat.
+        # The bias has one number per colour: the mean block is replaced by its mean colour.
         self.linear_out.bias.copy_(mean.view(3, -1).mean(1))
 
     def moments(self, frames):
@@ -232,7 +232,7 @@ class IdentityEncoder(nn.Module):
         return self.norm(rearrange(h, "(b n) d h w -> b (n h w) d", b=len(reference)))
 
 
-MAX_WORDS = 8  # that are used of a prompt; further ones are cut off
+MAX_WORDS = 8  # known words of a prompt that are used; further ones are cut off
 
 
 class TextEncoder(nn.Module):
@@ -283,7 +283,7 @@ def split_words(prompt):
     """Return the words of a prompt in lower case: letters of any script with their marks, and
     apostrophes.
     """
-    prompt = unicodedata.normalize("NFC", prompt.lower()).replace("\u2019", "'")  # a phone's
+    prompt = unicodedata.normalize("NFC", prompt.lower()).replace("\u2019", "'")  # as phones write
     kept = [c if c == "'" or unicodedata.category(c)[0] in "LM" else " " for c in prompt]
     return "".join(kept).split()
 
@@ -338,8 +338,8 @@ class CrossAttention(nn.Module):
         self.to_out = zeroed(nn.Linear(dim, dim))
 
     def forward(self, x, conditions, num_frames):
-        """x [(b f) n c]; conditions {name: (tokens [b m d] of a clip or [b f m d] of each frame,
-        scale [b])}.
+        """Return x [(b f) n c] plus its attention to the conditions {name: (tokens [b m d] of a
+        clip or [b f m d] of each frame, scale [b])}.
         """
         q = self.to_q(self.norm(x))  # (b f) n c
         total = 0.0
@@ -360,7 +360,7 @@ class TemporalAttention(nn.Module):
     """Self-attention along time at every position, within `radius` frames, with a learned bias by
     distance.
 
-    Only distances enter, so that a frame of a long clip is treated as one of a short clip.
+    Only distances of frames enter, so that the length of the clip does not matter.
     """
 
     def __init__(self, dim, heads, radius):
@@ -380,7 +380,7 @@ class TemporalAttention(nn.Module):
 
 
 class TalkingBlock(nn.Module):
-    """Convolution; attention to space (below the finest level), to the conditions and to time."""
+    """Convolution, then attention over space (below the finest level), to conditions, over time."""
 
     def __init__(self, in_channels, channels, temb_channels, condition_dim, heads, radius, spatial):
         super().__init__()
@@ -458,22 +458,22 @@ class TalkingUNet(nn.Module):
         return F.silu(temb.flatten(0, 1))
 
     def direct_path(self, temb, grid):
-        """Return what an embedding [n d] of time, speech and text says of every face alike,
-        [n m h w] on a grid (h, w): a map of 8 x 8, stretched.
+        """Return the direct path's output for embeddings [n d] of time, speech and text, [n m h w]
+        on a grid (h, w): a map of 8 x 8, interpolated. It does not depend on the face.
         """
         x = rearrange(self.speech_out(temb), "n (m h w) -> n m h w", h=8, w=8)
         return F.interpolate(x, grid, mode="bilinear", align_corners=False)
 
     def forward(self, x, time, conditions, reference_latents):
-        """x [b f m h w], time [b f] in [0, 1], conditions as in `CrossAttention`, reference_latents
-        [b c h w] -> [b f m h w].
+        """Return the correction [b f m h w] for x [b f m h w] at time [b f] in [0, 1], conditions
+        as in `CrossAttention`, reference_latents [b c h w].
         """
         num_frames, _, *grid = x.shape[1:]
         temb = self.embed_time(time, conditions)  # (b f) d
         reference = repeat(reference_latents, "b c h w -> b f c h w", f=num_frames)
         x = rearrange(torch.cat([x, reference], dim=2), "b f c h w -> (b f) c h w")
         x = self.conv_in(x)  # (b f) c0 h w
-        # A learned map, stretched to the grid: a face has its parts at known places.
+        # A learned map of 8 x 8, interpolated: the parts of a face have about fixed places.
         x = x + F.interpolate(self.position, grid, mode="bilinear", align_corners=False)
         skips = []
         for block, downsample in zip(self.down, self.downsample):
@@ -537,30 +537,30 @@ class Diffusion:
         noise.
         """
         signal, noise = self.coefficients(t, xt)
-        # The clamp keeps 0 / 0, whose gradient would be NaN, out of what `where` drops.
+        # The clamp avoids 0 / 0, whose gradient would be NaN although `where` drops the value.
         return ((xt - signal * x0_hat) / noise.clamp(min=1e-3)).where(noise > 0, 0.0)
 
     def timesteps(self, num_steps):
         """Return the timesteps T (1 - i / num_steps)^1.5 - 1 for i = 0, 1, ... [num_steps]: from
-        pure noise (Lin et al. 2024, Table 2) on, closer to one another where there is less of it.
+        pure noise (Lin et al. 2024, Table 2) on, closer to one another where there is less noise.
 
-        Evenly spaced, the second of two steps would see as much noise as motion, and take much of
-        the motion for noise.
+        If they were evenly spaced, the second of two steps would see as much noise as motion, and
+        remove much of the motion as noise.
         """
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(
                 f"sampling.num_steps must be from 1 to {self.num_steps}, not {num_steps}"
             )
-        left = torch.arange(num_steps, 0, -1)  # steps that are still to come
+        left = torch.arange(num_steps, 0, -1)  # number of steps left
         times = self.num_steps * (left / num_steps) ** 1.5
-        # Of many steps the last ones would share a timestep: they take one each.
+        # With many steps the last ones would round to the same timestep: they get one each.
         return torch.maximum(times.round().long(), left) - 1
 
     def sample(self, predict_x0, noise, num_steps):
         """Return x0: the probability-flow ODE solved from `noise` [b ...] in `num_steps` steps.
 
-        `predict_x0(xt, t)` is the network, at one t for all. DPM-Solver++(2M), Lu et al. 2022,
-        Algorithm 2; with one step it is DDIM.
+        `predict_x0(xt, t)` is the network, with one t for all clips. The solver is
+        DPM-Solver++(2M), Lu et al. 2022, Algorithm 2; with one step it is DDIM.
         """
         xt = noise
         times = self.timesteps(num_steps)
@@ -688,11 +688,11 @@ class GaussianPrior(nn.Module):
         self.residual_variance.copy_(remaining.clamp(min=1e-6))
         self.modes[:, :num_modes] = modes
         self.variance[:num_modes] = variance
-        self.variance[num_modes:] = self.residual_variance  # like all that is in no mode
+        self.variance[num_modes:] = self.residual_variance  # unused modes: as outside the modes
         num_frames = x0.shape[1]
         power = x0.square().mean()
         for lag in range(len(self.autocorrelation)):
-            # Beyond the clips' length: as at the longest lag.
+            # Lags beyond the clips' length get the value of the longest lag.
             lag_measured = min(lag, num_frames - 1)
             product = x0[:, lag_measured:] * x0[:, : num_frames - lag_measured]
             self.autocorrelation[lag] = product.mean() / power
@@ -711,12 +711,12 @@ class GaussianPrior(nn.Module):
         return (vectors * values.clamp(min=1e-3)) @ vectors.T
 
     def sample(self, noise, num_known):
-        """Return a random deviation [b f m h w] of x0 from its mean given the first `num_known`
-        frames, which deviate by 0; it is made of white `noise` [b f m h w].
+        """Return a sample [b f m h w] of x0 minus its mean, given the first `num_known` frames,
+        where it is 0. It is computed from white `noise` [b f m h w].
         """
         K = self.frame_correlation(noise.shape[1])
-        # The lower right block of K's Cholesky factor is that of the covariance which known frames
-        # leave, the Schur complement.
+        # The lower right block of K's Cholesky factor is the Cholesky factor of the covariance
+        # given the known frames (the Schur complement).
         root = torch.linalg.cholesky(K)  # f f
         root[:, :num_known] = 0
         h = root.to(noise) @ noise.flatten(2)  # b f (m h w)
@@ -725,8 +725,8 @@ class GaussianPrior(nn.Module):
         return (in_modes @ self.modes.T + residual_std * h).view_as(noise)
 
     def denoise(self, xt, signal, noise):
-        """Return E[x0 | xt] and the standard deviation that it leaves, both [b f m h w], for xt =
-        signal x0 + noise eps.
+        """Return E[x0 | xt] and the posterior standard deviation, both [b f m h w], for xt = signal
+        x0 + noise eps.
 
         signal and noise [b f 1 1 1] may differ by frame: frames of less noise inform the others. In
         a mode of variance v the frames have covariance v K. With A, N the diagonal matrices of
@@ -759,11 +759,10 @@ class GaussianPrior(nn.Module):
 
 
 class TalkingHead(nn.Module):
-    """Autoencoder, condition encoders, prior, UNet and diffusion: what is pretrained, adapted and
-    sampled.
+    """The whole generator: autoencoder, condition encoders, prior, UNet and diffusion.
 
     size: pixels a side; latent_channels, autoencoder_channels: `AutoencoderKL`; channels: widths of
-    the UNet; speech_dropout: share of the sound, and of its features, that training leaves out.
+    the UNet; speech_dropout: dropout rate of the mel spectrogram and of the speech features.
     """
 
     def __init__(
@@ -801,9 +800,10 @@ class TalkingHead(nn.Module):
         """Measure standard deviations, prior and loss weights on motion [b f m h w], reference
         latents [b c h w], mel windows [b f n m] and liveliness [b] of public clips.
 
-        The deviation of flow and residual is that of a typical mode, not of a typical value:
-        correlated values have a higher SNR than their per-value variance suggests, and half of the
-        noise levels would teach nothing (Hoogeboom et al. 2023, Sec. 3.1).
+        The standard deviations of flow and residual are those of a typical principal component, not
+        of a single value: correlated values have a higher SNR than their per-value variance
+        suggests, and half of the noise levels would teach nothing (Hoogeboom et al. 2023, Sec.
+        3.1).
         """
         std = reference_latents.std(dim=(0, 2, 3))[:, None, None]  # c 1 1
         self.reference_std.copy_(std.clamp(min=1e-6))
@@ -822,8 +822,8 @@ class TalkingHead(nn.Module):
         """Return the motion [b f m h w] of frames [b f 3 H W] from reference [b 3 H W], divided by
         the clip's liveliness [b] (`data.Clip.liveliness`), and the reference's latents [b c h w].
 
-        One Gaussian then fits calm and lively clips. For either alone it would be far too wide or
-        too narrow, and what is sampled of a calm clip would be noise.
+        After this division one Gaussian fits calm and lively clips. Without it the Gaussian would
+        be too narrow for lively clips and too wide for calm ones, whose samples would be noise.
         """
         num_frames = frames.shape[1]
         target = frames.flatten(0, 1)  # (b f) 3 H W
@@ -839,10 +839,10 @@ class TalkingHead(nn.Module):
         """Return frames [b f 3 H W], about in [-1, 1], of normalised motion x0 [b f m h w],
         reference [b 3 H W] and liveliness [b].
 
-        The residual enters as the difference that it makes to the decoded picture, so that details
-        of the reference which the autoencoder would lose (a pattern, a strand of hair) stay.
-        Gradients reach the flow through the warped picture only: through the two decodings they
-        cancel, but for terms of the residual's size.
+        The warped picture is kept, and the difference between decoding it with and without the
+        residual is added, so that details of the reference which the autoencoder would lose (a
+        pattern, a strand of hair) stay. Gradients reach the flow through the warped picture only:
+        those through the two decodings cancel, up to terms of the residual's size.
         """
         motion = x0 * self.motion_std * liveliness[:, None, None, None, None]  # b f m h w
         motion = rearrange(motion, "b f m h w -> (b f) m h w")
@@ -858,8 +858,8 @@ class TalkingHead(nn.Module):
         """Return {name: (tokens, scale [b])} of mel [b f n m], reference [b 3 H W] or [b n 3 H W],
         and word ids [b MAX_WORDS].
 
-        `scales` {name: number or [b]} weigh the conditions, 1 where not given; a clip without words
-        has no text.
+        `scales` {name: number or [b]} are weights of the conditions, by default 1; text has weight
+        0 in clips without words.
         """
         scales = scales or {}
         if not scales.keys() <= set(CONDITIONS):
@@ -885,11 +885,11 @@ class TalkingHead(nn.Module):
         return linear + std * self.unet(linear, time, conditions, reference)
 
     def weighted_power(self, x):
-        """Return the mean square [b] of x [b f m h w], its places weighted by `speech_weights` and
-        its mean over the frames by a tenth.
+        """Return the weighted mean square [b] of x [b f m h w]: `speech_weights` weight its places,
+        and 0.1 its mean over the frames.
 
-        That mean is how the window's pose and light differ from the reference's, which nothing that
-        the network hears or sees can tell.
+        This mean is how the window's pose and light differ from the reference's, which cannot be
+        predicted from the network's inputs.
         """
         still = x.mean(1, keepdim=True)  # b 1 m h w
         square = (x - still).square() + 0.1 * still.square()
@@ -900,10 +900,10 @@ class TalkingHead(nn.Module):
         alpha_bar).
 
         The squared error of x0 is divided by the clip's own power, so that calm clips count as much
-        as lively ones (the power is taken to be at least a quarter of the prior's variance, which
-        some two fifths of the windows of 8 frames don't have: the calmest count for less), and by
-        1 - alpha_bar (at least .05), which makes it the error of v (Salimans & Ho 2022): Eq. 6
-        divided by alpha_bar, which keeps the step of pure noise in the loss.
+        as lively ones. (Power below a quarter of the prior's variance, as in some two fifths of the
+        windows of 8 frames, counts as a quarter: the calmest windows count for less.) The error is
+        also divided by 1 - alpha_bar (at least .05), which makes it the error of v (Salimans & Ho
+        2022). This is Eq. 6 divided by alpha_bar; Eq. 6 itself is always 0 in pure noise.
         """
         smallest_power = 0.25 * self.prior.mean_variance()
         power = self.weighted_power(x0).clamp(min=smallest_power)  # b
@@ -927,14 +927,14 @@ class TalkingHead(nn.Module):
 
     def speech_loss(self, batch):
         """Return the diffusion loss [b] of the UNet's direct path alone, in pure noise, where the
-        linear denoiser says nothing.
+        linear denoiser predicts 0.
 
-        The UNet sees too few frames in pure noise to learn from them what speech says.
+        In its own training the UNet sees too few frames of pure noise to learn from speech.
         """
         x0 = batch["motion"] / self.motion_std
         pure_noise = torch.full(x0.shape[:2], self.diffusion.num_steps - 1, device=x0.device)
         signal, noise = self.diffusion.coefficients(pure_noise, x0)
-        # What is left of the prior's deviation is the same in every clip: one is enough.
+        # The posterior standard deviation is the same for every clip: one is enough.
         _, std = self.prior.denoise(torch.zeros_like(x0[:1]), signal[:1], noise[:1])  # 1 f m h w
         conditions = self.encode_conditions(batch["mel"], batch["reference"], batch["words"])
         latest = torch.ones(x0.shape[:2], device=x0.device)  # b f
@@ -947,14 +947,14 @@ class TalkingHead(nn.Module):
         """Return x0 [b f m h w] sampled from `noise` [b f m h w] in `num_steps` steps.
 
         conditions: of `encode_conditions`; reference_latents [b c h w]. x0 begins with the frames
-        `known` [b k m h w]. In pure noise the network knows the mean of x0 only, and steps that
-        started from there would lose all that varies about it, such as the head's motion. `chance`
-        [b f m h w], a sample of the prior, makes up for it: Bao et al. 2022 (Analytic-DPM), Theorem
-        1, where the noise added has the variance alpha_bar Cov(x0).
+        `known` [b k m h w]. In pure noise the network can predict only the mean of x0; steps that
+        continue from this mean would lack all variation around it, such as the head's motion.
+        Therefore `chance` [b f m h w], a sample of the prior, is added to it: Bao et al. 2022
+        (Analytic-DPM), Theorem 1, where the noise added has the variance alpha_bar Cov(x0).
 
         Classifier-free guidance on speech (Ho & Salimans 2022, Eq. 6, with guidance = 1 + w): x0 =
-        x0_without + guidance (x0_with - x0_without). In pure noise only, where x0_hat rests on the
-        conditions and the known frames.
+        x0_without + guidance (x0_with - x0_without). It acts in pure noise only, where x0_hat
+        depends on nothing but the conditions and the known frames.
         """
         num_known = known.shape[1]
         tokens, scale = conditions["speech"]
@@ -977,13 +977,14 @@ class TalkingHead(nn.Module):
         return torch.cat([known, x0[:, num_known:]], dim=1)
 
     def chance_by_place(self):
-        """Return the share [m h w] of the motion's standard deviation that is left to chance: of
-        the flow from 1 where speech explains least to 0 where it explains most; of the residual 0.
+        """Return the share [m h w] of the motion's standard deviation that is drawn at random: for
+        flow, from 1 where speech explains least to 0 where it explains most; for the residual, 0.
 
-        A true sample of a mouth that speech tells to a correlation of r would follow the real mouth
-        by r squared only, the rest being chance. Without chance it moves as speech lets expect,
-        while the head, of which speech says little, moves as in the training clips. Chance in the
-        residual would be blotches on the skin after few solver steps.
+        If speech predicts the mouth's motion with correlation r, a true random sample has a
+        correlation of only r squared with the real motion. So the mouth gets no randomness: its
+        motion is the mean given speech. The head's motion, which speech hardly predicts, is random
+        as in the training clips. A random residual would give blotches on the skin after few solver
+        steps.
         """
         explained = self.place_weights.mean(0)  # h w
         explained = explained - explained.min()
@@ -1007,13 +1008,13 @@ class TalkingHead(nn.Module):
         """Yield frames [b w 3 H W] in [-1, 1], one window after another, of `reference` speaking
         `mel` [b f n m].
 
-        reference: [b 3 H W], or several pictures [b n 3 H W] of which the first one moves;
+        reference: [b 3 H W], or several pictures [b n 3 H W], the first of which is animated;
         words [b n]: of the prompt; liveliness [b]: how much the person moves, by default as much as
         a typical public person. Each window continues from the last KNOWN_FRAMES frames of the one
-        before and starts from the reference again, so that neither memory nor errors grow with the
-        clip. The first window is half as long, so that its frames come sooner.
+        before, but warps the reference again, so that neither memory nor errors grow with the
+        length of the clip. The first window is half as long, so that the first frames come sooner.
         """
-        # The first window, half as long, has to hold the frames that the second takes over.
+        # The first window, half as long, has to hold the KNOWN_FRAMES that the second starts with.
         if window < 2 * KNOWN_FRAMES:
             raise ValueError(f"sampling.window must be at least {2 * KNOWN_FRAMES}, not {window}")
         moving = reference if reference.dim() == 4 else reference[:, 0]  # b 3 H W
@@ -1030,7 +1031,7 @@ class TalkingHead(nn.Module):
             mel_window = mel[:, first : first + length]  # b w n m
             shape = (num_clips, mel_window.shape[1], *known.shape[2:])
             noise, chance = torch.randn(2, *shape, generator=generator).to(latents.device)
-            # Elsewhere the few steps of the solver would leave this noise in x0, to be seen.
+            # Without the factor, the few solver steps would leave visible noise in other places.
             noise = share * noise
             chance = share * self.prior.sample(chance, known.shape[1])
             conditions = self.encode_conditions(mel_window, reference, words, scales)
@@ -1041,20 +1042,19 @@ class TalkingHead(nn.Module):
             start += new.shape[1]
 
     def generate(self, *args, **kwargs):
-        """Return all frames [b f 3 H W] of `stream`, whose arguments it takes."""
+        """Return all frames [b f 3 H W] of `stream`, with the same arguments."""
         return torch.cat(list(self.stream(*args, **kwargs)), dim=1)
 
 
 def speech_weights(x0, mel):
     """Return weights [m h w] of the squared error by place: a quarter everywhere, and more where
-    speech explains more of the motion's variance; their mean over the power of x0 [b f m h w] is 1
-    if it explains any.
+    speech explains more of the motion's variance. Their mean, weighted by the power of x0
+    [b f m h w], is 1 if speech explains any of it.
 
-    Heads, eyes and cameras move more than mouths; without weights the part of the loss that speech
-    can lower would be some hundredths of it. What speech explains is the share of the variance over
-    time that a ridge regression on mel windows [b f n m], fitted to one half of the clips, explains
-    in the other half (a person may be in both). As in the loss, a calm clip counts as much as a
-    lively one.
+    Heads, eyes and cameras move more than mouths: without weights, speech could lower only a few
+    hundredths of the loss. What speech explains is the share of the variance over time that a ridge
+    regression on mel windows [b f n m], fitted to one half of the clips, explains in the other half
+    (a person may be in both). As in the loss, a calm clip counts as much as a lively one.
     """
     share = 0.75
     shape = x0.shape[2:]

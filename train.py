@@ -43,7 +43,7 @@ import privacy
 DEFAULTS = Path(__file__).with_name("config.yaml")
 MAX_RANK = 16  # directions of each layer that backbone.pt keeps (lora.leading_directions)
 SAVE_EVERY = 100  # steps of the backbone between two partial checkpoints
-CHECKPOINT_VERSION = 2  # another one for every change that would misread older files
+CHECKPOINT_VERSION = 2  # raise it with every change that would misread older files
 
 
 # ---------------------------------------------------------------- configuration
@@ -141,8 +141,8 @@ def read_yaml(path):
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Loader that refuses a section with one key twice, of which PyYAML would drop the first, and
-    numbers that it would read otherwise than people do.
+    """Loader that refuses a key that is twice in a section (PyYAML would drop the first), and
+    numbers that YAML 1.1 reads in another way than people do.
     """
 
     def compose_mapping_node(self, anchor):
@@ -216,7 +216,7 @@ def convert(value, default, name, where):
 
 
 def check_config(config):
-    """Raise ValueError for settings that cannot run together; the model is built without memory."""
+    """Raise ValueError for settings that do not fit together; builds the model without memory."""
     f = config["fed"]
     p = config["privacy"]
     if Path(config["name"]).name != config["name"]:
@@ -263,8 +263,8 @@ def build_model(config):
 def make_mechanism(config, length, participations=None):
     """Return the DP mechanism for adapters of `length` numbers, or None.
 
-    privacy.target_epsilon may choose its noise, for a client in `participations` rounds, by default
-    as many as hardly any client is in (`privacy.likely_participations`).
+    privacy.target_epsilon, if set, determines the noise for a client in `participations` rounds; by
+    default a number of rounds that hardly any client exceeds (`privacy.likely_participations`).
     """
     p = config["privacy"]
     f = config["fed"]
@@ -276,7 +276,7 @@ def make_mechanism(config, length, participations=None):
             participations = privacy.likely_participations(
                 config["data"]["clients"], f["sample_rate"], f["rounds"]
             )
-        # Rate 1: the server knows who is sampled, so that sampling hides nothing from it.
+        # Rate 1: the server knows the cohorts and gets no amplification by subsampling.
         noise_multiplier = privacy.find_noise_multiplier(
             p["target_epsilon"], p["delta"], 1.0, max(1, participations)
         )
@@ -285,8 +285,8 @@ def make_mechanism(config, length, participations=None):
         noise_multiplier=noise_multiplier,
         length=length * (2 if f["algorithm"] == "scaffold" else 1),
         num_clients=config["data"]["clients"],
-        # Of the clip norm. Small: a weight adds little to the sensitivity, and its noise is small
-        # beside the sum of all weights.
+        # In clip norms. So small a scale adds little to the sensitivity, but the noise on the sum
+        # of weights is still small compared with the sum.
         weight_scale=0.3,
         min_weight=1.0,  # the noisy mean is never divided by less than one client of full weight
         survivor_share=p["survivor_share"],
@@ -296,12 +296,12 @@ def make_mechanism(config, length, participations=None):
 
 
 def accounted_rate(f):
-    """Return the rate to account with: 1 for fixed cohorts, for which `Accountant` has no bound."""
+    """Return the sampling rate to account with: 1 for fixed cohorts, which are not amplified."""
     return 1.0 if f["fixed_cohorts"] else f["sample_rate"]
 
 
 def draw_cohorts(config, sampling_key, num_clients, num_rounds):
-    """Return the clients [[k]] of each of the first rounds, which follow from the key alone."""
+    """Return the clients [[k]] of each of the first `num_rounds` rounds, drawn with the key."""
     f = config["fed"]
     sampling = num_clients, f["sample_rate"], bytes.fromhex(sampling_key)
     fixed = f["fixed_cohorts"]
@@ -386,7 +386,7 @@ def write_text(path, text):
 
 
 def finite(tree):
-    """Return nested dicts and lists with null for what JSON has no number for: infinity and NaN."""
+    """Return nested dicts and lists with None in place of infinity and NaN, which JSON lacks."""
     return json.loads(json.dumps(tree), parse_constant=lambda name: None)
 
 
@@ -402,7 +402,7 @@ def run_lock(folder, wait=False):
     """Hold the folder's lock while the block runs; if another process has it, wait for that one or
     raise ValueError.
 
-    What a process left half-written that was killed there is deleted.
+    Half-written files of processes that were killed there are deleted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
@@ -423,7 +423,7 @@ def run_lock(folder, wait=False):
 
 
 def learning_rate(step, num_steps, lr):
-    """Return the rate of a step: warm-up over 50 steps, then a cosine to zero."""
+    """Return the learning rate of a step: warm-up over 50 steps, then a cosine to zero."""
     return lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
@@ -445,9 +445,9 @@ def sample_frames(public, num_frames, generator):
     (`data.augment`).
     """
     frames = data.sample_batch(public, num_frames, 1, generator)["frames"]  # n 1 3 H W
-    # half as far off as the judges see them
+    # views of half the range that the judges are trained on
     view = torch.rand(num_frames, len(data.VIEW_NAMES), generator=generator) - 0.5
-    # People hold their heads upright, and blur is not to be learned.
+    # Heads are upright, and blur and noise are not to be learned.
     for name in ("roll", "degradation"):
         view[:, data.VIEW_NAMES.index(name)] = 0
     return 2 * data.augment(data.to_unit(frames), view, generator)[:, 0] - 1
@@ -498,8 +498,8 @@ def train_speech_path(model, batches, num_steps, lr):
 def train_unet(config, autoencoder, public, device, partial):
     """Return the state of a TalkingHead trained on public people and its loss by step.
 
-    Every SAVE_EVERY steps everything goes to the file `partial`, from which an interrupted run
-    continues.
+    Every SAVE_EVERY steps the whole state is written to the file `partial`, from which an
+    interrupted run continues.
     """
     settings = config["backbone"]
     seed = config["seed"]
@@ -521,14 +521,14 @@ def train_unet(config, autoencoder, public, device, partial):
     else:
         num_frames = min(24, min(clip.num_frames for clip in clips))
         windows = fed.Batches(model, public, 32, num_frames, seed, views)
-        # Eight at most give the statistics; what speech says takes more, where there is time.
+        # The statistics use at most eight of these batches, the speech path all: it needs more.
         num_batches = min(40, 1 + settings["steps"] // 100)
         batches = [windows[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
         train_speech_path(model, batches, settings["steps"] // 10, settings["lr"])
     if settings["compile"] and device.type == "cuda":
-        # with CUDA graphs: a step of small operations waits for their launches (gpu.md)
+        # with CUDA graphs, as a step of small operations waits for kernel launches (gpu.md)
         model.unet.compile(mode="reduce-overhead")
     step_kwargs = backward_kwargs(config, device, judged=False)
     first = len(losses)
@@ -538,8 +538,8 @@ def train_unet(config, autoencoder, public, device, partial):
     bar = tqdm(batches.loader(first, num_steps), "backbone", initial=first, total=num_steps)
     generator = torch.Generator()
     for step, batch in enumerate(bar, first):
-        # Noise and dropout follow from the step: they are the same after an interruption. The seed
-        # is not the batch's, or the batch's first person would decide its noise levels.
+        # Noise and dropout are seeded by the step, to be the same after an interruption. The seed
+        # differs from the batch's, or one random number would choose its first person and its t.
         step_seed = fed.derive_seed(seed, step, 1)
         torch.manual_seed(step_seed)
         generator.manual_seed(step_seed)
@@ -559,8 +559,8 @@ def train_unet(config, autoencoder, public, device, partial):
 
 
 def backward_kwargs(config, device, judged):
-    """Return the keyword arguments of `fed.backward`: `judged`, for Eq. 12 as on clients, else for
-    L_diff alone.
+    """Return the keyword arguments of `fed.backward`: if `judged` for Eq. 12, as on clients, else
+    for L_diff alone.
     """
     weights = config["loss"] if judged else dict.fromkeys(config["loss"], 0.0)
     bf16 = device.type == "cuda"
@@ -568,14 +568,14 @@ def backward_kwargs(config, device, judged):
 
 
 def training_views(config):
-    """Return how `fed.sample_batch` shows public clips, as keyword arguments."""
+    """Return the keyword arguments same_clip and mirror of `fed.sample_batch` for public clips."""
     in_the_wild = config["data"]["in_the_wild"]
     return {"same_clip": in_the_wild, "mirror": in_the_wild}
 
 
 def find_directions(config, model, public, num_people=48):
-    """Return the directions of the adapters (`lora.leading_directions`): those in which a trained
-    model's loss on public people falls fastest, one batch of each.
+    """Return the directions of the adapters (`lora.leading_directions`): those in which the trained
+    model's loss on public people falls fastest, measured on one batch of each person.
     """
     generator = torch.Generator().manual_seed(config["seed"])
     views = training_views(config)
@@ -595,7 +595,7 @@ def public_unexplained(model, public, num_people=48):
     unexplained, or None without a clip to measure.
 
     The second clips of at most `num_people` people are measured, with reference pictures of their
-    first. The UNet was trained on them, so that what it leaves says little about other people.
+    first. The UNet is left out: it was trained on these clips and explains them too well.
     """
     shares = []
     for first, *others in list(public.values())[:num_people]:
@@ -608,8 +608,8 @@ def public_unexplained(model, public, num_people=48):
 
 @functools.cache
 def source_code(*roots):
-    """Return the code of functions (module, name) and of all of ours that they use, constants too,
-    without comments and docstrings.
+    """Return the code of functions (module, name) and of all functions, classes and constants of
+    this project that they use, without comments and docstrings.
     """
     modules = {"train": sys.modules[__name__], "data": data, "fed": fed}
     modules |= {"lora": lora, "metrics": metrics, "model": talking}
@@ -642,8 +642,8 @@ def source_code(*roots):
 
 
 def backbone_key(config, public):
-    """Return a hash of all that makes a backbone: settings, public clips, and the code that trains
-    it.
+    """Return a hash of all that a backbone depends on: settings, public clips, and the code that
+    trains it.
     """
     settings = [config[name] for name in ("seed", "model", "backbone")]
     settings += [config["data"][name] for name in ("size", "crop", "in_the_wild")]
@@ -664,7 +664,7 @@ def load_or_pretrain(config, public, run, device, workers):
     """
     own = run / "backbone.pt"
     cache = Path(config["runtime"]["directory"]) / "backbones" / backbone_key(config, public)
-    # What is cached is read without a lock, for which its folder would have to be writable.
+    # A cached backbone is read without a lock, which would need a writable folder.
     if not workers.broadcast(own.exists() or (cache / "backbone.pt").exists()):
         lock = run_lock(cache, wait=True) if workers.rank == 0 else contextlib.nullcontext()
         try:
@@ -685,7 +685,8 @@ def pretrain(config, public, cache, device, workers):
     """Train autoencoder, UNet, judges and face finder into cache/backbone.pt.
 
     Rank 0 trains the autoencoder and the UNet, which takes longest; the small networks are shared
-    among the others, if there are any. What rank 0 has finished stays in the cache until all is.
+    out among the other processes, if any. For the case of an interruption, networks that rank 0 has
+    finished stay in the cache until all are finished.
     """
     clips = [clip for own in public.values() for clip in own]
     for_losses, for_tables = metrics.split_for_judges(public, config["seed"])
@@ -735,7 +736,7 @@ def pretrain(config, public, cache, device, workers):
     own = workers.assign([2.0, 1.0])  # directions, which take longer, and limits
     if 0 in own:
         measured["directions"] = find_directions(config, model, public)
-    if 1 in own:  # what personalize holds clips against that may be of a stranger, or of no face
+    if 1 in own:  # beyond these limits personalize warns of a stranger, or of clips without a face
         measured["identity_threshold"] = metrics.identity_threshold(judges["loss"], for_tables)
         measured["public_unexplained"] = public_unexplained(model, public)
     backbone |= workers.merge(measured)
@@ -780,8 +781,8 @@ def add_adapter(config, model, directions, section):
 
 
 def adapter_shape(config, section):
-    """Return what fixes the numbers of an adapter of config section `lora` or `personal`, the
-    latter in all layers, as arguments of `lora.inject_lora`.
+    """Return the arguments of `lora.inject_lora` on which the numbers of an adapter depend, from
+    config section `lora` or `personal` (whose adapters are in all layers).
     """
     settings = config[section]
     shape = {"train": settings["train"], "rank": settings["rank"]}
@@ -792,7 +793,7 @@ def adapter_shape(config, section):
 
 
 def train(config, people, run, device, workers):
-    """Do everything, into the folder `run`: backbone, rounds, personal adapters and report."""
+    """Train the backbone, run the rounds, train personal adapters and report, all in `run`."""
     stopwatch = Stopwatch(run, workers)
     # -- on public people's clips: backbone, judges, the directions of the adapters
     backbone = load_or_pretrain(config, people.public, run, device, workers)
@@ -810,7 +811,7 @@ def train(config, people, run, device, workers):
     if "control" in state and state["control"].any() and not (run / "clients").exists():
         raise ValueError(f"{run / 'clients'}: lost or not shared, and with it the clients' c_i")
     if workers.rank == 0:
-        # Not before the run's files have shown that they are whole.
+        # Only now, as the run's files have been read without errors.
         forget_rounds(run, state)
         if state["round"] < config["fed"]["rounds"]:
             if "control" in state:
@@ -818,7 +819,7 @@ def train(config, people, run, device, workers):
             begin_training(run, config)
             save_state(run, state, workers)  # the sampling key is drawn once
     workers.wait()  # for the clients' first c_i
-    # SCAFFOLD keeps c_i in files. Rank 0 has written config.yaml: without it no disk is shared.
+    # SCAFFOLD needs a shared disk for its c_i. Rank 0's config.yaml is there only if it is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
     jitter = backbone["public_jitter"]
@@ -837,9 +838,9 @@ def train(config, people, run, device, workers):
     stopwatch.lap("evaluation")
     if workers.rank == 0:
         report["seconds"] = backbone["seconds"] | stopwatch.seconds
-        save_config(run, config)  # until now the old report went with the old settings
+        save_config(run, config)  # only now, as the old report belongs to the old settings
         write_report(run, report, backbone["losses"])
-    workers.wait()  # nobody leaves before the report is there
+    workers.wait()  # until the report is written
 
 
 def federate(config, model, judges, clients, state, public_jitter, run, device, workers):
@@ -958,7 +959,7 @@ def load_people(config):
 def find_faces(config, people, finder):
     """Return the people with the faces of clients and unseen people cut out of their clips.
 
-    Raises ValueError for people in too few of whose clips a face is found.
+    Raises ValueError if a face is found in too few clips of a person.
     """
     private = people.clients | people.unseen  # public clips are not decoded again
     used = {clip.path for own in private.values() for clip in own}
@@ -1012,19 +1013,19 @@ def training_kwargs(config, section, device):
 
 
 def describe_personal(config, state):
-    """Return what a personal adapter on top of the global one is checked against: its shape, and
-    the checksum of what it was trained on.
+    """Return the description that a personal adapter is checked against: its shape, and the
+    checksum of the global adapter on top of which it was trained.
     """
     origin = checksum([state["description"], state["adapter"]])
     return adapter_shape(config, "personal") | {"origin": origin}
 
 
 def load_or_initialize(config, model, backbone, run):
-    """Return the state of the rounds, from last.pt or as before round 0.
+    """Return the state of the rounds: that in last.pt, or the one before round 0.
 
     It holds the global adapter [d], the number of rounds done, the accountant's history, the
-    sampling key and, for SCAFFOLD alone, c under the name "control". Raises ValueError for the
-    adapter of another backbone or shape.
+    sampling key and, for SCAFFOLD alone, c under the name "control". Raises ValueError for an
+    adapter of another backbone or shape, changed settings, or a lost last.pt.
     """
     description = adapter_shape(config, "lora") | {"origin": checksum(backbone["model"])}
     settings = checksum(fixed_settings(config))
@@ -1052,8 +1053,8 @@ def load_or_initialize(config, model, backbone, run):
 
 
 def sampling_key(config):
-    """Return the key that the cohorts follow from: the operating system's, or privacy.seed's in a
-    reproducible study.
+    """Return the key with which cohorts are drawn: random bytes of the operating system, or those
+    that follow from privacy.seed in a reproducible study.
     """
     seed = config["privacy"]["seed"]
     if seed < 0:
@@ -1073,8 +1074,8 @@ def save_config(run, config):
 
 
 def begin_training(run, config):
-    """Save the settings that a run trains on with, and delete its report, which tells of less
-    training and less epsilon.
+    """Save the settings with which a run is trained further, and delete its report, which no longer
+    describes it.
     """
     save_config(run, config)
     for name in ("report.json", "report.md"):
@@ -1082,7 +1083,7 @@ def begin_training(run, config):
 
 
 def check_controls(clients, state):
-    """Write SCAFFOLD's first c_i, zeros; later raise ValueError unless all of them can be read."""
+    """Write SCAFFOLD's first c_i, zeros, before round 0; raise ValueError if one is unreadable."""
     for client in clients:
         if state["round"] == 0:
             client.write_controls({0: torch.zeros_like(state["control"])})
@@ -1090,15 +1091,15 @@ def check_controls(clients, state):
 
 
 def forget_rounds(run, state):
-    """Drop the line of a round that was logged but not saved; it is done again.
+    """Drop the line of a round that was logged but is not in last.pt; this round is repeated.
 
-    Raises ValueError for any other number of lines: what the rounds have spent is lost.
+    Raises ValueError for any other number of lines: last.pt then lacks what rounds have spent.
     """
     path = run / "rounds.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     num_rounds = state["round"]
     most = num_rounds + 1
-    if any(noise for _, noise, _ in state["accountant"]):  # then rounds are charged before
+    if any(noise for _, noise, _ in state["accountant"]):  # rounds were charged before they ran
         most = min(most, privacy.Accountant(state["accountant"]).num_rounds)
     if not num_rounds <= len(lines) <= most:
         raise ValueError(
@@ -1144,7 +1145,7 @@ def summarize_round(config, accountant, cohorts, diagnostics):
     # Only a simulation sees failures: a server could not, as clients that fail send zeros.
     failures = [d["failure"] for d in diagnostics.values() if "failure" in d]
     trained = [d for d in diagnostics.values() if "failure" not in d]
-    # Of a sampled cohort that fails the next one may not: the round counts, and the run goes on.
+    # With sampling the run goes on: this round counts, and the next cohort has other clients.
     if failures and not trained and config["fed"]["sample_rate"] == 1:
         raise ValueError(f"every client failed, the first with: {failures[0]}")
     simulation = {"failures": failures}
@@ -1166,7 +1167,7 @@ def summarize_round(config, accountant, cohorts, diagnostics):
 
 def validate(model, clients, state, workers):
     """Return {"unexplained": mean unexplained variance of a validation clip of each of the first 12
-    clients with the global adapter, "not_validated": [why a client's could not be measured]}.
+    clients with the global adapter, "not_validated": [the error of each client that failed]}.
     """
     lora.load_adapter_vector(model, state["adapter"])
     sample = clients[:12]
@@ -1198,8 +1199,8 @@ def log_round(run, record, workers):
 
 
 def describe_communication(config, model, numbers):
-    """Return what a client sends and receives in a round of the expected size without dropouts, in
-    numbers and bytes; where clips are pooled, no bytes.
+    """Return how many numbers and bytes a client sends and receives in a round with a cohort of
+    expected size and no dropouts; no bytes if clips are pooled.
     """
     about = {"numbers": numbers, "model_parameters": sum(p.numel() for p in model.parameters())}
     if config["fed"]["algorithm"] == "centralized":
@@ -1233,8 +1234,9 @@ def describe_privacy(config, state):
 
 # ---------------------------------------------------------------- personal adapters
 
-# Between the global adapter (0) and the one that a client's own clips lead to (1), which forgets
-# mouths that its few seconds do not show (tests/results/ablations.md).
+# Weight of what is trained on a client's own clips in a personal adapter; 0 is the global adapter
+# alone, and 1 forgets mouth shapes that the client's few seconds do not show
+# (tests/results/ablations.md).
 MIXING_COEFFICIENT = 0.8
 
 
@@ -1253,8 +1255,9 @@ def personal_model(config, model, adapter, directions):
 
 
 def train_personal(model, judges, client, start, seed, **kwargs):
-    """Return a personal adapter [d], trained on a client's own clips from `start` [d] and mixed with
-    it (Deng et al. 2020, APFL; Wortsman et al. 2022, WiSE-FT); kwargs as `fed.train_adapter`.
+    """Return a personal adapter [d], trained on a client's own clips from `start` [d] and mixed
+    with `start` (Deng et al. 2020, APFL; Wortsman et al. 2022, WiSE-FT); kwargs as
+    `fed.train_adapter`.
     """
     trained, _ = fed.train_adapter(model, judges, client, start, seed, **kwargs)
     return torch.lerp(start, trained, MIXING_COEFFICIENT)
@@ -1278,7 +1281,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     for name, path in paths.items():
         if workers.rank == 0 and path.exists():
             content = load_checkpoint(path, "personal adapter")
-            # Else it is of an earlier global adapter, or was trained otherwise.
+            # Otherwise it belongs to an earlier global adapter or to other training settings.
             if made_by.items() <= content.items():
                 finished[name] = content
     finished = workers.broadcast(finished)
@@ -1295,7 +1298,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
             lora.load_adapter_vector(model, vector)
             shares.append(float(fed.unexplained_variance(model, batch, seed).mean()))
         check_converged(*shares, client.name)
-        if workers.rank == 0 and not own:  # not for settings that no adapter comes of
+        if workers.rank == 0 and not own:  # only once an adapter was trained with these settings
             begin_training(run, config)
         liveliness = data.typical_liveliness(client.split["train"])
         content = made_by | {"adapter": trained, "liveliness": liveliness}
@@ -1310,10 +1313,10 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
 
 
 def check_converged(before, after, name):
-    """Raise ValueError if a trained adapter leaves ten times as much unexplained as no motion, and
-    as the global adapter, on which it began.
+    """Raise ValueError if a trained adapter leaves ten times as much unexplained as predicting no
+    motion does, and ten times as much as the global adapter, from which its training started.
     """
-    if not after < 10 * max(1.0, before):  # NaN is not
+    if not after < 10 * max(1.0, before):  # or NaN
         raise ValueError(f"the training of {name}'s adapter diverged: lower personal.lr")
 
 
@@ -1384,7 +1387,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
 
 
 def describe_hardware(device):
-    """Return what a run's times depend on; of a GPU also the memory that rank 0 took of it."""
+    """Return what a run's times depend on, and for a GPU the peak memory of rank 0."""
     hardware = {
         "machine": platform.processor() or platform.machine(),
         "gpu": None,
@@ -1407,7 +1410,7 @@ def baseline_frames(method, case, model):
     device = model.motion_std.device
     frames = (2 * case.frames - 1).to(device)
     reference = data.to_float(case.reference, device)
-    whole = torch.ones(1, device=device)  # nothing is divided here
+    whole = torch.ones(1, device=device)  # liveliness 1: decoding would undo any other
     motion, _ = model.encode_motion(frames[None], reference[None], whole)  # 1 f m h w
     decoded = model.decode(motion / model.motion_std, reference[None], whole)[0]
     return data.to_unit(decoded).cpu()
@@ -1433,8 +1436,8 @@ def unexplained_table(config, models, adaptable, personal, clients, workers):
     """Return the unexplained variance of test clips, {method: {mean, ci95, by noise level, ratio to
     the backbone}}.
 
-    The reference picture is of a training clip. No motion leaves 1; the linear denoiser is the
-    model without its UNet.
+    The reference picture is of a training clip. Predicting no motion leaves 1; the linear denoiser
+    is the model without its UNet.
     """
     num_frames = config["evaluate"]["num_frames"]
     models = {"linear denoiser": models["backbone"]} | models
@@ -1487,8 +1490,8 @@ def evaluate_unseen(config, unseen, models, judges, networks, workers):
 
 
 def save_pictures(run, pairs, zoom=2):
-    """Write grid.png, a row for each case when its mouth is open widest, and samples/*.mp4 of every
-    second case, with sound: the methods side by side.
+    """Write grid.png, a row for each case at the frame with the mouth widest open, and
+    samples/*.mp4 of every second case, with sound, with the methods side by side.
 
     `pairs` is [(case, {method: uint8 [f H W 3]})].
     """
@@ -1610,7 +1613,7 @@ def load_run(config, run, device):
 
 
 def save_crops(folder, name, frames):
-    """Write frames [n 3 h w] side by side, FOLDER/NAME.png, for people to see what is used."""
+    """Write frames [n 3 h w] side by side to FOLDER/NAME.png, to show the user what is used."""
     strip = rearrange(frames, "n c h w -> h (n w) c")
     save_picture(Path(folder, f"{name}.png"), Image.fromarray(strip))
 
@@ -1701,7 +1704,7 @@ def personalize_own(args, config, device):
     """--action personalize: train an adapter on a person's videos; measure it on other pieces."""
     output = Path(args.output or "me.pt")
     data.check_output(output, (".pt",))
-    if output.exists():  # what is no personal adapter is not replaced by one
+    if output.exists():  # only a personal adapter may be overwritten
         load_checkpoint(output, "personal adapter")
     backbone, model, judges, state = load_run(config, Path(args.resume), device)
     dataset = read_clips(config, args.clips, load_finder(config, backbone))
@@ -1719,7 +1722,7 @@ def personalize_own(args, config, device):
     if others:
         names = ", ".join(f"{clip.person}/{Path(clip.path).name}" for clip in others[:5])
         print(f"--clips: another person may be in {len(others)} of {len(dataset.clips)}: {names}")
-    # A copy of what is trained on must not be measured.
+    # A copy of a training clip must not be a test clip.
     distinct = {(clip.num_frames, clip.fingerprint): clip for clip in dataset.clips}.values()
     if copies := len(dataset.clips) - len(distinct):
         print(f"--clips: {copies} copies of other clips are left out")
@@ -1751,7 +1754,7 @@ def personalize_own(args, config, device):
     }
     save_checkpoint(output, "personal adapter", content)
     limit = backbone["public_unexplained"]
-    if limit and not shares["global adapter"] <= limit:  # nor if it is NaN, as nothing moves
+    if limit and not shares["global adapter"] <= limit:  # or NaN, if nothing moves
         print(
             f"the model does not explain these clips: it leaves {shares['global adapter']:.4f} of "
             f"their motion unexplained; without any training {limit:.4f} of the worst public clip's "
@@ -1768,7 +1771,7 @@ def personalize_own(args, config, device):
 
 
 def dry_run(args, config, device):
-    """--action dry-run: print what a run would be, send, spend and take, from timed steps."""
+    """--action dry-run: print a run's settings, bytes sent, epsilon, and time from timed steps."""
     print(yaml.safe_dump(config, sort_keys=False))
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     b, f, p = config["backbone"], config["fed"], config["personal"]
@@ -1835,8 +1838,8 @@ def dry_run(args, config, device):
 def time_step(config, model, judges, batch_size):
     """Return the seconds of a training step on a clip of noise, the mean of three after a warm-up.
 
-    As many clips are timed as go through the network at once, on a CPU at most 4, and the time is
-    multiplied up to `batch_size`. Without judges it is a step of the backbone.
+    The timed batch has as many clips as go through the network at once, on a CPU at most 4; its
+    time is scaled to `batch_size`. Without judges it is a step of the backbone.
     """
     device = model.motion_std.device
     at_once = config["runtime"]["micro_batch"] or batch_size
@@ -1864,28 +1867,28 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     parser.error = data.refuse
-    add("--config", help="YAML file; what it leaves out has the default, of config.yaml")
+    add("--config", help="YAML file; keys that it lacks have their default, as in config.yaml")
     several = {"nargs": "+", "action": "extend", "default": []}
     add("--preset", **several, help="sets of overrides from the config's `presets`")
     add("--set", **several, metavar="KEY=VALUE", help="overrides, e.g. fed.rounds=20")
-    add("--gpus", help="0,1 or cpu or cpu:2: one worker each; default: all GPUs, else cpu:2")
+    add("--gpus", help="0,1: one worker each; cpu:2: two on the CPU; default: all GPUs, else cpu:2")
     add("--resume", metavar="RUN", help="continue or use the run in this folder")
     actions = ("train", "evaluate", "generate", "personalize", "dry-run")
     add("--action", default="train", choices=actions)
-    add("--reference", nargs="+", help="generate: pictures of a face; the first one moves")
+    add("--reference", nargs="+", help="generate: pictures of a face; the first one is animated")
     add("--speech", help="generate: a sound or video file")
     add("--prompt", default="", help="generate: expression in a few words, such as smiling")
     add("--seconds", type=float, help="generate: at most this much of the speech")
     add("--steps", type=int, help="generate: solver steps instead of sampling.num_steps")
-    add("--seed", type=int, help="generate: of the noise, instead of the config's")
-    # At 1, as in training, a prompt can hardly be seen (tests/results/speak.md).
+    add("--seed", type=int, help="generate: seed of the noise, instead of the config's seed")
+    # With weight 1, as in training, a prompt has little visible effect (tests/results/speak.md).
     for name, default in zip(talking.CONDITIONS, (1.0, 1.0, 2.0)):
         explanation = f"generate: weight of {name} ({default:g}); 0: none"
         add(f"--{name}-scale", type=float, default=default, help=explanation)
     add("--no-watermark", action="store_true", help="generate: no letters AI in the corner")
     add("--adapter", help="generate: a personal adapter, personal/<client>.pt")
     add("--clips", help="personalize: a folder of videos of one person, or one video")
-    add("--look", metavar="FOLDER", help="generate, personalize: write the pictures used there")
+    add("--look", metavar="FOLDER", help="generate, personalize: write used pictures to FOLDER")
     add("--output", help="generate: the video (talk.mp4); personalize: the adapter (me.pt)")
     args = parser.parse_args(argv)
     ranges = {"seconds": (0.04, 86400), "steps": (1, 1000), "seed": (0, 2**63 - 1)}
@@ -1894,7 +1897,7 @@ def parse_arguments(argv):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             parser.error(f"{flag(name)} must lie in {least} ... {most}, not {value}")
-    for name in ("config", "adapter", "look", "output"):  # a script's variable that is not set
+    for name in ("config", "adapter", "look", "output"):  # as an unset variable of a script is
         if getattr(args, name) == "":
             parser.error(f"{flag(name)} is empty")
     generating = (*ranges, "reference", "speech", "prompt", "no_watermark", "adapter")
@@ -1920,7 +1923,7 @@ def choose_devices(gpus):
     """Return the devices that --gpus names, one worker each. Without it: every GPU, else two
     workers on the CPU.
 
-    Two, as networks this small train faster side by side than with two threads each.
+    Two, as such small networks train faster in two processes of one thread than with two threads.
     """
     if gpus is None:
         cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -1938,8 +1941,8 @@ def choose_devices(gpus):
 
 
 def launch(argv, num_workers):
-    """Run this script once per worker, with the variables that torchrun sets; the first that fails
-    ends the others.
+    """Run this script once per worker, with the variables that torchrun sets; when one fails, end
+    the others. Return the exit status.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -1966,7 +1969,7 @@ def launch(argv, num_workers):
             processes.append(subprocess.Popen(command, env=environment, preexec_fn=set_up_worker))
         while None in [p.poll() for p in processes] and not any(p.poll() for p in processes):
             time.sleep(0.05)
-        time.sleep(0.2)  # a worker whose peer failed prints why
+        time.sleep(0.2)  # for workers that are about to print an error
         codes = [p.poll() for p in processes]
         killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
         if killed:
@@ -1975,7 +1978,7 @@ def launch(argv, num_workers):
         return max(code or 0 for code in codes)
     finally:
         for process in processes:
-            process.terminate()  # half-written files go
+            process.terminate()  # it deletes its half-written files
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
@@ -1998,7 +2001,7 @@ def run_action(args, config, devices, workers):
         dry_run(args, config, device)
     else:
         with workers.first_on_machine():
-            people = load_people(config)  # refuses what it must before anything is written
+            people = load_people(config)  # its errors come before anything is written
         clips = [
             (c.person, c.name, c.num_frames) for p in people for own in p.values() for c in own
         ]
@@ -2018,7 +2021,7 @@ def run_action(args, config, devices, workers):
 
 
 def make_run_folder(config):
-    """Make the folder of a new run and return it; runs that begin in the same second get one each."""
+    """Make the folder of a new run and return it; each run of the same second gets its own."""
     while True:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['name']}"
         run = Path(config["runtime"]["directory"], name)
@@ -2030,10 +2033,10 @@ def make_run_folder(config):
 
 
 def check_people(run, people):
-    """Write into people.json who has which role and clips.
+    """Write the people by role and their clips to people.json.
 
-    Raises ValueError if a resumed run had others, by their names and the sizes of their files: a
-    client might be public now, or be tested on clips that it trained on.
+    Raises ValueError if a resumed run had other ones, compared by name and file size: a client
+    might be public now, or be tested on clips that it was trained on.
     """
     path = run / "people.json"
     roles = {}
@@ -2078,7 +2081,7 @@ def configure(args):
     needed = []
     if args.action in ("evaluate", "generate", "personalize"):
         needed = ["backbone.pt", "last.pt"]
-    if args.action == "evaluate":  # of a finished run alone, as it trains nothing
+    if args.action == "evaluate":  # it trains nothing: the run must be finished
         needed.append("report.json")
     for name in needed:
         if not (run / name).exists():
@@ -2105,7 +2108,7 @@ def main(argv=None):
         devices = choose_devices(args.gpus)
         if size > 1:
             data.die_with_parent(os.getppid())  # torchrun's workers, too
-            # The others wait for rank 0 as long as a backbone takes.
+            # The other workers wait while rank 0 trains the backbone.
             timeout = datetime.timedelta(days=30)
             with fed.peers_alive():
                 torch.distributed.init_process_group("gloo", timeout=timeout)
@@ -2114,7 +2117,7 @@ def main(argv=None):
         if workers.rank == 0:  # the folder of a run need not be there on every machine
             config = configure(args)
             if args.action in ("train", "evaluate"):
-                metrics.load_standard(config["weights"])  # refuses what is used at the end
+                metrics.load_standard(config["weights"])  # raises now what would fail at the end
         config = workers.broadcast(config)
         if size == 1 and len(devices) > 1 and args.action in ("train", "evaluate"):
             sys.exit(launch(argv, len(devices)))

@@ -1,5 +1,5 @@
-"""Metrics of talking heads, the standard networks, and what is trained here for them: small judges,
-and the face finder that cuts faces out of clips.
+"""Metrics of talking heads, the standard networks that they use, the small judges in place of these
+networks, and the face finder that cuts faces out of clips.
 
 Frames are floating-point tensors in [0, 1] at 25 fps: pictures `n c h w`, clips `f c h w`, batches
 `b f c h w`. Sound is int16 at 16 kHz. Metrics with a star are computed by `Judges`, which
@@ -62,7 +62,7 @@ def unit_frames(frames):
 
 
 def chunk_size(frames):
-    """Return how many frames [... h w] are looked at together: at most 32 and 2^18 pixels (one
+    """Return how many frames [... h w] are processed together: at most 32 and 2^18 pixels (one
     frame of 512 x 512), but at least one.
     """
     return max(1, min(32, 2**18 // (frames.shape[-2] * frames.shape[-1])))
@@ -169,8 +169,8 @@ def perceptual_distances(embed, generated, truth):
     """Return LPIPS [f] of two clips [f c h w] and the terms [f - 1] whose mean is tLP (Chu et al.
     2020), for `embed(frames) -> [n d]` whose squared distances are LPIPS.
 
-    A term of tLP is by how much the distance of two consecutive generated frames differs from that
-    of the true ones.
+    A term of tLP is the absolute difference between the LPIPS of two consecutive generated frames
+    and that of the two true frames.
     """
     check_frames(generated, truth)
     distances = []
@@ -273,9 +273,10 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
     """Return mean and std over 100 subsets of the kernel distance (KID, Binkowski et al. 2018).
 
     It is the squared MMD with the kernel (x.y/d + 1)^3 of two matrices [n d], of at most 5,000 rows
-    each, unbiased for independent rows. Frames of a clip are not: compare methods on the same clips
-    only, where the truth may have less than 0. With fewer than `subset_size` rows a subset holds half of them; with hardly
-    more, subsets are nearly the same and their std says nothing.
+    each, unbiased for independent rows. Frames of a clip are not independent: compare methods on
+    the same clips only, where the truth itself may be below 0. With fewer than `subset_size` rows a
+    subset holds half of them; with hardly more, subsets are nearly the same and their std has no
+    meaning.
     """
     generator = torch.Generator().manual_seed(0)
     real = _feature_rows(real_features)
@@ -288,7 +289,7 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
     rows = torch.cat([real, fake])
     kernel = (rows @ rows.T).div_(rows.shape[1]).add_(1).pow_(3)
     kernel.fill_diagonal_(0)  # unbiased: without the pairs of a frame and itself
-    reals = kernel.new_zeros(100, len(rows))  # a subset a row: 1 for what is in it
+    reals = kernel.new_zeros(100, len(rows))  # one subset per row: 1 for each of its members
     fakes = torch.zeros_like(reals)
     for one, other in zip(reals, fakes):
         one[torch.randperm(len(real), generator=generator)[:m]] = 1
@@ -310,7 +311,7 @@ def squared_distance(x, y):
 
 
 class _FIDPool:
-    """The pooled branch of the graph of 2015-12-05: averages leave the padding out."""
+    """The pooling branch of the published graph (2015-12-05): its averages exclude the padding."""
 
     def _forward(self, x):
         return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
@@ -332,7 +333,7 @@ class _BlockE(_FIDPool, inception.InceptionE):
 
 
 class _LastBlock(_BlockE):
-    def pool(self, x):  # here alone the published graph takes the maximum
+    def pool(self, x):  # only here the published graph takes the maximum
         return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
@@ -366,8 +367,7 @@ class InceptionFID(inception.Inception3):
 class LPIPS(nn.Module):
     """LPIPS v0.1 (Zhang et al. 2018) of `net` alex or vgg: frames [n 3 h w] twice -> distance [n].
 
-    torchvision's file of the backbone goes into `features`, LPIPS's own alex.pth or vgg.pth into
-    `lins`.
+    `features` is for torchvision's file of the backbone, `lins` for LPIPS's alex.pth or vgg.pth.
     """
 
     def __init__(self, net="alex"):
@@ -375,7 +375,7 @@ class LPIPS(nn.Module):
         if net not in ("alex", "vgg"):
             raise ValueError(f"LPIPS has the nets alex and vgg, not {net!r}")
         self.compared = (1, 4, 7, 9, 11) if net == "alex" else (3, 8, 15, 22, 29)  # ReLU layers
-        with torch.device("meta"):  # no time for random numbers that the files replace
+        with torch.device("meta"):  # no random initialisation, as the files replace all weights
             backbone = torchvision.models.alexnet() if net == "alex" else torchvision.models.vgg16()
         # without the last pooling, which is not compared
         self.features = backbone.features[:-1].to_empty(device="cpu")
@@ -427,8 +427,8 @@ class ArcFace(nn.Module):
     """ArcFace's iresnet50 or iresnet100 (Deng et al. 2019): faces [n 3 h w] -> unit [n 512].
 
     Published similarities are of faces aligned by five landmarks to 112 x 112 pixels. Nothing here
-    finds landmarks: the whole frame is resized. Face tracks that are cut alike keep the order of
-    methods, but not the published scale.
+    finds landmarks: the whole frame is resized. On face tracks that are cut alike, methods can be
+    compared with one another, but not with published values.
     """
 
     def __init__(self, depth=50):
@@ -545,8 +545,8 @@ def sync_offset(video, audio):
     """Return {"lse_d", "lse_c", "offset"} of embeddings [t d] twice (Chung & Zisserman 2016).
 
     LSE-D is the mean distance at the best shift of the sound within 15 frames, LSE-C the median
-    over the shifts minus that, the offset by how many frames the sound has to move (below 0: it is
-    late). The sound is zero beyond the clip.
+    over the shifts minus LSE-D. The offset is the number of frames by which the sound has to be
+    moved (below 0: it is late). The audio embeddings are zero beyond the clip.
     """
     t = len(video)
     padded = F.pad(audio[:t], (0, 0, MAX_SHIFT, MAX_SHIFT))
@@ -626,8 +626,8 @@ METRICS_TABLE = """
 _COLUMNS, _, *_ROWS = [line[2:-2].split(" | ") for line in METRICS_TABLE.strip().split("\n")]
 METRICS = {cells[0]: dict(zip(_COLUMNS, cells)) for cells in _ROWS}  # metric -> column -> cell
 
-# network -> class and files; of a file: patterns of its path, as it has in public repositories,
-# the module that it fills, and the prefix of its keys
+# network -> class and files. For each file: patterns of its path in public repositories, the module
+# whose weights it holds, and the prefix of its keys.
 NETWORKS = {
     "inception": (InceptionFID, [(["*inception-2015-12-05*.pth"], "", "")]),
     "lpips": (
@@ -770,7 +770,7 @@ class Judges(nn.Module):
             nn.Linear(128 * 4 * 4, dim),
             nn.BatchNorm1d(dim),
         )
-        # For training only, of the channels of all four stages.
+        # For training only; its inputs are the channels of all four stages.
         self.view_head = nn.Linear(16 + 32 + 64 + 128, NUM_VIEWS)
         self.lips = _mouth_net(6, dim)
         self.mouth = _mouth_net(3, 1)
@@ -848,7 +848,7 @@ class Judges(nn.Module):
         mouth = mouth_region(resize(frames.flatten(0, 1), [64, 64])).mean(1)  # (b f) 28 28, grey
         windows = mouth.unflatten(0, (b, -1)).unfold(1, 5, 1)  # b f-4 28 28 5
         windows = rearrange(windows, "b t h w k -> (b t) k h w")
-        # The mean picture apart from the motion, or the network would learn faces by heart.
+        # The mean picture is separated from the motion, or the network would memorise faces.
         still = windows.mean(1, keepdim=True)
         x = torch.cat([still - 0.5, 4 * (windows - still)], 1)  # (b t) 6 28 28
         return F.normalize(self.lips(x), dim=-1).unflatten(0, (b, -1))
@@ -870,10 +870,10 @@ def sync_scores(video, audio):
     with the distance (2 - 2 r)^(1/2) of the correlation r at each shift.
     """
     t = min(len(video), len(audio))
-    video = video[:t] - video[:t].mean(0)  # what never changes says nothing of sync
+    video = video[:t] - video[:t].mean(0)  # the constant part has no information on sync
     audio = audio[:t] - audio[:t].mean(0)
     shifted = F.pad(audio, (0, 0, MAX_SHIFT, MAX_SHIFT)).unfold(0, 2 * MAX_SHIFT + 1, 1)  # t d s
-    # 0.1: a mouth that hardly moves is not in sync by chance.
+    # At least 0.1, so that a mouth that hardly moves does not correlate by chance.
     norms = (video.norm() * audio.norm()).clamp(min=0.1)
     r = torch.einsum("t d, t d s -> s", video, shifted) / norms
     return {"sync": float(r[MAX_SHIFT])} | _best_shift((2 - 2 * r).clamp(min=0).sqrt())
@@ -883,7 +883,7 @@ def right_speech(video, own, other):
     """Return whether a mouth [t d] fits its own speech better than other speech; 0.5 if equal."""
     t = min(len(video), len(own), len(other))
     r_own, r_other = (sync_scores(video[:t], speech[:t])["sync"] for speech in (own, other))
-    return 0.5 + 0.5 * float(np.sign(round(r_own - r_other, 3)))  # a still mouth ties
+    return 0.5 + 0.5 * float(np.sign(round(r_own - r_other, 3)))  # rounded: 0.5 for a still mouth
 
 
 # ---------------------------------------------------------------- training the judges
@@ -892,8 +892,8 @@ def right_speech(video, own, other):
 def split_for_judges(public, seed):
     """Return two halves of the public people {name: clips}, drawn by `seed`.
 
-    Judges of the first half are for the losses (Eq. 9-11), those of the second for the tables:
-    nothing is scored by what it was trained against.
+    Judges of the first half are for the losses (Eq. 9-11), those of the second for the tables: no
+    model is scored by the judges that it was trained with.
     """
     names = np.random.default_rng(seed).permutation(sorted(public)).tolist()
     middle = len(names) // 2
@@ -904,8 +904,8 @@ def split_for_judges(public, seed):
 def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, device="cpu"):
     """Return Judges trained on people {name: [data.Clip]}; every eighth is held out to score them.
 
-    Each step sees `batch_size` windows of `num_frames` frames, or of fewer where half of the clips
-    are shorter. Raises ValueError with fewer than four people or clips of ten frames.
+    Each step sees `batch_size` windows of `num_frames` frames, or of the clips' median length if
+    that is less. Raises ValueError for fewer than four people, or windows below ten frames.
     """
     names = sorted(people)
     trained = [name for i, name in enumerate(names) if i % 8]
@@ -921,7 +921,7 @@ def train_judges(people, steps=150, seed=0, batch_size=8, num_frames=28, device=
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judges = Judges().to(device)  # drawn on the CPU, so that a GPU starts from the same
+        judges = Judges().to(device)  # drawn on the CPU: a GPU starts from the same weights
         judges.has_opening = all(clip.opening is not None for _, clip in clips)
         prototypes = torch.randn(len(trained), judges.face_head[-1].num_features)
         prototypes = nn.Parameter(prototypes.to(device))
@@ -968,7 +968,7 @@ def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
     cosine = embedding @ F.normalize(prototypes, dim=-1).T  # (b k) people
     margin = 0.25 * F.one_hot(labels, len(prototypes))
     loss = F.cross_entropy(16 * (cosine - margin), labels)
-    # -- the view, so that the layers see light, blur and noise, too
+    # -- view: the layers have to represent light, blur and noise, too
     pooled = torch.cat([x.mean((-2, -1)) for x in layers], dim=1)
     target = view[:, :NUM_VIEWS].repeat_interleave(faces.shape[1], 0)
     loss = loss + F.mse_loss(judges.view_head(pooled), target)
@@ -978,7 +978,7 @@ def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
     logits = 12 * video @ audio.T  # (b t) (b t)
     target = torch.arange(len(logits), device=device)
     loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    # -- opening: how it moves counts more than its level
+    # -- opening: its changes count more than its mean
     if judges.has_opening:
         error = judges.opening(frames[:, ::2].flatten(0, 1)).view(b, -1) - opening[:, ::2]  # b f/2
         level = error.mean(1, keepdim=True)
@@ -987,7 +987,7 @@ def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
 
 
 def mean_identity(judges, clips):
-    """Return the unit face embedding [d] of clips together, of every fifth frame."""
+    """Return the unit mean [d] of the face embeddings of every fifth frame of the clips."""
     frames = np.concatenate([clip.frames[::5] for clip in clips])
     device = judges.view_head.weight.device
     identity = per_frame(judges.identity, unit_frames(frames).to(device))  # f d
@@ -1001,7 +1001,7 @@ def identity_distances(judges, clips):
 
 
 def identity_threshold(judges, people):
-    """Return the 99th percentile of the distances between two clips of a person.
+    """Return the 99th percentile of the identity distances between two clips of one person.
 
     The judges must not have been trained on the people {name: clips}; at most 8 clips of each are
     compared.
@@ -1017,7 +1017,7 @@ def identity_threshold(judges, people):
 def find_strangers(judges, clips, threshold):
     """Return the clips whose face is farther than `threshold` from the most typical clip's.
 
-    Of two clips that differ it is the second.
+    If there are only two clips, and they differ, the second one is returned.
     """
     distances = identity_distances(judges, clips)
     typical = distances.median(1).values.argmin()
@@ -1048,17 +1048,17 @@ MARGIN = 32  # pixels around a picture, repeated from its edge
 FACE_SIDES = (20, 48)  # pixels: least and greatest side of the faces that it learns to find
 LEVELS = (192, 136, 96, 68, 48, 34)  # pixels: shorter sides at which it looks at a picture
 LEAST_SCORE = 0.6  # of a face, somewhere in a picture
-LEAST_SCORE_USUAL = 0.4  # where face tracks have a face: one place has fewer false finds
-# Where and how large a first find lies in the patches of the second look, in pixels.
+LEAST_SCORE_USUAL = 0.4  # of a face where tracks have it: at one place fewer detections are false
+# (x, y, side) in pixels of a detected face in the patches that are cut around it for a second look.
 SECOND_LOOK = ((32, 32, 32), (28, 32, 27), (36, 32, 27), (32, 28, 38), (32, 36, 38))
 
 
 class FaceFinder(nn.Module):
     """Finds faces, as boxes (left, top, right, bottom) cut like the tracks it was trained on.
 
-    The network says for every eighth pixel whether a face is centred there, how far off its centre
-    is and how large it is. It knows faces of about one size, so it looks at pictures of several.
-    `drawings` says whether `train_finder` gave it synthetic talkers only.
+    For every eighth pixel the network predicts whether a face is centred there, the offset of its
+    centre and its size. It learns faces of sizes FACE_SIDES only, so pictures are scaled to several
+    sizes (LEVELS). `drawings` says whether it was trained on synthetic talkers only.
     """
 
     def __init__(self):
@@ -1083,7 +1083,7 @@ class FaceFinder(nn.Module):
         self.drawings = state["drawings"]
 
     def fingerprint(self):
-        """Return a string that differs for other weights."""
+        """Return the SHA-256 of the weights."""
         tensors = (*self.parameters(), *self.buffers())
         return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
 
@@ -1102,14 +1102,14 @@ class FaceFinder(nn.Module):
 
     @torch.no_grad()
     def find(self, picture, usual=None):
-        """Return the boxes [n 4] of the faces in a picture uint8 [3 h w], the surest first.
+        """Return the boxes [n 4] of the faces in a picture uint8 [3 h w], the best score first.
 
         If a face fills about the `usual` box [4], that box alone is returned.
         """
         picture = unit_frames(picture)[None]
         shorter = min(picture.shape[2:])
         # The margin is for faces at the edge; the sides are multiples of the stride.
-        pyramid = {}  # pixels of the picture to one of the level -> level [1 3 h w]
+        pyramid = {}  # pixels of the picture per pixel of the level -> level [1 3 h w]
         for level in [level for level in LEVELS if level <= 2 * shorter] or LEVELS[-1:]:
             h, w = [round(side * level / shorter) for side in picture.shape[2:]]
             small = resize(picture, [h, w])
@@ -1127,7 +1127,7 @@ class FaceFinder(nn.Module):
             scores.append(score[0])
         boxes = torch.cat(boxes)
         scores = torch.cat(scores)
-        # Take the mean of each find and of what overlaps it, and look there once more.
+        # Average each detection with the boxes that overlap it; score the mean by a second look.
         merged = []
         merged_scores = []
         for i in nms(boxes, scores, 0.3)[:6]:
@@ -1141,7 +1141,7 @@ class FaceFinder(nn.Module):
         kept = nms(boxes, scores, 0.3)
         boxes = boxes[kept[scores[kept] > LEAST_SCORE]]
         sides = boxes[:, 2] - boxes[:, 0]
-        # A find whose centre lies in one twice as large is a part of that face.
+        # A box whose centre lies in a box of more than twice its side is a part of that face.
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         # i j 2: the center of box j lies in box i
         inside = (centers > boxes[:, None, :2]) & (centers < boxes[:, None, 2:])
@@ -1149,7 +1149,9 @@ class FaceFinder(nn.Module):
         return boxes[~is_part.any(0)]
 
     def _look_again(self, pyramid, box):
-        """Return the score of a box [4] in patches around it (SECOND_LOOK), mirrored and not."""
+        """Return the mean score of a box [4] in patches around it (SECOND_LOOK) and their mirror
+        images.
+        """
         center = (box[:2] + box[2:]) / 2
         side = box[2] - box[0]
         scale = min(pyramid, key=lambda scale: abs(math.log(side / scale / 32)))
@@ -1197,8 +1199,8 @@ def finder_loss(outputs, box, is_face):
     """Return the loss of outputs [n 4 h w] for faces (x, y, side) [n 3]; `is_face` [n] says which
     pictures have one.
 
-    Focal loss (Lin et al. 2017) of the logits, but not near a face's centre, where the answer is
-    ambiguous, and L1 of the other outputs.
+    Focal loss (Lin et al. 2017) of the logits, except in a ring around a face's centre, where the
+    label is ambiguous, and L1 of the other outputs at the centre.
     """
     centers = STRIDE * (torch.arange(outputs.shape[-1]) + 0.5)
     x, y, side = box[:, :, None, None].unbind(1)  # n 1 1
@@ -1219,27 +1221,27 @@ def paste_faces(faces, others, generator):
     """Return pictures [n 3 64 64], boxes (x, y, side) [n 3] and where there is a face to find [n].
 
     Faces [n 3 64 64] of any size are pasted into backgrounds. 5 in 12 are to be found; the others
-    are too small, too large, absent, or replaced: by a background, the face upside down, or blurred
-    beyond recognition.
+    are too small, too large, absent, or replaced by a background, by the face upside down, or by
+    the face blurred beyond recognition.
     """
     n = len(faces)
     uniform = partial(draw_uniform, (n, 1, 1), generator)  # -> n 1 1
-    # What is shown: light and colours as other cameras see them, but where the tracks have it.
+    # Faces as other cameras see them, but without zoom and shift: at the place that tracks have.
     view = 2 * torch.rand(n, len(data.VIEW_NAMES), generator=generator) - 1
     view[:, : data.VIEW_NAMES.index("roll")] = 0
     faces = data.augment(faces[:, None], view, generator)[:, 0]
-    faces = faces * uniform(0.4, 1)[:, None]  # people sit in the dark, too
+    faces = faces * uniform(0.4, 1)[:, None]  # darker rooms
     kind = torch.multinomial(torch.tensor([5.0, 1, 1, 3, 2]), n, True, generator=generator)
     kind = kind.view(n, 1, 1)
     is_face, too_small, too_large, replaced, absent = (kind == i for i in range(5))  # n 1 1
     scenery = make_backgrounds(others, generator)
-    # Hard negatives: otherwise whatever is round and shaded would pass for a face.
+    # Hard negatives: otherwise anything round and shaded would be taken for a face.
     upside_down = faces.flip(2)
     featureless = F.interpolate(F.avg_pool2d(faces, 16), PATCH, mode="bilinear")
     which = torch.randint(3, (n,), generator=generator)
     replacement = torch.stack([scenery.flip(0), upside_down, featureless])[which, torch.arange(n)]
     pasted = torch.where(replaced[:, None], replacement, faces)
-    # Where, and how large.
+    # Place and size.
     low, high = FACE_SIDES
     side = low * (high / low) ** uniform(0, 1)
     side = torch.where(too_small, uniform(6, 13), torch.where(too_large, uniform(75, 150), side))
@@ -1275,7 +1277,7 @@ def paste_faces(faces, others, generator):
 def make_backgrounds(frames, generator):
     """Return pictures [n 3 64 64] without a face, from frames [n 3 64 64]; n is 5 or more.
 
-    Each shows two of five kinds side by side: noise, drawn figures, what surrounds faces, parts of
+    Each shows two of five kinds side by side: noise, drawn figures, surroundings of faces, parts of
     faces, and faces whose blocks are shuffled.
     """
     n = len(frames)
@@ -1399,8 +1401,8 @@ def make_cases(splits, num_frames, clips_per_person):
     """Return Cases of each person's first test clips.
 
     `splits` is {person: {"train", "validation", "test": [data.Clip]}}. A case has at most
-    `num_frames` frames. Other speech is that of the person's longest other clip, from its start
-    again where it is shorter.
+    `num_frames` frames. Other speech is that of the person's longest other clip, repeated if it is
+    shorter.
     """
     cases = []
     for split in splits.values():
@@ -1456,7 +1458,7 @@ class Evaluation:
         self.scores = {}  # (method, metric, "person/clip") -> value
         # for KID and FID: (method, ending of their names, "person/clip") -> features [f d]
         self.features = {}
-        self.speech = {}  # "person/clip" -> the judges' embeddings of what is said there
+        self.speech = {}  # "person/clip" -> the judges' embeddings of Case.speeches
 
     @torch.no_grad()
     def add(self, method, case, frames):
@@ -1509,9 +1511,7 @@ class Evaluation:
             self.scores[method, metric, key] = float(value)
 
     def merge(self, workers):
-        """Take over what other processes (`fed.Workers`) have scored of the same methods on other
-        cases.
-        """
+        """Add the scores of other processes (`fed.Workers`), of the same methods on other cases."""
         self.people = workers.merge(self.people)
         self.scores = workers.merge(self.scores)
         self.features = workers.merge(self.features)
@@ -1597,10 +1597,10 @@ def select(table, method, name):
 
 
 def score_judges(judges, people, device="cpu"):
-    """Return scores of judges on the true clips of people {name: [data.Clip]} unknown to them.
+    """Return scores of judges on true clips of people {name: [data.Clip]} they never trained on.
 
-    These are the metrics with a star that compare with chance, and the AUC of identity
-    verification. Each person's first clip is what is known of them.
+    These are the metrics with a star that can be compared with chance, and the AUC of identity
+    verification. Each person's first clip is the training clip; up to four others are tested.
     """
     splits = {
         name: {"train": clips[:1], "test": clips[1:]}
@@ -1688,8 +1688,9 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
     """Score two folders of videos or pictures, pairs by name.
 
     Returns {metric: row} as in `Evaluation.rows`, and notes on what was not scored. Frames are as
-    large as in the files, or their central squares have `size` x `size` pixels. Intervals are over
-    subfolders, as people, or else over files. Raises ValueError if nothing can be scored.
+    large as in the files, or their central squares are scaled to `size` x `size` pixels. Intervals
+    are over people, taken to be the subfolders; a file in no subfolder is a person of its own.
+    Raises ValueError if nothing can be scored.
     """
     notes = defaultdict(list)  # note -> names
     real_files = list_files(real_folder)
@@ -1784,7 +1785,7 @@ def main(argv=None):
             print(f"note: {note}", file=sys.stderr)
         print_rows(rows)
         print_weights(sources)
-        sys.stdout.flush()  # a reader that has gone is noticed here
+        sys.stdout.flush()  # raises OSError here if the reader of a pipe has ended
 
 
 def print_rows(rows):

@@ -2,7 +2,7 @@
 
 A clip has 25 frames per second, sound at 16 kHz (frame i spans samples 640 i .. 640 (i + 1)) and a
 log-mel spectrogram of four steps per frame. Every file is decoded once, into a cache, by the ffmpeg
-that `imageio_ffmpeg` brings.
+that comes with `imageio_ffmpeg`.
 """
 
 import argparse
@@ -53,7 +53,7 @@ SAMPLE_RATE = 16000
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 MELS_PER_FRAME = 4
 NUM_MELS = 40
-AUDIO_WINDOW = 5  # video frames of sound around each, which model.SpeechEncoder and judges expect
+AUDIO_WINDOW = 5  # video frames in a frame's window of sound (model.SpeechEncoder, judges)
 MIN_FRAMES = 10  # of a usable clip
 
 VIDEO_SUFFIXES = tuple(
@@ -70,8 +70,8 @@ PICTURE_SUFFIXES = tuple(".png .jpg .jpeg .bmp .webp .tif .tiff .avif .ppm .jp2"
 
 
 def die_with_parent(parent):
-    """Have the kernel kill this process when its parent, process number `parent`, ends, however
-    that ends, or now if it has ended. Linux only (prctl PR_SET_PDEATHSIG).
+    """Let the kernel kill this process as soon as its parent, whose process id is `parent`, ends
+    for any reason or has ended already. Linux only (prctl PR_SET_PDEATHSIG).
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -80,8 +80,8 @@ def die_with_parent(parent):
 
 
 def set_up_process():
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: no half-written file stays. Have
-    letters printed as escapes where the terminal's encoding lacks them.
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: half-written files are deleted. Print
+    letters that the terminal's encoding lacks as escapes.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it is closed
         stream.reconfigure(errors="backslashreplace")
@@ -98,14 +98,14 @@ def refuse(message):
 
 @contextlib.contextmanager
 def errors_in_one_line(interrupted="interrupted"):
-    """Let a user's error, too little memory or Ctrl-C end the process: one line, status 2."""
+    """End the process with one line and status 2 at a user's error, lack of memory or Ctrl-C."""
     try:
         yield
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_short_of_memory(error):
             raise  # a bug: the traceback says where
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(1)  # if rank 0 fails for the same reason, it ends this one before it prints
+            time.sleep(1)  # rank 0 may fail for the same reason, and then ends this process
         refuse(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         if "RANK" in os.environ:  # one of several workers: their launcher prints it
@@ -114,8 +114,8 @@ def errors_in_one_line(interrupted="interrupted"):
 
 
 def is_short_of_memory(error):
-    """Return whether an error means too little memory: a failed allocation, or a process for
-    batches that the kernel killed; torch has no class of its own for either.
+    """Return whether an error means too little memory: a failed allocation, or a data-loading
+    process that the kernel killed. torch has no error class for either.
     """
     messages = "(out of|allocate) memory|^DataLoader worker"
     return isinstance(error, MemoryError) or bool(re.search(messages, str(error)))
@@ -127,15 +127,15 @@ def is_first_worker():
 
 
 def in_threads(function, items, title):
-    """Return [function(item) for item in items], by a thread for each CPU and one more, as some
-    wait for ffmpeg to start, with a progress bar in a terminal.
+    """Return [function(item) for item in items], computed with a progress bar by one thread per
+    CPU, and one more, as some threads wait for ffmpeg to start.
     """
-    disable = None if items else True  # None: if there is no terminal
+    disable = None if items else True  # None: no bar unless there is a terminal
     return thread_map(function, items, desc=title, max_workers=num_cpus() + 1, disable=disable)
 
 
 def num_cpus():
-    """Return the number of CPUs that this process may use, which Slurm and containers limit."""
+    """Return the number of CPUs that this process may use, as limited by Slurm or a container."""
     if hasattr(os, "sched_getaffinity"):  # on Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
@@ -171,7 +171,7 @@ class Clip:
     audio: np.ndarray = CachedArray()  # int16 [640 f]
     mel: np.ndarray = CachedArray()  # float32 [4 f, 40]
     prompt: str = ""
-    opening: np.ndarray | None = None  # float32 [f] in [0, 1], the true one of synthetic mouths
+    opening: np.ndarray | None = None  # of a synthetic mouth, float32 [f] in [0, 1]
 
     @property
     def num_frames(self):
@@ -215,7 +215,7 @@ def slice_clip(clip, start, stop, **changes):
 
 
 def to_float(frames, device="cpu"):
-    """Return uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]; raises TypeError for others."""
+    """Return uint8 frames [... 3 h w] as a float32 tensor in [-1, 1]; else raises TypeError."""
     # torch warns of read-only memory and refuses negative strides.
     frames = np.require(frames, requirements="CW").astype(np.uint8, casting="safe", copy=False)
     frames = torch.from_numpy(frames)
@@ -228,7 +228,7 @@ def to_unit(frames):
 
 
 def to_int16(audio):
-    """Return int16 sound as it is; raises TypeError for floats, of which silence would be left."""
+    """Return int16 sound unchanged; raises TypeError for floats, which would become silence."""
     return np.asarray(audio).astype(np.int16, casting="safe", copy=False)
 
 
@@ -236,8 +236,8 @@ def to_int16(audio):
 
 # Constants, not statistics of a dataset: speech has about zero mean and unit variance.
 MEL_STD = 3.5  # of log power
-SILENCE = -1.5  # all that is over 23 dB softer than the mean of speech
-QUIETEST = -8.0  # mean log power; what is softer than this is not made as loud as speech
+SILENCE = -1.5  # lowest value, 23 dB below the mean of speech
+QUIETEST = -8.0  # mean log power; softer recordings are not raised to the level of speech
 HOP = SAMPLES_PER_FRAME // MELS_PER_FRAME  # 160 samples
 FFT = 512
 
@@ -253,8 +253,8 @@ def log_mel(audio, chunk_seconds=60):
     """Return the log-mel spectrogram float32 [4 f, 40] of int16 audio [640 f]; its louder half has
     the mean 0.
 
-    How loud a recording is says nothing of the mouth: a network that sees it learns microphones.
-    Raises ValueError if there is no audio.
+    The loudness of a recording is removed. It has no information on the mouth, and a network would
+    learn to recognise microphones by it. Raises ValueError if there is no audio.
     """
     if not len(audio):
         raise ValueError("there is no sound")
@@ -292,9 +292,9 @@ def audio_windows(mel, start=0, stop=None):
 
 # ---------------------------------------------------------------- ffmpeg
 
-# Late sound and holes, of half a frame or more, stay where they are.
+# Sound that begins late, and gaps in it, are kept if they last half a frame or more.
 RESAMPLE = f"aresample={SAMPLE_RATE}:async=1:min_hard_comp={0.5 / FPS}:first_pts=0"
-# An output that is thrown away: time begins with the first stream that is read, in a .ts file.
+# A discarded output of all streams: in a .ts file time begins with the first stream that is read.
 EVERYTHING = "-map 0:V? -map 0:a? -c copy -f null -".split()
 AS_SAMPLES = "-ac 1 -f s16le -".split()
 # PQ or HLG to SDR: 203 nits become white (ITU-R BT.2408), brighter parts are clipped.
@@ -310,8 +310,8 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
     If this process is killed, ffmpeg ends when its pipes close. A call that uses neither input nor
     output must be `watched` (`die_with_parent`), which makes its start slow.
 
-    Raises ValueError if the file makes it crash, OSError if it found no room on the disk or in
-    memory, and KeyboardInterrupt if it was stopped, as by Ctrl-C, which may reach it first.
+    Raises ValueError if the file makes ffmpeg crash, OSError if the disk or the memory is full, and
+    KeyboardInterrupt if ffmpeg was stopped, as by a Ctrl-C that reaches it before this process.
     """
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
@@ -330,8 +330,8 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
                 raise
         log.seek(0)
         text = log.read().decode(errors="replace")
-    # What it wrote looks like a whole file, but is not. Status 255 alone would not tell: some
-    # damaged files end with it, too.
+    # The output looks like a whole file, but is not. Status 255 alone does not show this, as some
+    # damaged files cause it, too.
     if "Exiting normally, received signal" in text:  # Ctrl-C
         raise KeyboardInterrupt("ffmpeg was stopped")
     if process.returncode < 0:
@@ -344,7 +344,7 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
 
 def first_error(log):
     """Return the first error in ffmpeg's log, or ''."""
-    # What it says of its output, or that `probe` has none, is no error of the file.
+    # Messages on the output, or on its absence in `probe`, are no errors of the file.
     ours = "At least one output|Application provided invalid"
     errors = re.findall(rf"^.*\[(?:error|fatal)\] (?!{ours})(.*)", log, re.MULTILINE)
     return errors[0] if errors else ""
@@ -418,15 +418,15 @@ def probe(path):
     )
 
 
-CAMERA_ANGLE = r"(front|left|right|top|down)(_\d+)?"  # MEAD's, which share one recording
+CAMERA_ANGLE = r"(front|left|right|top|down)(_\d+)?"  # of MEAD: views of one recording
 
 
 def find_sounds(folder):
-    """Return {name without suffix: sound file} of what belongs to the videos in a folder, an
-    absolute path.
+    """Return {name without suffix: sound file} for the videos in `folder`, an absolute path.
 
-    A sound file has the video's name and lies beside it, or in the folder for sound where VoxCeleb2
-    (aac for mp4), MEAD (audio/angry for video/front/angry) and HDTF have a folder for videos.
+    A sound file has the name of its video. It lies beside the video, or in a folder for sound that
+    stands beside the folder for videos, as in VoxCeleb2 (aac for mp4), MEAD (audio/angry for
+    video/front/angry) and HDTF.
     """
     folders = [folder]
     parts = folder.split(os.sep)
@@ -471,22 +471,22 @@ def probe_sound(path):
 
 
 def is_silent(audio):
-    """Return whether int16 audio varies by less than 2/1000 of full scale; an offset is silence."""
+    """Return whether int16 audio varies by less than 2/1000 of full scale, whatever its offset."""
     return not len(audio) or int(audio.max()) - int(audio.min()) < 66
 
 
 def decode_sound(inputs, track, *picture):
-    """Decode a sound track, in one run with `picture` (output options); return (audio, log)."""
+    """Decode a sound track, and in the same run `picture` (output options); return (audio, log)."""
     others = picture or EVERYTHING
     _, output, log = run_ffmpeg(*inputs, *others, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
     inputs = [*inputs, *EVERYTHING]
     if "audio parameters changed" in log:
-        # There ffmpeg begins new filters at time 0, which pad with silence up to there: first make
-        # the sound uniform.
+        # At a change ffmpeg begins new filters at time 0, which pad with silence up to the change.
+        # So the sound is first converted to one format.
         with tempfile.NamedTemporaryFile(suffix=".nut") as uniform:
             coding = f"-ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le".split()
             run_ffmpeg(*inputs, "-map", track, *coding, uniform.name)
-            late = ["-copyts", "-i", uniform.name]  # as late as it was
+            late = ["-copyts", "-i", uniform.name]  # keeps the time at which the sound begins
             _, output, _ = run_ffmpeg(*late, "-af", RESAMPLE, *AS_SAMPLES)
     audio = np.frombuffer(output, np.int16)
     if is_silent(audio):  # left and right may cancel each other: try the left channel alone
@@ -499,7 +499,7 @@ def decode_sound(inputs, track, *picture):
 def picture_filters(video, shorter=None, fps=FPS):
     """Return ffmpeg's filters from `Streams.video` to planar G, B, R with square pixels.
 
-    The shorter side gets that many pixels, or as many as in the file.
+    The shorter side gets `shorter` pixels, by default as many as in the file.
     """
     # Interlaced: yuv420p(tv, bottom coded first (swapped)), 720x576
     parts = re.search(r", \w+(?:\(((?:[^()]|\([^()]*\))*)\))?, (\d+)x(\d+)", video)
@@ -513,11 +513,11 @@ def picture_filters(video, shorter=None, fps=FPS):
     scale += ":flags=area+accurate_rnd+full_chroma_int"
     has_matrix = re.search("bt|smpte|fcc|gbr|ycgco|ictcp", tags.split("/")[0])
     if not has_matrix and (sides[0] > 576 or sides[1] > 1024):
-        scale += ":in_color_matrix=bt709"  # as players assume for HD; ffmpeg assumes that of SD
+        scale += ":in_color_matrix=bt709"  # as players assume for HD; ffmpeg assumes SD's matrix
     filters = [
-        "yadif=deint=interlaced",  # only frames that are marked so
-        # The filter fps repeats frames over holes. A hole of more than a minute is a wrong time,
-        # and would fill the disk: the video ends there, a minute later at most.
+        "yadif=deint=interlaced",  # only frames that are marked as interlaced
+        # The filter fps fills gaps with repeated frames. A gap of more than a minute comes from a
+        # wrong time and might fill the disk: the video ends there, or up to a minute later.
         "select='lt(t-if(isnan(prev_selected_t),0,prev_selected_t),60)'",
         "setpts='min(PTS,if(isnan(PREV_OUTPTS),0,PREV_OUTPTS)+60/TB)'",
         f"fps={fps}:start_time=0",
@@ -560,7 +560,7 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
     with tempfile.NamedTemporaryFile("w", suffix=".commands") as commands:
         if finder:
             crops, faces = find_track(inputs, streams.video, crop, output, finder)
-            if crops:  # it is no face track yet
+            if crops:  # the video is not a face track already
                 commands.write(crops)
                 commands.flush()
                 moving = [f"sendcmd=filename={escape(commands.name)}", "crop=exact=1"]
@@ -572,7 +572,7 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
         else:
             audio = np.zeros(0, np.int16)
             _, _, log = run_ffmpeg(*inputs, *picture, watched=True)
-    if "video parameters changed" in log:  # there new filters begin, which count time anew
+    if "video parameters changed" in log:  # at a change new filters begin, again at time 0
         raise ValueError(
             "its picture changes size or colours midway: ffmpeg -i IN OUT.mp4 mends it"
         )
@@ -583,10 +583,10 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
     height, width = raw_shape(log, output)
     num_frames = os.path.getsize(output) // (3 * height * width)
     if len(audio):
-        # Containers round the two lengths differently: up to two frames of sound that are missing
-        # are filled up with silence; where more is missing, the picture is cut off.
+        # Containers round the lengths of sound and picture differently. If the sound is shorter, up
+        # to two frames of silence are added; if that is not enough, the picture is cut off.
         num_frames = min(num_frames, len(audio) // SAMPLES_PER_FRAME + 2)
-        # 3: the two missing frames that are allowed, and the rest of a third.
+        # 3: two frames of silence, and the rest of a frame that has some sound.
         audio = np.pad(audio, (0, 3 * SAMPLES_PER_FRAME))[: num_frames * SAMPLES_PER_FRAME]
     os.truncate(output, num_frames * 3 * height * width)
     used = num_frames / FPS
@@ -621,7 +621,7 @@ def raw_shape(log, output):
     shapes = re.findall(r"Video: rawvideo .*?, gbrp.*?, (\d+)x(\d+)", log)
     if not shapes or not os.path.getsize(output):
         raise ValueError(first_error(log) or "it has no frames")
-    width, height = map(int, shapes[-1])  # the source may be of this kind, too
+    width, height = map(int, shapes[-1])  # the last: the source may be raw video, too
     return height, width
 
 
@@ -629,7 +629,7 @@ def raw_shape(log, output):
 
 LOOK_HZ = 5  # frames per second in which a face is looked for
 LOOK_SIZE = 256  # pixels of their shorter side
-STEADY = 0.4  # seconds: sigma of the Gaussian that the path of a face is smoothed by
+STEADY = 0.4  # seconds: sigma of the Gaussian that smooths the path of a face
 ALREADY_CUT = 0.5  # overlap with the middle of the picture above which nothing is cut
 
 
@@ -637,7 +637,7 @@ def find_track(inputs, video, crop, output, finder):
     """Return commands for ffmpeg's filter crop that follow the face in a video, and a note.
 
     The commands are '' if the face already fills the middle `crop` of the picture. `output` names a
-    file for the frames in between. Raises ValueError if there is no face in most of the video.
+    temporary file for frames. Raises ValueError if the face is in too few frames (`follow_face`).
     """
     filters = picture_filters(video, LOOK_SIZE, LOOK_HZ)
     picture = raw_picture(filters, output)
@@ -646,7 +646,7 @@ def find_track(inputs, video, crop, output, finder):
     frames = np.memmap(output, np.uint8, "r").reshape(-1, 3, height, width)
     times, boxes, note = follow_face(frames, crop, finder)
     usual = middle(height, width, crop)
-    # nearly always: a face that swings from side to side is in the middle on average
+    # in 95 % of the frames: a face that swings from side to side is in the middle on average
     if np.quantile([box_overlap(box, usual) for box in boxes], 0.05) > ALREADY_CUT:
         return "", note
     side = min(np.median(boxes[:, 2] - boxes[:, 0]), width, height)
@@ -670,12 +670,12 @@ def follow_face(frames, crop, finder):
     note.
 
     A face in the middle `crop`, where training clips have it, is accepted at a lower score. Raises
-    ValueError if there is none in four fifths of the frames.
+    ValueError if the largest face is found in less than four fifths of the frames.
     """
     tracks = []  # {frame: box} of one face
     for i, frame in enumerate(frames):
         for box in finder.find(frame, middle(*frame.shape[1:], crop)).numpy():
-            # The last box, however long ago: a face that is missed for a while keeps its track.
+            # A track's last box may be old: a face that is missed for a while keeps its track.
             near = [
                 track
                 for track in tracks
@@ -689,7 +689,7 @@ def follow_face(frames, crop, finder):
         drawings = " (the face finder has seen drawings only)" if finder.drawings else ""
         raise ValueError(f"no face found in it{drawings}")
     most = max(map(len, tracks))
-    faces = [track for track in tracks if len(track) >= most / 2]  # what is rare may be no face
+    faces = [track for track in tracks if len(track) >= most / 2]  # rare ones may be no faces
     largest = max(faces, key=lambda track: np.median([box[2] - box[0] for box in track.values()]))
     if len(largest) < 0.8 * len(frames):
         share = len(largest) / len(frames)
@@ -762,7 +762,7 @@ def read_image(path, size=None, crop=1.0, finder=None):
     try:
         file_state(path)  # PIL would wait for a pipe
         with Image.open(path) as file:
-            # A phone's .jpg holds a second one for itself.
+            # The second picture in a phone's .jpg (MPO) is for the phone's own use.
             num_pictures = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
             image = to_srgb(to_8_bits(ImageOps.exif_transpose(file))).convert("RGBA")
     except Exception as error:  # PIL raises many kinds, struct.error for odd EXIF among them
@@ -833,7 +833,7 @@ def to_8_bits(image):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path of the same suffix; it replaces `path` if the block ends well."""
+    """Yield a temporary path of the same suffix; it replaces `path` unless the block raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
@@ -845,7 +845,7 @@ def atomic_write(path):
 
 
 def write_tensors(path, content):
-    """Write what torch.save writes, whole or not at all."""
+    """Write `content` with torch.save, whole or not at all."""
     buffer = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError
     torch.save(content, buffer)
     with atomic_write(path) as temporary:
@@ -998,7 +998,7 @@ class CacheFile:
     def write(self):
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
         sound = find_sound(self.source, self.sounds)
-        heard = {sound: file_state(sound)} if sound else {}  # before: it may change meanwhile
+        heard = {sound: file_state(sound)} if sound else {}  # before decoding: it may change
         with atomic_write(self.path) as temporary:
             _, audio, note = decode_video(
                 self.source, self.size, self.crop, temporary, sound, self.finder
@@ -1052,8 +1052,8 @@ class CacheFile:
 
 # ---------------------------------------------------------------- whose clip is it?
 
-# Layouts that the end of a path, without suffix, gives away. The group is the person. The path
-# begins with the dataset's own folder: those above it say nothing about who is in it.
+# Layouts that the end of a path, without suffix, shows. The group is the person. The path begins
+# with the dataset's own folder, as the folders above it say nothing about the person.
 LAYOUTS = re.compile(
     r"""
     /(id\d{5})[/\#][\w-]{11}[/\#][^/]+$         # VoxCeleb: id00012/21Uxsk56VDQ/00001, or with #
@@ -1066,7 +1066,7 @@ LAYOUTS = re.compile(
     """,
     re.VERBOSE,
 )
-# The same, below the deepest folder that holds all clips.
+# Layouts that are looked for only below the deepest folder that holds all clips.
 LAYOUTS_BELOW = re.compile(
     r"""
     /(?:pretrain|trainval|train|valid|val|dev|test|main)/([^/]+)/[^/]+$  # LRS2, LRS3
@@ -1083,13 +1083,13 @@ NOT_A_PERSON = re.compile(
     rf"|{CAMERA_ANGLE}|level_\d|(19|20)\d\d[-_.]?\d\d([-_.]?\d\d)?"
     r"|(session|take|part|day|week|batch|cam|group|fold)[-_ ]?\d+|raw|cut|cropped|real|fake"
 )
-# Beginnings of file names that say nothing about who is in them. "" is what a mere number leaves.
+# Beginnings of file names that say nothing about who is in them. "" is a number without its digits.
 NOT_A_NAME = frozenset(
     "img vid video videos mov movie pxl dsc dscf dscn mvi gopr gh gx clip clips take rec record "
     "recording screen whatsapp signal win photo film trim part segment scene session c p mah dji "
     "gmt zoom meeting teams telegram snapchat tiktok facetime untitled copy new at on".split()
 ) | {""}
-# The first word of a file name, with the number after it where the word is one for anybody.
+# The first word of a file name; after a word for any person (speaker_12) the next one, too.
 FIRST_WORD = re.compile(
     r"(?i)((speaker|spk|subject|subj|sub|user|person|actor|id|p|s)[\W_])?[^\W_]*"
 )
@@ -1100,8 +1100,8 @@ def person_of(above, below, owner, refusal):
 
     `above` leads from the dataset's folder to the deepest folder that holds all clips. A known
     layout is recognised at any depth of the dataset. Otherwise `below` must be /<person>/<clip>; a
-    mere /<clip> belongs to `owner`, or is refused with the reason `refusal`. Raises ValueError
-    where it is unclear who it is.
+    mere /<clip> belongs to `owner`, or is refused with the reason `refusal`. Raises ValueError if
+    it is unclear who the person is.
     """
     match = LAYOUTS.search(above + below) or LAYOUTS_BELOW.search(below)
     if match:
@@ -1123,13 +1123,13 @@ def person_of(above, below, owner, refusal):
 
 def several_people(names):
     """Return the words at the beginning of names that suggest two people or more, or []."""
-    if len({name.rstrip(digits) for name in names}) < 2:  # counted on: 00001, 00002
+    if len({name.rstrip(digits) for name in names}) < 2:  # they differ in a number: 00001, 00002
         return []
     # Dates at the beginning are no names: 20240105_1.mp4.
     dateless = [re.sub(r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d", "", name) for name in names]
     first_words = [FIRST_WORD.match(name)[0] for name in dateless]
-    # The first word that may be a name, in names that are counted by a number or letter at their
-    # end or beginning: anna in session1_anna_01, 1-anna, clip_anna_a.
+    # The first word that may be a person's name, in file names with a number or letter at the end
+    # or a number at the beginning: anna in session1_anna_01, 1-anna, clip_anna_a.
     numbered = []
     numbers = []
     for name in dateless:
@@ -1143,10 +1143,10 @@ def several_people(names):
         if words and is_counted and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
             numbered.append(words[0])
             numbers.append(count[0] if count else "")
-    # All end in one number: the first clips of several people (anna_1, bob_1). Those of one person
-    # would be numbered on.
+    # All have the same number: the first clips of several people (anna_1, bob_1). Clips of one
+    # person would have different numbers.
     all_first = len(set(numbers)) == 1
-    # A word counts from two names on; in numbered ones (anna_1, anna_2, bob_1), one is enough.
+    # A word counts if two names have it; in numbered names (anna_1, anna_2, bob_1) one is enough.
     for beginnings, least in ((first_words, 2), (numbered, 1)):
         # Once with numbers (sub01-a, sub01-b, sub02-a), once without (anna1, anna2, bob1).
         for tried in (beginnings, [word.rstrip(digits) for word in beginnings]):
@@ -1184,7 +1184,7 @@ def assign_people(paths, root):
         refusal += "; if it is one person, rename them"
     owner = os.path.basename(base)
     assigned, left_out, taken = {}, [], {}
-    origins = {}  # person -> {folders above the person's, without those that say nothing}
+    origins = {}  # person -> {folders above the person's, without those of NOT_A_PERSON}
     for path, stem in zip(paths, stems):
         try:
             person = person_of(above, "/" + stem, owner, refusal)
@@ -1204,7 +1204,7 @@ def assign_people(paths, root):
             all_folders = above.split("/") + folders
             if person in all_folders:
                 outer = all_folders[: all_folders.index(person)]
-            else:  # it is a part of the file's name, and may be one of its folder's: Actor_01
+            else:  # the person is a part of the file's name, and maybe of its folder's: Actor_01
                 outer = [folder for folder in all_folders if not folder.endswith(person)]
             origin = "/".join([name for name in outer if not NOT_A_PERSON.fullmatch(name)])
             origins.setdefault(clip[0], set()).add(origin)
@@ -1224,8 +1224,8 @@ def find_files(root, suffixes):
     """Return the paths of the files in a folder whose names end in one of `suffixes`, and [(path,
     reason)] of folders left out.
 
-    Hidden files are ignored. Linked folders come last, and only if they were not read before: links
-    in a circle neither hang nor make copies, and files keep their true folder.
+    Hidden files are ignored. Linked folders are read last, and only if they were not read before,
+    so that circular links end, no file is found twice, and files keep their true folder.
     """
     found, left_out, seen = [], [], set()
     starts = [os.fspath(root)]
@@ -1233,7 +1233,7 @@ def find_files(root, suffixes):
     def leave_out(error):
         left_out.append((error.filename, str(error)))
 
-    for start in starts:  # and of the linked folders that are found on the way
+    for start in starts:  # to which linked folders are added when they are found
         for folder, subfolders, files in os.walk(start, onerror=leave_out):
             true_folder = os.path.realpath(folder)
             if true_folder in seen:
@@ -1313,7 +1313,7 @@ class TalkingHeads:
         """Return {path: `CacheFile` in the cache's `folder`} of the `videos` that are files."""
         files = {}
         distinct = {}  # links to one file share what is cached of it
-        # Of hundreds of thousands of files, each folder is looked at once.
+        # Each folder is resolved only once, as there may be hundreds of thousands of files.
         true_folder = functools.cache(os.path.realpath)
         sounds = {}
         for path in videos:
@@ -1339,8 +1339,8 @@ class TalkingHeads:
         """Return [Clip] of `files` {path: CacheFile}, each with what its .txt says, and note copies
         across people.
 
-        Left out are those that cannot be used, for `reasons` {CacheFile: reason or ""}, and second
-        copies of one person's.
+        Files that cannot be used, for `reasons` {CacheFile: reason or ""}, are left out, as are
+        further copies of a person's clip.
         """
         clips = []
         for path, file in files.items():
@@ -1366,7 +1366,7 @@ class TalkingHeads:
         return clips
 
     def note_names(self):
-        """Note people whose names look alike, and folders that several may share."""
+        """Note people whose names look alike, and folders that may hold several people."""
         spelled = {}
         for person, clips in self.people.items():
             looks = unicodedata.normalize("NFKC", person).casefold().strip()
@@ -1380,8 +1380,8 @@ class TalkingHeads:
                 self.notes.append((os.path.dirname(clips[0].path), note))
 
     def note_subsets(self):
-        """Note folders that may be of one person although those in them are taken for people:
-        anna/test/kitchen is laid out as lrs3/test/anna is.
+        """Note folders that may be one person's although their subfolders are taken for people:
+        anna/test/kitchen has the layout of lrs3/test/anna.
         """
         places = {(os.path.dirname(clip.path), clip.person) for clip in self.clips}
         base = Path(os.path.commonpath([folder for folder, _ in places]))
@@ -1454,7 +1454,7 @@ def by_person(clips, min_frames=0):
 # ---------------------------------------------------------------- people and splits
 
 ROLES = ("public", "client", "unseen")  # with which the names of synthetic talkers begin
-MIN_PUBLIC = 8  # two halves; judges are trained on each
+MIN_PUBLIC = 8  # two halves of four, the fewest people that judges can be trained on
 
 
 class People(NamedTuple):
@@ -1503,7 +1503,7 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_f
             reason = f"only {clip.num_frames} frames long, backbone.num_frames needs {min_frames}"
             dataset.skipped.append((clip.path, reason))
         elif len(owners) > 1:
-            # One might train on what another is tested on.
+            # One person might be trained on a clip that another is tested on.
             names = ", ".join(sorted(owners)[:5])
             dataset.skipped.append((clip.path, f"the same picture and sound are of {names}"))
         else:
@@ -1522,7 +1522,7 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_f
 
 
 def print_troubles(dataset, most=None):
-    """Print up to `most` files that are skipped, and that have a note, with the reasons."""
+    """Print up to `most` skipped files with the reasons, and up to `most` notes on files."""
     if not is_first_worker():
         return
     for title, files in (("skipped", dataset.skipped), ("note", dataset.notes)):
@@ -1562,7 +1562,7 @@ def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unsee
 
 
 def by_take(clips):
-    """Return one person's clips as takes [[Clip]]: what several of MEAD's cameras saw is one."""
+    """Return one person's clips by take [[Clip]]; a take has one clip for each camera of MEAD."""
     takes = {}
     for clip in clips:
         takes.setdefault(re.sub(rf"^(video-)?{CAMERA_ANGLE}-", "", clip.name), []).append(clip)
@@ -1575,8 +1575,8 @@ def num_held_out(num_takes):
 
 
 def split_clips(clips, seed):
-    """Return {"train", "validation", "test": clips} of one person; a fifth of the takes in each of
-    the last two.
+    """Return {"train", "validation", "test": clips} of one person, with a fifth of the takes each
+    for validation and test.
 
     Raises ValueError for fewer than three takes.
     """
@@ -1596,7 +1596,7 @@ def split_clips(clips, seed):
 
 
 def segment(clips, seconds):
-    """Return clips cut into pieces of `seconds`; a rest of at least half that is one, too."""
+    """Return clips cut into pieces of `seconds`; a rest of at least half of that is another one."""
     pieces = []
     length = max(1, round(seconds * FPS))
     for clip in clips:
@@ -1671,8 +1671,8 @@ def typical_liveliness(clips):
 
 
 def reference_frame(clips):
-    """Return the frame uint8 [3 H W] of a person's clips to start from: a typical view from the
-    front.
+    """Return the frame uint8 [3 H W] of a person's clips for use as reference picture: a typical
+    view from the front.
 
     Of the three percent of frames most like the person's mean and their own mirror image, it is the
     one with most detail in its upper half: sharp, the eyes open.
@@ -1682,7 +1682,7 @@ def reference_frame(clips):
     frames = np.concatenate([clip.frames[::step] for clip in clips])  # n 3 H W
     grey = frames.mean(1, dtype=np.float32)  # n H W
     grey -= grey.mean((1, 2), keepdims=True)
-    # All of one contrast, which says nothing of the pose; + 1: an even frame has none.
+    # Equal contrast, which has no information on the pose; + 1: a uniform frame has no contrast.
     grey /= grey.std((1, 2), keepdims=True) + 1
     likeness = (grey * grey.mean(0)).mean((1, 2)) + 0.5 * (grey * grey[:, :, ::-1]).mean((1, 2))
     best = np.argsort(-likeness, kind="stable")[: max(1, len(frames) * 3 // 100)]
@@ -1691,7 +1691,7 @@ def reference_frame(clips):
     return frames[best[np.argmax(detail)]]
 
 
-# How another camera sees a clip. Each column of a view is in [-1, 1], and 0 changes nothing.
+# A view is how another camera sees a clip. Each column is in [-1, 1], and 0 changes nothing.
 VIEW_NAMES = (
     "zoom",
     "shift_x",
@@ -1712,7 +1712,7 @@ def augment(clips, view, generator):
     b, f, _, h, w = clips.shape
     zoom, shift_x, shift_y, roll, brightness, gamma, warmth, *rest = view.to(clips.device).T  # b
     light_x, light_y, degradation, mirror = rest  # b
-    scale = torch.exp(-0.3 * zoom.clamp_min(0) - 0.1 * zoom.clamp_max(0))  # 0.74, closer, to 1.1
+    scale = torch.exp(-0.3 * zoom.clamp_min(0) - 0.1 * zoom.clamp_max(0))  # 0.74 (closer) to 1.1
     across = torch.where(mirror < 0, -scale, scale)
     cos, sin = torch.cos(0.15 * roll), torch.sin(0.15 * roll)
     affine = [across * cos, -scale * sin, 0.1 * shift_x, across * sin, scale * cos, 0.1 * shift_y]
@@ -1832,8 +1832,9 @@ def make_person(seed, name, accent=0.0):
     p.lips_colour = p.skin * rng.uniform((0.72, 0.5, 0.5), (0.95, 0.66, 0.68)).astype(np.float32)
     p.eyes = rgb(rng.choice(EYES))
     p.glasses = rgb(rng.choice(GLASSES))
-    # Accent: vowels sound alike for all but open the mouth as other vowels do. Everybody has one of
-    # their own; clients have three times as much, and share three quarters of theirs.
+    # Accent: a vowel sounds the same for everybody, but opens the mouth as another vowel does. Each
+    # person has an accent. Clients' accents are three times as strong, and all clients have three
+    # quarters of theirs in common.
     usual = np.array([shape[:2] for shape in VOWELS.values()])  # v 2
     other = rng.permutation(usual)  # v 2
     if is_client:
@@ -1986,7 +1987,7 @@ def draw(p, m, size):
         beard = overlap(face - 0.6, 8.5 - y - 0.025 * turned**2, -mouth)
         paint(beard, p.hair * 0.9, p.beard, blur=2)
 
-    # Both eyes at once: `outward` is the way from the middle of an eye, away from the nose.
+    # Both eyes at once: `outward` is the distance from the middle of an eye, away from the nose.
     outward = np.abs(turned) - p.eye_gap
     height = y + 3
     lids = ellipse(outward, height, p.eye_width, p.eye_height * m.lids.clip(0.12, 2))
@@ -2047,7 +2048,7 @@ CLIP_SECONDS = 2.0
 
 
 def make_clip(stem, seed, seconds, size, accent):
-    """Write <stem>.mp4 and <stem>.txt of the synthetic person who is the last folder in `stem`."""
+    """Write <stem>.mp4 and <stem>.txt of the synthetic person named as the folder of `stem`."""
     name = stem.parent.name
     person = make_person(seed, name, accent)
     rng = rng_of(seed, name, stem.name)
@@ -2094,7 +2095,7 @@ def make_synthetic(
     people |= {f"client-{i:03d}": clips_per_client for i in range(num_clients)}
     people |= {f"unseen-{i:03d}": clips_per_public for i in range(num_unseen)}
     options = {"seed": seed, "seconds": seconds, "size": size, "accent": accent}
-    made = {"num_clients": num_clients, "num_unseen": num_unseen}  # what load_people asks for
+    made = {"num_clients": num_clients, "num_unseen": num_unseen}  # load_people compares these
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         new = Path(folder, "new")
@@ -2122,7 +2123,7 @@ def check(root):
 
 
 def contact_sheet(root, output, rows=12, columns=10, size=96):
-    """Write a picture of a dataset: a row of frames for a clip of each of some people."""
+    """Write a picture of a dataset: for each of at most `rows` people a row of frames of a clip."""
     check_output(output, (".png",))
     people = TalkingHeads(root).people
     places = np.unique(np.linspace(0, len(people) - 1, rows).astype(int))
@@ -2145,9 +2146,9 @@ def main(argv=None):
         description="Make, check and look at talking heads.", argument_default=argparse.SUPPRESS
     )
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--make", metavar="DIR", help="write the synthetic talkers there")
+    task.add_argument("--make", metavar="DIR", help="write synthetic talkers to DIR")
     task.add_argument(
-        "--check", metavar="DIR", help="print who has how many clips, what is skipped"
+        "--check", metavar="DIR", help="print each person's clips and seconds, and skipped files"
     )
     task.add_argument("--look", nargs=2, metavar=("DIR", "PNG"), help="write a contact sheet")
     people = ("num-public", "num-clients", "num-unseen", "clips-per-public", "clips-per-client")

@@ -387,7 +387,7 @@ def explain(path):
 
 
 class Streams(NamedTuple):
-    """What is in a media file."""
+    """The streams of a media file."""
 
     video: str | None  # in ffmpeg's words: codec, pixel format (colours), size, ...
     sound: int | None  # index of the default sound track
@@ -1295,7 +1295,7 @@ class TalkingHeads:
         files = self.open_files(assigned, folder, size, crop, finder)
         if names is None:  # else other people's clips stay in the cache
             delete_unused(folder, {file.path for file in files.values()})
-        # Decode what is not in the cache; a clip that cannot be used costs only itself.
+        # Decode what is not in the cache; a clip that cannot be used is skipped.
         missing = [file for file in dict.fromkeys(files.values()) if not file.load_info()]
         results = in_threads(decode_into_cache, missing, "reading clips")
         self.clips = self.make_clips(assigned, files, dict(zip(missing, results)))
@@ -1312,7 +1312,7 @@ class TalkingHeads:
     def open_files(self, videos, folder, size, crop, finder):
         """Return {path: `CacheFile` in the cache's `folder`} of the `videos` that are files."""
         files = {}
-        distinct = {}  # links to one file share what is cached of it
+        distinct = {}  # links to one file share its cached clip
         # Each folder is resolved only once, as there may be hundreds of thousands of files.
         true_folder = functools.cache(os.path.realpath)
         sounds = {}
@@ -1336,8 +1336,8 @@ class TalkingHeads:
         return files
 
     def make_clips(self, assigned, files, reasons):
-        """Return [Clip] of `files` {path: CacheFile}, each with what its .txt says, and note copies
-        across people.
+        """Return [Clip] of `files` {path: CacheFile}, each with the prompt and opening in its .txt,
+        and note copies across people.
 
         Files that cannot be used, for `reasons` {CacheFile: reason or ""}, are left out, as are
         further copies of a person's clip.
@@ -1422,8 +1422,8 @@ def decode_into_cache(file):
 
 
 def read_notes(path, num_frames):
-    """Return the prompt ('' if none) and the opening (None if none) in a .txt file, and what is
-    wrong with it.
+    """Return the prompt ('' if none) and the opening (None if none) in a .txt file, and a text on
+    what is wrong with the file, or ''.
     """
     if not os.path.isfile(path):
         return "", None, ""
@@ -1535,8 +1535,8 @@ def print_troubles(dataset, most=None):
 def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unseen=()):
     """Return disjoint sorted lists of public people, clients and unseen people.
 
-    Names such as client-003 keep their role, but nobody in `no_clients`, who have too few clips, is
-    a client, and those in `last_unseen` are unseen only where nobody else is left. Raises
+    Names such as client-003 keep their role. But people in `no_clients`, who have too few clips,
+    are never clients, and people in `last_unseen` are unseen only if there are no others. Raises
     ValueError if there are too few people.
     """
     if num_clients < 1 or num_unseen < 0:
@@ -1624,7 +1624,7 @@ def sample_batch(
     with their reference.
 
     A person is drawn in proportion to the square root of the number of clips: drawn uniformly,
-    people with one clip would be learned by heart; in proportion, a person with 300 would dominate.
+    people with one clip would be memorised; in proportion, a person with 300 would dominate.
     Returns a dict of tensors on `device`, frames [b f 3 H W] and reference [b 3 H W] in [-1, 1],
     mel [b f 20 40], liveliness [b], and the list prompt. If the reference comes from a clip with
     the same prompt, it shows the expression already, and the prompt becomes "". Raises ValueError

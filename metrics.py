@@ -1375,7 +1375,7 @@ LEAST_FOR_FID = {"": 2048, "*": 960}  # frames: 1 for each feature, 4 for each o
 
 @dataclass(eq=False)
 class Case:
-    """A test clip, and what its generation and its scoring need."""
+    """A test clip, with the data that are needed to generate and to score it."""
 
     clip: data.Clip
     frames: torch.Tensor  # f 3 h w in [0, 1], the truth

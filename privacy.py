@@ -75,7 +75,7 @@ def gaussian_epsilon(z, delta):
 
     if z == math.inf or excess(0.0) <= 0:
         return 0.0
-    upper = 0.5 / z**2 - special.ndtri(delta) / z  # where the first term alone is delta
+    upper = 0.5 / z**2 - special.ndtri(delta) / z  # here the first term of excess is delta
     return float(optimize.brentq(excess, 0.0, upper))
 
 
@@ -1210,7 +1210,7 @@ def verify_run(folder):
     last.pt, for rounds that ran but were not spent, for vectors of single clients in the
     checkpoint, and for a claim in the log or report that does not follow from the record. The
     record holds the mechanism's noise and length; its other settings are taken from the report. A
-    report that claims no privacy is returned as it is.
+    report that claims no privacy is returned unchanged.
     """
     import torch  # the rest of this file does not need it
     import train  # not above, as it imports this file

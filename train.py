@@ -223,7 +223,7 @@ def check_config(config):
         raise ValueError(f"name becomes the end of a folder's name, not {config['name']!r}")
     if f["algorithm"] == "scaffold" and (f["gamma"] or f["sample_cap"] > 1 or f["proximal"]):
         raise ValueError("fed.algorithm scaffold needs fed.gamma=0, sample_cap=1 and proximal=0")
-    if f["algorithm"] == "centralized":  # one participant, who has everybody's clips
+    if f["algorithm"] == "centralized":  # one participant with the clips of all clients
         if p["enabled"]:
             raise ValueError("fed.algorithm centralized pools the clips: set privacy.enabled=false")
         if f["gamma"] or f["dropout_rate"] or f["sample_rate"] < 1:
@@ -391,7 +391,7 @@ def finite(tree):
 
 
 def log(run, text):
-    """Print a line beside the progress bars and append it to log.txt."""
+    """Print a line, without breaking progress bars, and append it to log.txt."""
     tqdm.write(text)
     with open(run / "log.txt", "a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -234,7 +234,7 @@ def draw_cohort(num_clients, sample_rate, key, round_index, fixed_size=False):
 
     Each joins with probability sample_rate, independently (Poisson sampling). With fixed_size
     exactly that share of the clients joins, at least one. Account for fixed cohorts with rate 1:
-    `Accountant` knows amplification by Poisson sampling only.
+    `Accountant` has amplification for Poisson sampling only.
     """
     if not (isinstance(key, bytes) and len(key) == 32):
         raise ValueError("key is 32 bytes from new_sampling_key().")
@@ -301,7 +301,7 @@ class Mechanism:
 
     A client's vector is [w clip(u), s w] with weight w in [0, 1] and s = weight_scale * clip_norm,
     so its norm is at most S = sqrt(clip_norm^2 + s^2), which is the sensitivity. Rounding to the
-    integer grid may lengthen it by sqrt(length + 1) / 2 steps; the noise counts these in S.
+    integer grid may lengthen it by sqrt(length + 1) / 2 steps, which are added to S for the noise.
 
     Noise, with tau = survivor_share: each of p clients of a cohort adds N(0, z^2 S^2 / (tau p)),
     and for m survivors the server adds N(0, z^2 S^2 (p - m) / (tau p)). So the noise on the sum
@@ -645,7 +645,7 @@ class RoundParams:
         # More than half, so that no two disjoint sets of survivors can both be summed.
         self.min_survivors = max(min_survivors, self.threshold, num_clients // 2 + 1)
         self.session = secrets.token_bytes(32)
-        # The circle is random, so that neighbours drop out or are curious independently.
+        # The circle is random, so that it does not depend on who drops out or is curious.
         self.circle = sorted(
             range(num_clients), key=lambda client: derive_key(b"", self, b"place", client)
         )
@@ -1046,7 +1046,7 @@ def canary_audit(mechanism, delta, defect=None, seed=None):
     client.weight_scale *= weight_factor / clip_factor
     rng = np.random.default_rng(seed)
     due = server.noise_std(1) / server.clip_norm  # std of the sum's noise, for any cohort size
-    rounds = math.ceil(300 * max(1.0, due) ** 2 / n)  # enough to notice if half the noise is there
+    rounds = math.ceil(300 * max(1.0, due) ** 2 / n)  # enough to notice that half is missing
     if rounds > 3000:
         raise ValueError(f"{due:.3g} clip norms of noise on {n} canaries take too long to measure.")
     inside = []
@@ -1290,7 +1290,7 @@ def print_table(args, z):
         "clients  cohort  rounds  noise multiplier     epsilon  epsilon with sampling",
     ]
     for n, rounds in itertools.product(args.clients, args.rounds):
-        # The mean divides the sum by the cohort size, so that the noise may grow with it.
+        # The mean is the sum divided by the cohort size: noise on the sum may grow with it.
         noise = z * n / min(args.clients)
         accountant = Accountant([[args.rate, noise, rounds]])
         participations = likely_participations(n, args.rate, rounds)

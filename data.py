@@ -1562,7 +1562,7 @@ def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unsee
 
 
 def by_take(clips):
-    """Return one person's clips by take [[Clip]]; a take has one clip for each camera of MEAD."""
+    """Return one person's clips by take [[Clip]]; MEAD's camera views are one take."""
     takes = {}
     for clip in clips:
         takes.setdefault(re.sub(rf"^(video-)?{CAMERA_ANGLE}-", "", clip.name), []).append(clip)

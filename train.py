@@ -868,7 +868,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
             k = cohort[i]
             client = participants[k]
             seed = fed.derive_seed(f["seed"], index, k)
-            # A client that fails still sends, with weight 0: its silence would tell about its data.
+            # A client that fails still sends, with weight 0: its silence could reveal its data.
             update = fed.zero_update(state)
             weight = 0.0
             diagnostics[i] = {}
@@ -920,7 +920,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
         diagnostics = workers.merge(diagnostics)
         record |= summarize_round(config, accountant, cohorts[: index + 1], diagnostics)
         record["simulation"] |= validate(model, clients, state, workers)
-        # The log first: what a crash in between leaves, a line too many, `forget_rounds` drops.
+        # The log first: after a crash in between, `forget_rounds` drops the surplus line.
         log_round(run, record, workers)
         save_state(run, state, workers)
     return state

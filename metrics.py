@@ -303,6 +303,7 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
 
 
 # ---------------------------------------------------------------- the standard networks
+# Without weights until `load_standard` fills them: what they say before is random.
 
 
 def squared_distance(x, y):

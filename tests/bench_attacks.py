@@ -530,8 +530,8 @@ def describe(run, mechanism, mu, num_people, trials):
     title += f"--trials {trials}`, commit {commit}. Mean [95 % interval over people]."
     noise = f"{mechanism.noise_multiplier:.2f}"
     guarantee = f"The run's ε = {epsilon:.2f} at δ = {delta:g}, spent in one round, is Gaussian "
-    guarantee += f"noise of {noise} sensitivities or more: μ-GDP with μ = {mu:.3f}. (Where nobody "
-    guarantee += "drops out or is curious, as here, it is more by the root of 1 / "
+    guarantee += f"noise of {noise} sensitivities or more: μ-GDP with μ = {mu:.3f}. (If nobody "
+    guarantee += "drops out or colludes, as here, the noise is larger by the factor 1 / √"
     guarantee += f"{mechanism.survivor_share:g}.) Zeros in the place of "
     guarantee += f"a person's update: AUC at most Φ(μ/√2) = {auc_bound(mu):.3f}, true minus false "
     guarantee += f"positive rate at most 2Φ(μ/2) - 1 = {advantage_bound(mu):.3f} (ε and δ alone "
@@ -546,10 +546,10 @@ def describe(run, mechanism, mu, num_people, trials):
 CLOSING = """
 In the clear: plain means of updates, as a federation without secure aggregation and noise shows
 them. Protected: one round of the mechanism. An upload without secure aggregation has only its own
-share of the noise, so that its bound is no protection: it is the sum that protects. A personal
-adapter is trained without noise and has no bound: who hands it out gives away at least what the
-last rows show. An attack that fails in the clear did not find what is there to find; the bounds
-hold for every attack, also for stronger ones.
+share of the noise: its bound is no protection, only the sum protects. A personal adapter is trained
+without noise and has no bound: whoever publishes it reveals at least what the last rows show. If an
+attack fails in the clear, it is too weak to say anything about the protection; the bounds hold for
+every attack, also for stronger ones.
 """
 
 

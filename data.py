@@ -391,6 +391,7 @@ class Streams(NamedTuple):
 
     video: str | None  # in ffmpeg's words: codec, pixel format (colours), size, ...
     sound: int | None  # index of the default sound track
+    late: int  # frames of 1 / FPS by which the picture begins after the file
     seconds: float  # 0 if unknown
 
 
@@ -411,9 +412,13 @@ def probe(path):
         raise ValueError(explain(path) or reason or "no picture and no sound in it")
     duration = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
     hours, minutes, seconds = map(float, duration.groups()) if duration else (0, 0, 0)
+    begins = re.search(r"Duration: .*start: (-?[\d.]+)", log)
+    picture_begins = videos and re.search(r", start (-?[\d.]+)", videos[0])
+    late = float(picture_begins[1]) - float(begins[1]) if begins and picture_begins else 0.0
     return Streams(
         video=videos[0] if videos else None,
         sound=min(sounds)[1] if sounds else None,
+        late=max(0, round(FPS * late)),
         seconds=3600 * hours + 60 * minutes + seconds,
     )
 
@@ -479,30 +484,32 @@ def decode_sound(inputs, track, *picture):
     """Decode a sound track, and in the same run `picture` (output options); return (audio, log)."""
     others = picture or EVERYTHING
     _, output, log = run_ffmpeg(*inputs, *others, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
-    inputs = [*inputs, *EVERYTHING]
     if "audio parameters changed" in log:
         # At a change ffmpeg begins new filters at time 0, which pad with silence up to the change.
         # So the sound is first converted to one format.
         with tempfile.NamedTemporaryFile(suffix=".nut") as uniform:
             coding = f"-ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le".split()
-            run_ffmpeg(*inputs, "-map", track, *coding, uniform.name)
+            run_ffmpeg(*inputs, *EVERYTHING, "-map", track, *coding, uniform.name)
             late = ["-copyts", "-i", uniform.name]  # keeps the time at which the sound begins
             _, output, _ = run_ffmpeg(*late, "-af", RESAMPLE, *AS_SAMPLES)
     audio = np.frombuffer(output, np.int16)
-    if is_silent(audio):  # left and right may cancel each other: try the left channel alone
+    # Left and right may cancel each other, and of some layouts ffmpeg makes no mono sound, which ends
+    # the picture, too: try the left channel alone.
+    if is_silent(audio):
         left = f"pan=mono|c0=c0,{RESAMPLE}"
-        _, output, _ = run_ffmpeg(*inputs, "-map", track, "-af", left, *AS_SAMPLES)
+        _, output, log = run_ffmpeg(*inputs, *others, "-map", track, "-af", left, *AS_SAMPLES)
         audio = np.frombuffer(output, np.int16)
     return audio, log
 
 
-def picture_filters(video, shorter=None, fps=FPS):
-    """Return ffmpeg's filters from `Streams.video` to planar G, B, R with square pixels.
+def picture_filters(streams, shorter=None, fps=FPS):
+    """Return ffmpeg's filters from the picture of `Streams` to planar G, B, R with square pixels.
 
-    The shorter side gets `shorter` pixels, by default as many as in the file.
+    The shorter side gets `shorter` pixels, by default as many as in the file. Time 0 is where the
+    picture begins.
     """
     # Interlaced: yuv420p(tv, bottom coded first (swapped)), 720x576
-    parts = re.search(r", \w+(?:\(((?:[^()]|\([^()]*\))*)\))?, (\d+)x(\d+)", video)
+    parts = re.search(r", \w+(?:\(((?:[^()]|\([^()]*\))*)\))?, (\d+)x(\d+)", streams.video)
     if not parts:
         raise ValueError("its picture has no known size: the file is cut off or damaged")
     tags = parts[1] or ""  # range, matrix/primaries/transfer, scan: (tv, bt709, progressive)
@@ -514,13 +521,15 @@ def picture_filters(video, shorter=None, fps=FPS):
     has_matrix = re.search("bt|smpte|fcc|gbr|ycgco|ictcp", tags.split("/")[0])
     if not has_matrix and (sides[0] > 576 or sides[1] > 1024):
         scale += ":in_color_matrix=bt709"  # as players assume for HD; ffmpeg assumes SD's matrix
+    begin = streams.late / FPS
     filters = [
         "yadif=deint=interlaced",  # only frames that are marked as interlaced
         # The filter fps fills gaps with repeated frames. A gap of more than a minute comes from a
         # wrong time and might fill the disk: the video ends there, or up to a minute later.
-        "select='lt(t-if(isnan(prev_selected_t),0,prev_selected_t),60)'",
-        "setpts='min(PTS,if(isnan(PREV_OUTPTS),0,PREV_OUTPTS)+60/TB)'",
-        f"fps={fps}:start_time=0",
+        f"select='lt(t-if(isnan(prev_selected_t),{begin},prev_selected_t),60)'",
+        f"setpts='min(PTS,if(isnan(PREV_OUTPTS),{begin}/TB,PREV_OUTPTS)+60/TB)'",
+        f"fps={fps}:start_time={begin}",
+        "setpts=PTS-STARTPTS",
         scale,
     ]
     if "smpte2084" in tags or "arib-std-b67" in tags:  # PQ or HLG
@@ -554,18 +563,18 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
     # Packets known to be damaged are dropped; the filter fps repeats the frame before them.
     inputs = ["-threads", 1, "-fflags", "+discardcorrupt", "-i", f"file:{path}"]
     faces = ""
-    filters = picture_filters(streams.video, size and round(size / crop))
+    filters = picture_filters(streams, size and round(size / crop))
     if size:
         filters.append(f"crop={size}:{size}")
     with tempfile.NamedTemporaryFile("w", suffix=".commands") as commands:
         if finder:
-            crops, faces = find_track(inputs, streams.video, crop, output, finder)
+            crops, faces = find_track(inputs, streams, crop, output, finder)
             if crops:  # the video is not a face track already
                 commands.write(crops)
                 commands.flush()
                 moving = [f"sendcmd=filename={escape(commands.name)}", "crop=exact=1"]
                 square = f"scale={size}:{size}:flags=area+accurate_rnd"
-                filters = [*picture_filters(streams.video), *moving, square]
+                filters = [*picture_filters(streams), *moving, square]
         picture = raw_picture(filters, output)
         if streams.sound is not None:
             audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
@@ -582,6 +591,7 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
         log += sound_log
     height, width = raw_shape(log, output)
     num_frames = os.path.getsize(output) // (3 * height * width)
+    audio = audio[streams.late * SAMPLES_PER_FRAME :]  # a picture that stands still is none
     if len(audio):
         # Containers round the lengths of sound and picture differently. If the sound is shorter, up
         # to two frames of silence are added; if that is not enough, the picture is cut off.
@@ -590,14 +600,15 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
         audio = np.pad(audio, (0, 3 * SAMPLES_PER_FRAME))[: num_frames * SAMPLES_PER_FRAME]
     os.truncate(output, num_frames * 3 * height * width)
     used = num_frames / FPS
+    whole = streams.seconds - streams.late / FPS
     damage = first_error(log)
     if re.search("Packet corrupt|corrupt input packet", log):
         damage = damage or "damaged packets"
-    if used < streams.seconds - 0.5:
+    if used < whole - 0.5:
         damage = damage or "picture or sound ends there"
     notes = [faces] if faces else []
     if damage:
-        notes.append(f"{used:.1f} of {max(used, streams.seconds):.1f} s are used ({damage})")
+        notes.append(f"{used:.1f} of {max(used, whole):.1f} s are used ({damage})")
     return (height, width), audio, "; ".join(notes)
 
 
@@ -633,13 +644,13 @@ STEADY = 0.4  # seconds: sigma of the Gaussian that smooths the path of a face
 ALREADY_CUT = 0.5  # overlap with the middle of the picture above which nothing is cut
 
 
-def find_track(inputs, video, crop, output, finder):
+def find_track(inputs, streams, crop, output, finder):
     """Return commands for ffmpeg's filter crop that follow the face in a video, and a note.
 
     The commands are '' if the face already fills the middle `crop` of the picture. `output` names a
     temporary file for frames. Raises ValueError if the face is in too few frames (`follow_face`).
     """
-    filters = picture_filters(video, LOOK_SIZE, LOOK_HZ)
+    filters = picture_filters(streams, LOOK_SIZE, LOOK_HZ)
     picture = raw_picture(filters, output)
     _, _, log = run_ffmpeg(*inputs, *EVERYTHING, *picture, watched=True)
     height, width = raw_shape(log, output)
@@ -907,7 +918,7 @@ def channels_last(frames):
 
 # ---------------------------------------------------------------- the cache of decoded clips
 
-CACHE_VERSION = 4  # raise it when files are decoded in another way
+CACHE_VERSION = 5  # raise it when files are decoded in another way
 DAYS_KEPT = 30  # days after which an unused dataset's clips are deleted from the cache
 
 
@@ -1061,8 +1072,9 @@ LAYOUTS = re.compile(
     | /(s\d{1,2})/video/[^/]+/[^/]+$            # GRID: s1/video/mpg_6000/bbaf2n
     | /(\d{4})_[A-Z]{3}_[A-Z]{3}_[A-Z]{1,2}$    # CREMA-D: 1001_DFA_ANG_XX
     | /(?:\d\d-){6}(\d\d)$                     # RAVDESS: 01-01-03-01-02-01-12
-    | /W[DR]A_([^/_]+?)\d*_\d+$                 # HDTF: WDA_Name0_000 and WRA_Name1_003
-    | /(RD_Radio\d+)_\d+$                       # HDTF
+    | /W[DR]A_([^/_]+?)\d*_\d+(?:_\w+)?$       # HDTF: WDA_Name0_000 and WRA_Name1_003_25fps
+    | /(RD_Radio\d+)_\d+(?:_\w+)?$             # HDTF
+    | /Clip\+([\w-]{11})\+P\d+\+C\d+[^/]*$      # VFHQ: Clip+2A5tWbHxc3k+P0+C0+F1537-1825
     """,
     re.VERBOSE,
 )

@@ -217,6 +217,19 @@ def test_late_sound_an_edit_list_and_a_changing_rate_keep_their_time(tmp_path):
     assert onset(*data.read_video(tmp_path / "late.ts")) == pytest.approx((1, 1.4), abs=0.02)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_a_late_picture_is_not_filled_with_its_first_frame(tmp_path, suffix):
+    """So a copied cut begins: with sound at once, with picture at the next key frame."""
+    source = tmp_path / "1.mp4"
+    ffmpeg(*WHITE_AND_TONE_AT_ONE_SECOND.format(rate=25).split(), source)
+    late = tmp_path / f"late.{suffix}"
+    twice = ["-itsoffset", 0.4, "-i", source, "-i", source]
+    ffmpeg(*twice, *"-map 0:v -map 1:a -c copy".split(), late)
+    frames, audio = data.read_video(late)
+    assert abs(len(frames) - 41) <= 1 and len(audio) == len(frames) * SAMPLES_PER_FRAME
+    assert onset(frames, audio) == pytest.approx((1, 0.6), abs=0.02)
+
+
 def test_a_hole_in_the_sound_stays_where_it_is(tmp_path):
     ffmpeg(*WHITE_AND_TONE_AT_ONE_SECOND.format(rate=25).split(), tmp_path / "1.mp4")
     lost = "noise=drop='between(pts*tb,0.3,0.375)'"  # four packets
@@ -344,8 +357,12 @@ def test_the_default_track_is_used_and_channels_that_cancel_are_not_mixed(tmp_pa
         "copy",
     ]
     ffmpeg("-i", mute_clip, *against, tmp_path / "cancel.mov")
-    for name, hz in (("two.mkv", 2000), ("cancel.mov", 400)):
-        _, audio = data.read_video(tmp_path / name, 16)
+    nine = "pan=9 channels|" + "|".join(f"c{i}=c0" for i in range(9))  # of which ffmpeg makes no mono
+    coding = "-c:v copy -c:a pcm_s16le".split()
+    ffmpeg("-i", tmp_path / "cancel.mov", "-af", nine, *coding, tmp_path / "nine.mov")
+    for name, hz in (("two.mkv", 2000), ("cancel.mov", 400), ("nine.mov", 400)):
+        frames, audio = data.read_video(tmp_path / name, 16)
+        assert len(frames) == 16
         spectrum = np.abs(np.fft.rfft(audio[1000:9000].astype(float)))
         assert abs(2 * spectrum.argmax() - hz) <= 4
         assert np.array_equal(audio[:9000], data.read_speech(tmp_path / name)[:9000])
@@ -1017,6 +1034,14 @@ LAYOUTS = {  # {person: paths of clips}
         "RD_Radio1": "RD_Radio1_000.mp4 RD_Radio1_001.mp4",
         "RD_Radio10": "RD_Radio10_000.mp4",
         "Some": "WDA_Some1_000.mp4 WRA_Some2_003.mp4",
+    },
+    "HDTF, resampled": {
+        "RD_Radio1": "RD_Radio1_000_25fps.mp4",
+        "Some": "WDA_Some1_000_25fps.mp4 WRA_Some2_003_25fps.mp4",
+    },
+    "VFHQ": {
+        "2A5tWbHxc3k": "Clip+2A5tWbHxc3k+P0+C0+F1537-1825.mp4 Clip+2A5tWbHxc3k+P0+C1+F10-99.mp4",
+        "--cL39MXZ9g": "Clip+--cL39MXZ9g+P1+C0+F1-200.mp4",
     },
     "CREMA-D": {
         "1001": "1001_DFA_ANG_XX.flv 1001_ITH_SAD_X.flv",

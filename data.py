@@ -390,7 +390,7 @@ class Streams(NamedTuple):
     """The streams of a media file."""
 
     video: str | None  # in ffmpeg's words: codec, pixel format (colours), size, ...
-    sound: int | None  # index of the default sound track
+    sounds: list  # indices of the sound tracks, the default one first
     late: int  # frames of 1 / FPS by which the picture begins after the file
     seconds: float  # 0 if unknown
 
@@ -402,7 +402,7 @@ def probe(path):
     videos, sounds = [], []
     for index, kind, text in re.findall(r"Stream #0:(\d+).*?: (Video|Audio): (?!none)(.*)", log):
         if kind == "Audio":
-            sounds.append(("(default)" not in text, int(index)))  # the least is the track to use
+            sounds.append(("(default)" not in text, int(index)))
         elif "(attached pic)" not in text:  # the cover of a song
             videos.append(text)
     if not videos and not sounds:
@@ -417,7 +417,7 @@ def probe(path):
     late = float(picture_begins[1]) - float(begins[1]) if begins and picture_begins else 0.0
     return Streams(
         video=videos[0] if videos else None,
-        sound=min(sounds)[1] if sounds else None,
+        sounds=[index for _, index in sorted(sounds)],
         late=max(0, round(FPS * late)),
         seconds=3600 * hours + 60 * minutes + seconds,
     )
@@ -470,7 +470,7 @@ def probe_sound(path):
         streams = probe(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if streams.sound is None:
+    if not streams.sounds:
         raise ValueError(f"{path}: no sound in it")
     return streams
 
@@ -480,7 +480,18 @@ def is_silent(audio):
     return not len(audio) or int(audio.max()) - int(audio.min()) < 66
 
 
-def decode_sound(inputs, track, *picture):
+def decode_sound(inputs, tracks, *picture):
+    """Decode the first of the sound `tracks` that is not silent, or else the last one, and in the
+    same run `picture` (output options); return (audio, log).
+    """
+    for track in tracks:  # a screen recording may have a silent one of the system's own sound
+        audio, log = decode_track(inputs, f"0:{track}", *picture)
+        if not is_silent(audio):
+            break
+    return audio, log
+
+
+def decode_track(inputs, track, *picture):
     """Decode a sound track, and in the same run `picture` (output options); return (audio, log)."""
     others = picture or EVERYTHING
     _, output, log = run_ffmpeg(*inputs, *others, "-map", track, "-af", RESAMPLE, *AS_SAMPLES)
@@ -576,8 +587,8 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
                 square = f"scale={size}:{size}:flags=area+accurate_rnd"
                 filters = [*picture_filters(streams), *moving, square]
         picture = raw_picture(filters, output)
-        if streams.sound is not None:
-            audio, log = decode_sound(inputs, f"0:{streams.sound}", *picture)
+        if streams.sounds:
+            audio, log = decode_sound(inputs, streams.sounds, *picture)
         else:
             audio = np.zeros(0, np.int16)
             _, _, log = run_ffmpeg(*inputs, *picture, watched=True)
@@ -586,8 +597,8 @@ def decode_video(path, size, crop, output, sound_file=None, finder=None):
             "its picture changes size or colours midway: ffmpeg -i IN OUT.mp4 mends it"
         )
     if sound_file and is_silent(audio):
-        track = f"0:{probe_sound(sound_file).sound}"
-        audio, sound_log = decode_sound(["-i", f"file:{sound_file}"], track)
+        tracks = probe_sound(sound_file).sounds
+        audio, sound_log = decode_sound(["-i", f"file:{sound_file}"], tracks)
         log += sound_log
     height, width = raw_shape(log, output)
     num_frames = os.path.getsize(output) // (3 * height * width)
@@ -753,7 +764,7 @@ def read_speech(path):
     Raises ValueError if there is none or it is silent; warns if only a part of it can be read.
     """
     streams = probe_sound(path)
-    audio, log = decode_sound(["-i", f"file:{path}"], f"0:{streams.sound}")
+    audio, log = decode_sound(["-i", f"file:{path}"], streams.sounds)
     damage = first_error(log)
     if is_silent(audio):
         raise ValueError(f"{path}: {damage or 'its sound is silent'}")

@@ -357,10 +357,21 @@ def test_the_default_track_is_used_and_channels_that_cancel_are_not_mixed(tmp_pa
         "copy",
     ]
     ffmpeg("-i", mute_clip, *against, tmp_path / "cancel.mov")
-    nine = "pan=9 channels|" + "|".join(f"c{i}=c0" for i in range(9))  # of which ffmpeg makes no mono
+    silence = "-f lavfi -i anullsrc=d=0.64 -map 0:v -map 2:a -map 1:a".split()
+    speech = ["-i", mute_clip, "-i", tmp_path / "two.mkv"]
+    first = "-disposition:a:0 default -disposition:a:1 0".split()
+    ffmpeg(*speech, *silence, *first, "-c:v", "copy", tmp_path / "silent first.mkv")
+    nine = "pan=9 channels|" + "|".join(
+        f"c{i}=c0" for i in range(9)
+    )  # of which ffmpeg makes no mono
     coding = "-c:v copy -c:a pcm_s16le".split()
     ffmpeg("-i", tmp_path / "cancel.mov", "-af", nine, *coding, tmp_path / "nine.mov")
-    for name, hz in (("two.mkv", 2000), ("cancel.mov", 400), ("nine.mov", 400)):
+    for name, hz in (
+        ("two.mkv", 2000),
+        ("cancel.mov", 400),
+        ("nine.mov", 400),
+        ("silent first.mkv", 2000),
+    ):
         frames, audio = data.read_video(tmp_path / name, 16)
         assert len(frames) == 16
         spectrum = np.abs(np.fft.rfft(audio[1000:9000].astype(float)))

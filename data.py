@@ -58,7 +58,7 @@ MIN_FRAMES = 10  # of a usable clip
 
 VIDEO_SUFFIXES = tuple(
     ".mp4 .mov .m4v .mkv .webm .avi .mpg .mpeg .mpe .m2v .flv .f4v .wmv .asf .3gp .3g2 .ts .mts "
-    ".m2ts .ogv .ogm .mxf .vob .dv .divx .qt .rm .rmvb .nut .y4m .gif".split()
+    ".m2ts .ogv .ogm .mxf .vob .dv .divx .qt .rm .rmvb .nut .y4m .gif .mod .3gpp".split()
 )
 SOUND_SUFFIXES = tuple(
     ".wav .m4a .mp3 .flac .aac .ogg .oga .opus .wma .aif .aiff .ac3 .amr .caf .mka .mp2".split()
@@ -413,8 +413,11 @@ def probe(path):
     duration = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
     hours, minutes, seconds = map(float, duration.groups()) if duration else (0, 0, 0)
     begins = re.search(r"Duration: .*start: (-?[\d.]+)", log)
+    begin = float(begins[1]) if begins else 0.0
     picture_begins = videos and re.search(r", start (-?[\d.]+)", videos[0])
-    late = float(picture_begins[1]) - float(begins[1]) if begins and picture_begins else 0.0
+    late = float(picture_begins[1]) - begin if picture_begins else 0.0
+    if "Input #0, matroska" in log:  # its duration counts from time 0
+        seconds -= begin
     return Streams(
         video=videos[0] if videos else None,
         sounds=[index for _, index in sorted(sounds)],
@@ -1454,6 +1457,8 @@ def read_notes(path, num_frames):
         text = Path(path).read_text("utf-8-sig", "replace")
     except OSError as error:
         return "", None, f"its .txt cannot be read ({error.strerror})"
+    if "\0" in text:
+        return "", None, "its .txt is not in UTF-8: save it so"
     notes = dict(re.findall(r"^(\w+):[ \t]*(.*?)[ \t]*$", text, re.MULTILINE))
     prompt = notes.get("Prompt", "")
     if "Opening" not in notes:

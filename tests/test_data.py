@@ -230,6 +230,14 @@ def test_a_late_picture_is_not_filled_with_its_first_frame(tmp_path, suffix):
     assert onset(frames, audio) == pytest.approx((1, 0.6), abs=0.02)
 
 
+def test_a_piece_of_a_longer_matroska_file_is_used_whole(tmp_path):
+    source = "-f lavfi -i testsrc2=s=32x32:r=25:d=4 -f lavfi -i sine=d=4 -g 25".split()
+    ffmpeg(*source, *"-f segment -segment_time 2".split(), tmp_path / "%d.mkv")
+    assert data.probe(tmp_path / "1.mkv").seconds == pytest.approx(2, abs=0.1)
+    frames, _ = data.read_video(tmp_path / "1.mkv")
+    assert len(frames) == 50
+
+
 def test_a_hole_in_the_sound_stays_where_it_is(tmp_path):
     ffmpeg(*WHITE_AND_TONE_AT_ONE_SECOND.format(rate=25).split(), tmp_path / "1.mp4")
     lost = "noise=drop='between(pts*tb,0.3,0.375)'"  # four packets
@@ -909,16 +917,17 @@ def test_the_text_beside_a_clip_may_be_wrong_but_costs_only_itself(tmp_path, one
     for name, text in texts.items():
         copy(one_clip, tmp_path / "in" / name / f"{name}.mp4")
         (tmp_path / "in" / name / f"{name}.txt").write_text(text, errors="surrogateescape")
-    copy(one_clip, *(tmp_path / "in" / name / f"{name}.mp4" for name in ("none", "pipe")))
+    copy(one_clip, *(tmp_path / "in" / name / f"{name}.mp4" for name in ("none", "pipe", "wide")))
+    (tmp_path / "in" / "wide" / "wide.txt").write_text("Prompt: sad\n", "utf-16")
     os.mkfifo(tmp_path / "in" / "pipe" / "pipe.txt")
     dataset = load(tmp_path / "in")
     clips = {clip.person: clip for clip in dataset.clips}
-    assert len(clips) == 7 and dataset.skipped == []
+    assert len(clips) == 8 and dataset.skipped == []
     assert clips["good"].prompt == clips["words"].prompt == "sad" and clips["none"].prompt == ""
     np.testing.assert_array_equal(clips["good"].opening, np.full(16, 0.5, np.float32))
     assert all(clips[name].opening is None for name in clips if name != "good")
     notes = [Path(path).stem for path, note in dataset.notes if "the same picture" not in note]
-    assert sorted(notes) == ["few", "large", "words"]
+    assert sorted(notes) == ["few", "large", "wide", "words"]
 
 
 def test_a_clip_is_not_kept_where_ffmpeg_was_stopped(tmp_path, one_clip, monkeypatch):

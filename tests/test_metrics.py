@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -932,6 +933,13 @@ def test_a_case_holds_what_generation_and_scoring_need(cases, splits):
     assert torch.equal(case.other_mel, torch.as_tensor(data.audio_windows(longest)))
     assert (case.reference == split["train"][0].frames).all((1, 2, 3)).any()
     np.testing.assert_allclose(case.opening, clip.opening[:40])
+    # The picture that is to be animated is of none of the clips that are held out.
+    held_out = {
+        part: [replace(split[part][0], frames=split[part][0].frames // 2)]
+        for part in ("validation", "test")
+    }
+    (case,) = metrics.make_cases({"p0": split | held_out}, 40, 1)
+    assert (case.reference == split["train"][0].frames).all((1, 2, 3)).any()
 
 
 def test_rows_hold_every_metric_with_values_or_a_reason(evaluation, cases):

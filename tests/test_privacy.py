@@ -664,6 +664,8 @@ def test_the_graph_is_regular_symmetric_and_random():
     params = RoundParams(9, 1, None, 2)
     with pytest.raises(AggregationAborted, match="gap"):
         params.check_present({*range(9)} - {params.circle[2], params.circle[6]})
+    with pytest.raises(AggregationAborted, match="10 clients are left, 11 are needed"):
+        RoundParams(20, 1, None, 4).check_present(range(10))  # the other ten could be summed, too
     assert RoundParams(50, 1, None, 4).circle != RoundParams(50, 1, None, 4).circle
 
 
@@ -1249,6 +1251,10 @@ def test_a_round_done_twice_is_not_amplified_twice():
     assert epsilon <= report["epsilon_with_sampling"] <= report["epsilon"]
     once = privacy.privacy_report(m, accountant, 1e-5, [[0]] * 2)
     assert once["epsilon_with_sampling"] < epsilon
+    # Which round was done twice is not known: it may be the one with the least noise.
+    accountant.spend(0.1, 8.0)
+    later = privacy.privacy_report(mechanism(noise_multiplier=8.0), accountant, 1e-5, [[0]] * 2)
+    assert later["epsilon_with_sampling"] >= epsilon
 
 
 def test_a_run_without_noise_or_with_seeded_noise_reports_no_epsilon():

@@ -666,6 +666,45 @@ def test_the_speech_loss_is_that_of_pure_noise_without_the_rest_of_the_unet():
 
 
 @torch.no_grad()
+def test_the_direct_path_hears_the_whole_window_and_reads_every_word():
+    model, batch, *_ = loss_inputs()
+    loss = model.speech_loss(batch)
+    for step in range(20):  # of five frames
+        mel = batch["mel"].clone()
+        mel[:, :, step] += 1
+        assert (model.speech_loss(batch | {"mel": mel}) != loss).all()
+    words = batch["words"].clone()
+    words[0, 1] = 5  # the second word of the first clip
+    changed = model.speech_loss(batch | {"words": words})
+    assert changed[0] != loss[0] and changed[1] == loss[1]
+
+
+@torch.no_grad()
+def test_the_layer_that_adapters_change_acts_by_speech_alone():
+    model = small_model()
+    arguments = inputs()
+
+    def without(name):
+        return predict_x0(model, *arguments, **{name: 0.0})
+
+    before = {name: without(name) for name in talking.CONDITIONS}
+    model.unet.speech_in.weight += 0.1
+    for name in talking.CONDITIONS:
+        assert torch.equal(without(name), before[name]) == (name == "speech")
+
+
+@torch.no_grad()
+def test_the_time_is_told_in_steps():
+    model = small_model()
+    seen = []
+    model.unet.time_mlp.register_forward_pre_hook(lambda layer, arguments: seen.extend(arguments))
+    predict_x0(model, *inputs(), t=((400,), (401,)))
+    # sinusoids of 401 and 402, the fastest of a period of 2 pi steps
+    expected = torch.tensor([401.0, 402.0]).cos()[:, None].expand(2, 9)
+    assert torch.allclose(seen[0][..., 0], expected, atol=1e-3)
+
+
+@torch.no_grad()
 def test_the_loss_drops_conditions_by_their_scales():
     model, batch, _, t, eps = loss_inputs()
     other = batch | {"mel": batch["mel"] + 1}

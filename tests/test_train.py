@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -346,12 +347,115 @@ def test_a_run_leaves_what_it_promises(finished):
     assert data.read_speech(next((run / "samples").glob("*.mp4"))).any()
 
 
+@pytest.fixture(scope="module")
+def rebuilt(finished):
+    """The config of the run, its people and clients, its model without adapters, with the global
+    one and with each client's own, and the judges of the tables, from the run's files.
+    """
+    _, run = finished
+    config = train.load_config(run / "config.yaml")
+    people = train.load_people(config)
+    backbone, model, judges, state = train.load_run(config, run, torch.device("cpu"))
+    own = train.personal_model(config, model, state["adapter"], backbone["directions"])
+    models = {"backbone": train.merged_copy(model, torch.zeros_like(state["adapter"]))}
+    models["global adapter"] = train.merged_copy(model, state["adapter"])
+    for path in (run / "personal").iterdir():
+        adapter = train.load_checkpoint(path, "personal adapter")["adapter"]
+        models[path.stem] = train.merged_copy(own, adapter)
+    clients = train.make_clients(config, people, run)[: config["personal"]["clients"]]
+    return config, people, clients, models, judges["table"]
+
+
+@torch.no_grad()
+def assert_is_row_of(rows, method, case, frames, judges):
+    """Whether a method's row holds the scores of these frames."""
+    similarity = (judges.identity(frames) * judges.identity(case.frames)).sum(-1)
+    expected = {"psnr": metrics.psnr(frames, case.frames), "id_similarity*": similarity}
+    for metric, values in expected.items():
+        found = rows[method][metric]["values"][case.key]
+        assert found == pytest.approx(float(values.mean()), rel=1e-5), (method, metric)
+
+
+def test_each_row_of_a_report_is_of_its_method_and_person(finished, rebuilt):
+    _, run = finished
+    config, people, clients, models, judges = rebuilt
+    report = read_json(run / "report.json")
+    for client in clients:
+        (case,) = metrics.make_cases({client.name: client.split}, 10, 1)
+        rows = report["rows"]
+        assert len({rows[method]["psnr"]["values"][case.key] for method in rows}) == len(rows)
+        for method in train.TRAINED:
+            used = models[client.name if "personal" in method else method]
+            mel = case.other_mel if method.endswith("other speech") else case.mel
+            frames = train.generate_case(used, case, mel, config)
+            assert_is_row_of(rows, method, case, frames, judges)
+        for method in ("copy reference", "autoencoder ceiling"):
+            frames = train.baseline_frames(method, case, models["backbone"])
+            assert_is_row_of(rows, method, case, frames, judges)
+    assert rows["autoencoder ceiling"]["psnr"]["mean"] > rows["copy reference"]["psnr"]["mean"]
+    ((name, clips),) = people.unseen.items()
+    (case,) = metrics.make_cases({name: {"train": clips[:-1], "test": clips[-1:]}}, 10, 1)
+    for method in ("backbone", "global adapter"):
+        frames = train.generate_case(models[method], case, case.mel, config)
+        assert_is_row_of(report["unseen"], method, case, frames, judges)
+    assert report["judges"]["scores"] == judges.scores
+
+
+def test_each_share_of_motion_in_a_report_is_of_its_method_and_person(finished, rebuilt):
+    _, run = finished
+    config, _, clients, models, _ = rebuilt
+    found = read_json(run / "report.json")["unexplained"]
+    methods = ("linear denoiser", "backbone", "global adapter", "personal adapter")
+    for k, client in enumerate(clients):
+        (clip,) = client.split["test"]
+        own = {"linear denoiser": "backbone", "personal adapter": client.name}
+        for method in methods:
+            used = models[own.get(method, method)]
+            batch = fed.fixed_batch(used, [clip], client.split["train"], 10)
+            seed = fed.derive_seed(config["seed"], k)
+            use_unet = method != "linear denoiser"
+            share = float(fed.unexplained_variance(used, batch, seed, use_unet=use_unet).mean())
+            key = f"{client.name}/{clip.name}"
+            assert found[method]["values"][key] == pytest.approx(share, rel=1e-5), method
+    assert len({found[method]["mean"] for method in methods}) == len(methods)
+
+
+def test_differences_are_of_the_later_method_minus_the_one_before_it(finished):
+    _, run = finished
+    report = read_json(run / "report.json")
+    for before, method in zip(train.TRAINED, train.TRAINED[1:]):
+        found = report["paired"][f"{method} - {before}"]["psnr"]["mean"]
+        later, earlier = (report["rows"][name]["psnr"]["mean"] for name in (method, before))
+        assert found == pytest.approx(later - earlier) and abs(found) > 1e-6
+    backbone, adapter = (report["unexplained"][name] for name in train.TRAINED[:2])
+    ratios = [adapter["values"][key] / value for key, value in backbone["values"].items()]
+    assert adapter["ratio_to_backbone"]["mean"] == pytest.approx(np.mean(ratios))
+
+
+def test_the_tables_of_a_report_stand_under_their_titles(finished):
+    _, run = finished
+    report = read_json(run / "report.json")
+    sections = (run / "report.md").read_text().split("\n## ")
+    tables = dict(section.split("\n", 1) for section in sections[1:])
+    for title, rows in (
+        ("generated clips", report["rows"]),
+        ("paired differences", report["paired"]),
+        ("people that nothing was trained on", report["unseen"]),
+    ):
+        for method, row in rows.items():
+            cell = metrics.markdown_table({method: row}, ("psnr",)).splitlines()[2].split("|")[2]
+            (line,) = re.findall(rf"^\| {re.escape(method)} \|.*", tables[title], re.M)
+            assert f"|{cell}|" in line, (title, method)
+
+
 def test_a_run_keeps_its_promise_of_privacy(finished):
     _, run = finished
     report = read_json(run / "report.json")["privacy"]
     rounds = read_rounds(run)
     assert report["private"] and 1.99 < report["epsilon"] <= 2.0
     assert [r["round"] for r in rounds] == [0, 1]
+    terms = {"diffusion", "tdc", "identity", "perceptual", "sync"}  # of Eq. 12
+    assert terms <= rounds[0]["simulation"].keys()
     assert rounds[0]["epsilon"] < rounds[1]["epsilon"] == report["epsilon"]
     assert privacy.main(["--verify", str(run)]) in (0, None)
 
@@ -366,16 +470,30 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
     assert not names & set(people.clients) and not names & set(people.unseen)
     seen = set()
     real = data.sample_batch
+    judges = []
+    train_judges = metrics.train_judges
+    measured = []
+    identity_threshold = metrics.identity_threshold
 
     def watched(people, *args):
         seen.update(clip.person for clips in people.values() for clip in clips)
         return real(people, *args)
+
+    def watched_judges(people, *args, **kwargs):
+        judges.append((set(people), train_judges(people, *args, **kwargs)))
+        return judges[-1][1]
+
+    def watched_threshold(judges, people):
+        measured.extend(people)
+        return identity_threshold(judges, people)
 
     def loader(batches, first, stop):  # in this process, where they are watched
         return [batches[step] for step in range(first, stop)]
 
     monkeypatch.setattr(data, "sample_batch", watched)
     monkeypatch.setattr(fed.Batches, "loader", loader)
+    monkeypatch.setattr(metrics, "train_judges", watched_judges)
+    monkeypatch.setattr(metrics, "identity_threshold", watched_threshold)
     monkeypatch.setitem(config["runtime"], "directory", str(folder / "other"))
     (folder / "other").mkdir()
     cpu = torch.device("cpu")
@@ -383,6 +501,11 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
     assert seen == names
     own = train.load_checkpoint(run / "backbone.pt", "backbone")
     assert train.checksum(backbone["model"]) == train.checksum(own["model"])
+    # Judges of losses and of tables know other halves, and strangers are told by neither's own.
+    (one, of_losses), (other, of_tables) = judges
+    assert one | other == names and not one & other and set(measured) == other
+    for kind, trained in (("loss", of_losses), ("table", of_tables)):
+        assert train.checksum(backbone["judges"][kind]) == train.checksum(trained.state_dict())
 
 
 def test_other_words_and_sound_make_another_backbone(finished):
@@ -459,12 +582,23 @@ def first_clip(folder, person="client-000"):
     return next((folder / "people" / person).glob("*.mp4"))
 
 
-def test_a_finished_run_speaks_in_step_with_the_sound(finished, tmp_path, capsys):
+def test_a_finished_run_speaks_in_step_with_the_sound(
+    finished, rebuilt, tmp_path, monkeypatch, capsys
+):
     folder, run = finished
     clip = first_clip(folder)
-    adapter = str(run / "personal" / "client-000.pt")
+    adapter = run / "personal" / "client-000.pt"
     whole = tmp_path / "whole.mp4"
-    generate(run, clip, whole, "--adapter", adapter, "--prompt", "furious" + 9 * " smiling")
+    spoken = []
+    stream = train.talking.TalkingHead.stream
+
+    def watched(model, reference, mel, words, generator, **sampling):
+        spoken.append((model, words, generator.initial_seed(), sampling))
+        return stream(model, reference, mel, words, generator, **sampling)
+
+    monkeypatch.setattr(train.talking.TalkingHead, "stream", watched)
+    prompt = "furious" + 9 * " smiling"
+    generate(run, clip, whole, "--adapter", str(adapter), "--prompt", prompt)
     printed = capsys.readouterr().out
     assert "ignored furious" in printed and "more than 8 words, cut off: smiling\n" in printed
     assert "20 frames" in printed
@@ -473,8 +607,25 @@ def test_a_finished_run_speaks_in_step_with_the_sound(finished, tmp_path, capsys
     assert abs(sound_offset(whole, data.read_speech(clip))) < 0.02
     assert b"synthetic" in whole.read_bytes()
     short = tmp_path / "short.mp4"
-    generate(run, clip, short, "--seconds", "0.5", "--steps", "3", "--seed", "7", "--no-watermark")
+    scales = ["--speech-scale", "0.5", "--identity-scale", "0.25"]
+    numbers = ["--seconds", "0.5", "--steps", "3", "--seed", "7"]
+    generate(run, clip, short, *numbers, *scales, "--no-watermark")
     assert len(data.read_video(short, 32)[0]) == 12
+    # What speaks has the adapters that it ought to have, and what was asked for reaches it.
+    config, *_, models, _ = rebuilt
+    (own, words, seed, plain), (shared, no_words, own_seed, changed) = spoken
+    for used, name in ((own, "client-000"), (shared, "global adapter")):
+        state = models[name].state_dict()
+        assert all(
+            torch.equal(value, state[key])
+            for key, value in used.state_dict().items()
+            if torch.is_tensor(value)
+        )
+    assert torch.equal(words, own.text_encoder.ids([8 * "smiling "])) and not no_words.any()
+    assert (seed, plain["num_steps"]) == (config["seed"], 1)
+    assert (own_seed, changed["num_steps"]) == (7, 3)
+    assert plain["scales"] == {"speech": 1.0, "identity": 1.0, "text": 2.0}
+    assert changed["scales"] == {"speech": 0.5, "identity": 0.25, "text": 2.0}
 
 
 def test_the_watermark_is_in_the_corner_and_nowhere_else():
@@ -485,17 +636,34 @@ def test_the_watermark_is_in_the_corner_and_nowhere_else():
 
 
 def test_own_videos_become_an_adapter_that_only_its_run_accepts(
-    finished, tmp_path, monkeypatch, capsys
+    finished, rebuilt, tmp_path, monkeypatch, capsys
 ):
     folder, run = finished
     # So small a run is mostly noise, which may explain less of a clip than nothing does.
-    monkeypatch.setattr(fed, "unexplained_variance", lambda *args: torch.tensor([0.1]))
+    *_, models, _ = rebuilt
+    shared = train.checksum(models["global adapter"].state_dict())
+    measured = []
+    fixed_batch = fed.fixed_batch
+
+    def share(model, *args):
+        return torch.tensor([0.2 if train.checksum(model.state_dict()) == shared else 0.1])
+
+    def watched(model, clips, training_clips, num_frames):
+        measured.extend([clips, training_clips])
+        return fixed_batch(model, clips, training_clips, num_frames)
+
+    monkeypatch.setattr(fed, "unexplained_variance", share)
+    monkeypatch.setattr(fed, "fixed_batch", watched)
     output = tmp_path / "me.pt"
     clips = ["--clips", str(folder / "people" / "client-001"), "--output"]
     personalize = ["--action", "personalize", "--resume", str(run), *clips]
     assert "must end in .pt" in fails(capsys, *personalize, str(tmp_path / "me"))
     train.main(["--gpus", "cpu", *personalize, str(output)])
-    assert "held-out pieces, personal adapter" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "held-out pieces, personal adapter: 0.1000" in printed
+    assert "held-out pieces, global adapter: 0.2000" in printed
+    tested, trained_on = ({clip.name for clip in clips} for clips in measured)
+    assert len(tested) == 1 and len(trained_on) == 2 and not tested & trained_on
     generate(run, first_clip(folder, "client-001"), tmp_path / "talk.mp4", "--adapter", str(output))
     base = ["--action", "generate", "--resume", str(run), "--reference", str(run / "grid.png")]
     base += ["--speech", str(first_clip(folder)), "--output", str(tmp_path / "no.mp4")]
@@ -767,14 +935,25 @@ def test_a_refused_resume_changes_nothing(finished, capsys):
 @pytest.fixture(scope="module")
 def evaluated(finished):
     """The files of a run before and after it is evaluated again, and which cases were generated
-    with which adapters: [(person, vector)].
+    with which adapters: [(person, vector)], and whose judges each part of the run was given.
     """
     _, run = finished
     before = snapshot(run)
     (run / "samples" / "of-another-client.mp4").write_bytes(b"")
     used = []
+    judged = {}
     merged_copy = train.merged_copy
     generate_case = train.generate_case
+
+    def recorded(name):
+        function = getattr(train, name)
+
+        def call(*args):
+            (judges,) = (arg for arg in args if isinstance(arg, metrics.Judges))
+            judged[name] = train.checksum(judges.state_dict())
+            return function(*args)
+
+        return call
 
     def merged_with_vector(model, vector):
         merged = merged_copy(model, vector)
@@ -788,12 +967,22 @@ def evaluated(finished):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "merged_copy", merged_with_vector)
         patch.setattr(train, "generate_case", watched)
+        for name in ("federate", "personalize", "evaluate"):
+            patch.setattr(train, name, recorded(name))
         train.main(["--gpus", "cpu", "--action", "evaluate", "--resume", str(run)])
-    return before, snapshot(run), used
+    return before, snapshot(run), used, judged
+
+
+def test_what_trains_is_judged_by_others_than_what_is_reported(finished, evaluated):
+    _, run = finished
+    states = train.load_checkpoint(run / "backbone.pt", "backbone")["judges"]
+    of_losses, of_tables = (train.checksum(states[kind]) for kind in ("loss", "table"))
+    expected = {"federate": of_losses, "personalize": of_losses, "evaluate": of_tables}
+    assert evaluated[3] == expected and of_losses != of_tables
 
 
 def test_evaluating_repeats_nothing(evaluated):
-    before, after, _ = evaluated
+    before, after, *_ = evaluated
     assert after.keys() == before.keys()
     unchanged = ("last.pt", "backbone.pt", "rounds.jsonl", "config.yaml", "client-000.pt")
     for path, content in before.items():
@@ -1211,6 +1400,51 @@ def test_more_rounds_make_new_personal_adapters(finished, longer):
     assert rounds[2]["epsilon"] > rounds[1]["epsilon"] == read_rounds(run)[1]["epsilon"]
 
 
+def test_the_rate_of_the_backbone_rises_for_50_steps_and_then_falls_to_zero():
+    rates = [train.learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert (
+        np.argmax(rates) == 49 and 0 < rates[0] < 0.05 and max(rates) == pytest.approx(2, rel=0.01)
+    )
+    assert (np.diff(rates[49:]) < 0).all() and rates[500] == pytest.approx(1) and rates[-1] < 1e-4
+
+
+def test_a_step_is_of_a_gradient_of_norm_1_and_leaves_none():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=9.0)
+    (weight * torch.tensor([30.0, 40.0])).sum().backward()
+    train.optimizer_step(optimizer, 0.5)
+    assert weight.tolist() == pytest.approx([-0.3, -0.4]) and weight.grad is None
+    (weight * torch.tensor([0.3, 0.4])).sum().backward()
+    train.optimizer_step(optimizer, 1.0)
+    assert weight.tolist() == pytest.approx([-0.6, -0.8])
+
+
+def test_the_autoencoder_sees_frames_as_the_model_does():
+    dark = np.full((4, 3, 16, 16), 10, np.uint8)
+    clip = data.Clip("a", "1", "", dark, np.zeros(0), np.zeros((16, 40), np.float32))
+    frames = train.sample_frames({"a": [clip]}, 8, torch.Generator().manual_seed(0))
+    assert frames.shape == (8, 3, 16, 16) and frames.min() >= -1 and frames.max() < -0.6
+
+
+@pytest.mark.parametrize("in_the_wild", [False, True])
+def test_recordings_in_the_wild_have_their_own_reference_pictures(
+    in_the_wild, tmp_path, monkeypatch
+):
+    clips = []
+    for name in "12345":
+        frames = np.full((30, 3, 8, 8), 40 * int(name), np.uint8)
+        mel = np.zeros((120, 40), np.float32)
+        clips.append(data.Clip("a", name, "", frames, np.zeros(0), mel))
+    overrides = [f"data.in_the_wild={str(in_the_wild).lower()}"]
+    config = train.load_config(train.DEFAULTS, [], overrides)
+    (client,) = train.make_clients(config, data.People({}, {"a": clips}, {}), tmp_path)
+    monkeypatch.setattr(fed, "encode_batch", lambda model, batch: batch)
+    model = SimpleNamespace(motion_std=torch.ones(1))  # which tells the device
+    batch = client.train_batch(model, 16, torch.Generator().manual_seed(0))
+    same = batch["frames"][:, 0, 0, 0, 0] == batch["reference"][:, 0, 0, 0]
+    assert same.all() == in_the_wild
+
+
 def test_speech_is_learned_before_the_unet_is_trained(finished, tmp_path, monkeypatch):
     folder, _ = finished
     overrides = [*TINY, *places(folder), "backbone.steps=500"]
@@ -1401,7 +1635,7 @@ def test_the_sync_loss_hears_the_sound_of_its_five_frames():
 def test_a_personal_adapter_belongs_to_its_person(finished, evaluated):
     """Evaluation generates each case with the adapter of the case's own person."""
     _, run = finished
-    _, _, used = evaluated
+    _, _, used, _ = evaluated
     own = {}
     for path in (run / "personal").iterdir():
         own[path.stem] = train.load_checkpoint(path, "personal adapter")["adapter"]
@@ -1439,11 +1673,16 @@ def test_what_a_client_sends_and_receives_is_counted():
     assert about == {"numbers": 64, "model_parameters": 16}
 
 
-def test_readme_counts_the_numbers_of_the_papers_adapter():
+def test_readme_counts_the_numbers_of_the_adapters():
     config = train.load_config(train.DEFAULTS, ["paper"])
     model = train.build_model(config).requires_grad_(False)
     numbers = len(lora.adapter_vector(train.add_adapter(config, model, None, "lora")))
-    assert f"are {numbers:,} (`--preset paper`)" in (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
+    assert f"are {numbers:,} (`--preset paper`)" in text
+    config = train.load_config(train.DEFAULTS)
+    model = train.build_model(config).requires_grad_(False)
+    numbers = len(lora.adapter_vector(train.add_adapter(config, model, None, "lora")))
+    assert f"{numbers:,} numbers each" in text
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("tests/[!t]*.py")), ids=lambda path: path.stem)

@@ -1588,7 +1588,8 @@ def test_a_timed_step_is_the_mean_of_three_after_one(monkeypatch):
     assert calls == [4] * 4 and seconds == 2.0 * 16 / 4
 
 
-def test_a_dry_run_counts_scaffolds_second_vector(capsys):
+def test_a_dry_run_counts_scaffolds_second_vector(monkeypatch, capsys):
+    monkeypatch.setattr(train, "time_step", lambda *args: 1.0)
     sent = []
     for presets in (["plain"], ["plain", "scaffold"]):
         train.main(["--gpus", "cpu", "--action", "dry-run", "--preset", *presets, "--set", *TINY])
@@ -1598,7 +1599,8 @@ def test_a_dry_run_counts_scaffolds_second_vector(capsys):
     assert sent[1] == 2 * sent[0]
 
 
-def test_a_dry_run_of_pooled_clips_counts_no_bytes_of_adapters(capsys):
+def test_a_dry_run_of_pooled_clips_counts_no_bytes_of_adapters(monkeypatch, capsys):
+    monkeypatch.setattr(train, "time_step", lambda *args: 1.0)
     arguments = ["--action", "dry-run", "--preset", "centralized", "--set", *TINY]
     train.main(["--gpus", "cpu", *arguments])
     printed = capsys.readouterr().out

@@ -1783,8 +1783,8 @@ def dry_run(args, config, device):
     judges = metrics.Judges().to(device).eval().requires_grad_(False)
     client_step = time_step(config, model, judges, f["batch_size"])
     adapter = lora.adapter_vector(model)
-    personal = personal_model(config, model, adapter, None)
-    personal_step = time_step(config, personal, judges, p["batch_size"])
+    adapted = personal_model(config, model, adapter, None)
+    personal_step = time_step(config, adapted, judges, p["batch_size"])
     sent = describe_communication(config, model, len(adapter))
     print(f"parameters: {num_parameters:,}; trained and sent by a client: {len(adapter):,}")
     if "bytes_up" in sent:

@@ -396,7 +396,7 @@ def draw_differences(reference, differences):
             if row[metric] is not None:
                 result = crossed_ci(row[metric])
                 results[i] = result["mean"], *(result["ci95"] or [result["mean"]] * 2)
-        values = [value for result in results.values() for value in result]
+        values = [0.0, *(value for result in results.values() for value in result)]
         # Noise wrecks some rows, at whose scale all others would be one point; and a difference of
         # a thousandth is to look like one.
         low, high = np.clip(min(values), -0.5, -0.02), np.clip(max(values), 0.02, 0.5)

@@ -280,6 +280,10 @@ def test_the_study_draws_in_blue_what_differs_from_0():
     rows = blue.reshape(5, -1).sum(1)  # title, three rows, scale
     assert rows[0] == rows[1] == rows[4] == 0
     assert rows[2] > rows[3] > 200  # a ring at the end of the scale is not filled
+    # Of people whom nothing was trained on the motion is not measured.
+    unmeasured = {row: dict.fromkeys(study.DRAWN) for row in values}
+    nothing = np.asarray(study.draw_differences("first", study.subtract_first(unmeasured)))
+    assert nothing.shape == picture.shape
 
 
 def test_auc_counts_ties_half_and_is_that_of_two_gaussians():

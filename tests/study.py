@@ -108,12 +108,13 @@ def make_tables():
     of_300 = ("data.root=datasets/synthetic-300", "data.clients=300")
     epsilons_300 = [replace(cell, overrides=(*cell.overrides, *of_300)) for cell in epsilons]
 
-    adapters = [plain, private]  # R, rank 8, the layer where speech enters
+    adapters = [plain, private]  # R, rank 6, the layer where speech enters
     places = {"speech_in": "where speech enters", "speech": "layers that hear speech"}
     places[""] = "all layers"
     # clipped to about the norm of the updates that they give
     for layers, factors, rank, alpha, lr, clip_norm in (
         ("speech_in", "R", 4, 4.0, 0.2, 1.8),
+        ("speech_in", "R", 8, 8.0, 0.2, 3.5),
         ("speech_in", "R", 12, 12.0, 0.2, 5.1),
         ("speech", "R", 2, 2.0, 0.2, 3.0),
         ("speech", "R", 8, 8.0, 0.2, 10.7),

@@ -83,7 +83,13 @@ def make_tables():
     methods = [backbone, Cell("FedAvg", ("plain", "fedavg")), Cell("FedProx", ("plain", "fedprox"))]
     methods += [Cell("SCAFFOLD", ("plain", "scaffold")), plain, private]
     methods.append(Cell("centralized", ("centralized",)))
-    everything = ("lora.train=AB", "lora.layers=''", "lora.rank=4", "fed.lr=0.005")
+    everything = (
+        "lora.train=AB",
+        "lora.layers=''",
+        "lora.rank=4",
+        "lora.alpha=8.0",
+        "fed.lr=0.005",
+    )
     methods.append(Cell("centralized, A and B of all layers", ("centralized",), everything))
 
     bare = (

@@ -785,8 +785,9 @@ def adapter_shape(config, section):
     config section `lora` or `personal` (whose adapters are in all layers).
     """
     settings = config[section]
+    scaling = config["lora"]["alpha"] / config["lora"]["rank"]  # of both sections' adapters
     shape = {"train": settings["train"], "rank": settings["rank"]}
-    return shape | {"layers": settings.get("layers", ""), "alpha": config["lora"]["alpha"]}
+    return shape | {"layers": settings.get("layers", ""), "alpha": scaling * settings["rank"]}
 
 
 # ---------------------------------------------------------------- the whole path, and Algorithm 1

@@ -1648,6 +1648,16 @@ def test_a_personal_adapter_belongs_to_its_person(finished, evaluated):
     assert not np.array_equal(own["client-000"], own["client-001"])
 
 
+def test_personal_adapters_are_scaled_as_the_global_one():
+    settings = [*TINY, "lora.rank=6", "lora.alpha=3.0", "personal.rank=4"]
+    config = train.load_config(train.DEFAULTS, overrides=settings)
+    for section, rank in (("lora", 6), ("personal", 4)):
+        model = train.add_adapter(config, train.build_model(config), None, section)
+        layers = [m for m in model.unet.modules() if isinstance(m, lora.LoRALayer)]
+        assert layers and all(len(layer.A) == rank for layer in layers)
+        assert all(layer.scaling == 0.5 for layer in layers)
+
+
 def test_adapters_of_two_devices_start_from_the_same_numbers():
     config = train.load_config(train.DEFAULTS, overrides=[*TINY, "lora.train=AB"])
     vectors = []

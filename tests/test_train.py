@@ -1,6 +1,7 @@
 """The command line: one-line errors, and the whole path on a handful of tiny talkers."""
 
 import ast
+import contextlib
 import inspect
 import json
 import re
@@ -1057,7 +1058,8 @@ def longer(finished, tmp_path_factory):
     moved = copied.parent / "moved"
     moved.symlink_to(folder / "people")
     more = ["--resume", str(copied), "--set", "fed.rounds=3", f"data.root={moved}"]
-    train.main(["--gpus", "cpu", *more])
+    with open(copied.parent / "stderr", "w") as file, contextlib.redirect_stderr(file):
+        train.main(["--gpus", "cpu", *more])
     return copied
 
 
@@ -1398,6 +1400,8 @@ def test_more_rounds_make_new_personal_adapters(finished, longer):
     rounds = read_rounds(longer)
     assert len(rounds) == 3
     assert rounds[2]["epsilon"] > rounds[1]["epsilon"] == read_rounds(run)[1]["epsilon"]
+    bars = (longer.parent / "stderr").read_text()
+    assert "| 2/3 " in bars and "| 3/3 " in bars and "| 1/3 " not in bars
 
 
 def test_the_rate_of_the_backbone_rises_for_50_steps_and_then_falls_to_zero():

@@ -854,8 +854,8 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
     accountant = privacy.Accountant(state["accountant"])
     training = training_kwargs(config, "fed", device)
     rating = {"alpha": f["reliability_alpha"], "public_jitter": public_jitter}
-    bar = {"initial": state["round"], "total": f["rounds"], "disable": workers.rank > 0}
-    for index in tqdm(range(state["round"], f["rounds"]), "rounds", **bar):
+    bar_kwargs = {"initial": state["round"], "total": f["rounds"], "disable": workers.rank > 0}
+    for index in tqdm(range(state["round"], f["rounds"]), "rounds", **bar_kwargs):
         cohort = cohorts[index]
         # Charged and saved first: if the run is killed, what was sent already may have been seen.
         accountant.spend(accounted_rate(f), mechanism.noise_multiplier if mechanism else 0.0)

@@ -1023,7 +1023,7 @@ class CacheFile:
     def write(self):
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
         sound = find_sound(self.source, self.sounds)
-        heard = {sound: file_state(sound)} if sound else {}  # before decoding: it may change
+        sound_state = {sound: file_state(sound)} if sound else {}  # before decoding: it may change
         with atomic_write(self.path) as temporary:
             _, audio, note = decode_video(
                 self.source, self.size, self.crop, temporary, sound, self.finder
@@ -1040,7 +1040,7 @@ class CacheFile:
                 "frames": num_frames,
                 "note": note[:1000],
                 "checksum": zlib.crc32(content, checksum(temporary)),
-                "sound": heard,
+                "sound": sound_state,
             }
             with open(temporary, "ab") as file:
                 file.writelines([content, b"\n", json.dumps(self.info).encode()])
@@ -1165,7 +1165,7 @@ def several_people(names):
             if word.rstrip(digits).lower() not in NOT_A_NAME
         ]
         count = re.search(r"\d+$|[\W_][a-z]$", name) or re.match(r"\d+", name)
-        is_counted = count or name[-1].isdigit()  # ² is a digit, but no \d
+        is_counted = count or name[-1:].isdigit()  # ² is a digit, but no \d
         if words and is_counted and re.fullmatch(r"[^\W\d]{2,}\d*", words[0]):
             numbered.append(words[0])
             numbers.append(count[0] if count else "")

@@ -231,14 +231,17 @@ class Batches(torch.utils.data.Dataset):
         On a CPU another process makes them ahead, because operations as small as these keep only
         one core busy. On a GPU this process makes them, because a forked one cannot use the GPU.
         """
-        parallel = {}
-        if self.model.motion_std.device.type == "cpu":
-            parent = os.getpid()
-            parallel = {"num_workers": 1, "multiprocessing_context": "fork"}
-            parallel["worker_init_fn"] = lambda worker: data.die_with_parent(parent)
-        # Without a generator of its own the loader would draw from the global one.
-        order = {"sampler": range(first, stop), "generator": torch.Generator()}
-        return torch.utils.data.DataLoader(self, batch_size=None, **order, **parallel)
+        on_cpu = self.model.motion_std.device.type == "cpu"
+        parent = os.getpid()
+        return torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(first, stop),
+            generator=torch.Generator(),  # without its own, it would draw from the global one
+            num_workers=int(on_cpu),
+            multiprocessing_context="fork" if on_cpu else None,
+            worker_init_fn=lambda worker: data.die_with_parent(parent),
+        )
 
 
 def fixed_batch(model, clips, training_clips, num_frames):
@@ -330,10 +333,9 @@ def pool_clients(clients):
     """Return one client that has the clips of all: the upper bound without privacy (centralized
     training).
     """
-    split = {part: [] for part in ("train", "validation", "test")}
-    for client in clients:
-        for part, clips in client.split.items():
-            split[part] += clips
+    split = {}
+    for part in ("train", "validation", "test"):
+        split[part] = [clip for client in clients for clip in client.split[part]]
     return Client("pooled", split, clients[0].num_frames, same_clip=clients[0].same_clip)
 
 
@@ -472,9 +474,14 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
     than public people's.
     """
     generator = torch.Generator().manual_seed(seed)
-    speech = batch["reference"], batch["mel"], batch["words"]
-    liveliness = batch["liveliness"]
-    generated = model.generate(*speech, generator, liveliness=liveliness, **sampling)
+    generated = model.generate(
+        batch["reference"],
+        batch["mel"],
+        batch["words"],
+        generator,
+        liveliness=batch["liveliness"],
+        **sampling,
+    )
     frames = data.to_unit(generated)  # b f 3 H W
     reference_identity = judges.identity(data.to_unit(batch["reference"]))  # b d
     identity = judges.identity(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # b f d
@@ -551,7 +558,7 @@ def zero_update(state):
 
 def derive_seed(*parts):
     """Return a 63-bit seed that depends on several integers and on how many there are."""
-    sequence = np.random.SeedSequence([len(parts), *(int(part) for part in parts)])
+    sequence = np.random.SeedSequence([len(parts), *parts])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 

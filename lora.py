@@ -96,7 +96,7 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
     if not 0 <= dropout < 1:
         raise ValueError(f"lora.dropout must be at least 0 and below 1, not {dropout}")
     use_directions = directions is not None and train != "AB"  # the paper's A starts random
-    kept = min(len(A) for A, _ in directions.values()) if use_directions else rank
+    kept = min((len(A) for A, _ in directions.values()), default=rank) if use_directions else rank
     if kept < rank:
         raise ValueError(f"lora.rank must be at most {kept}, the directions kept, not {rank}")
     generator = torch.Generator().manual_seed(seed)

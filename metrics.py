@@ -200,9 +200,7 @@ def mouth_correlation(predicted, true):
     p = p - p.mean(-1, keepdim=True)
     t = t - t.mean(-1, keepdim=True)
     # A deviation of 1e-4 at least: equal frames differ by rounding, which is not motion.
-    least = 1e-4 * p.shape[-1] ** 0.5
-    norms = p.norm(dim=-1).clamp(min=least) * t.norm(dim=-1).clamp(min=least)
-    return (p * t).sum(-1) / norms
+    return F.cosine_similarity(p, t, dim=-1, eps=1e-4 * p.shape[-1] ** 0.5)
 
 
 # ---------------------------------------------------------------- means and their intervals
@@ -1665,7 +1663,7 @@ def list_files(folder):
     if Path(folder).is_file():
         return {"clip": Path(folder)}
     files = {}
-    paths, _ = data.find_files(Path(folder), data.PICTURE_SUFFIXES + data.VIDEO_SUFFIXES)
+    paths, _ = data.find_files(folder, data.PICTURE_SUFFIXES + data.VIDEO_SUFFIXES)
     for path in map(Path, paths):
         name = path.relative_to(folder).with_suffix("").as_posix()
         name = unicodedata.normalize("NFC", name)  # macOS writes accents as signs of their own
@@ -1781,7 +1779,7 @@ def main(argv=None):
         if args.json:
             report = {"rows": rows, "sources": sources, "notes": notes}
             with data.atomic_write(args.json) as path:
-                Path(path).write_text(json.dumps(report, indent=1))
+                path.write_text(json.dumps(report, indent=1))
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         print_rows(rows)

@@ -462,7 +462,7 @@ class TalkingUNet(nn.Module):
         on a grid (h, w): a map of 8 x 8, interpolated. It does not depend on the face.
         """
         x = rearrange(self.speech_out(temb), "n (m h w) -> n m h w", h=8, w=8)
-        return F.interpolate(x, grid, mode="bilinear", align_corners=False)
+        return F.interpolate(x, grid, mode="bilinear")
 
     def forward(self, x, time, conditions, reference_latents):
         """Return the correction [b f m h w] for x [b f m h w] at time [b f] in [0, 1], conditions
@@ -474,7 +474,7 @@ class TalkingUNet(nn.Module):
         x = rearrange(torch.cat([x, reference], dim=2), "b f c h w -> (b f) c h w")
         x = self.conv_in(x)  # (b f) c0 h w
         # A learned map of 8 x 8, interpolated: the parts of a face have about fixed places.
-        x = x + F.interpolate(self.position, grid, mode="bilinear", align_corners=False)
+        x = x + F.interpolate(self.position, grid, mode="bilinear")
         skips = []
         for block, downsample in zip(self.down, self.downsample):
             x = block(x, temb, conditions, num_frames)
@@ -605,7 +605,7 @@ def warp(pictures, flow):
     """
     # A diverged network gives NaN, on which grid_sample's backward pass crashes the process.
     flow = flow.nan_to_num()
-    flow = F.interpolate(flow, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+    flow = F.interpolate(flow, pictures.shape[-2:], mode="bilinear")
     identity = torch.eye(2, 3, device=flow.device)[None]
     grid = F.affine_grid(identity, (1, *pictures.shape[1:]), align_corners=False)  # 1 H W 2
     grid = grid + rearrange(flow, "n k h w -> n h w k")
@@ -825,9 +825,8 @@ class TalkingHead(nn.Module):
         After this division one Gaussian fits calm and lively clips. Without it the Gaussian would
         be too narrow for lively clips and too wide for calm ones, whose samples would be noise.
         """
-        num_frames = frames.shape[1]
         target = frames.flatten(0, 1)  # (b f) 3 H W
-        source = repeat(reference, "b c h w -> (b f) c h w", f=num_frames)  # (b f) 3 H W
+        source = repeat(reference, "b c h w -> (b f) c h w", f=frames.shape[1])  # (b f) 3 H W
         flow = estimate_flow(source, target, self.latent_size)  # (b f) 2 h w
         warped = warp(source, flow)  # (b f) 3 H W
         residual = self.autoencoder.encode(target) - self.autoencoder.encode(warped)
@@ -961,15 +960,14 @@ class TalkingHead(nn.Module):
         without_speech = conditions | {"speech": (tokens, torch.zeros_like(scale))}
 
         def predict_x0(xt, step):
-            pure_noise = step == self.diffusion.num_steps - 1
             t = torch.full(xt.shape[:2], step, device=xt.device)  # b f
             t[:, :num_known] = -1
             xt = torch.cat([known, xt[:, num_known:]], dim=1)
             x0 = self(xt, t, conditions, reference_latents)
-            if guidance != 1.0 and pure_noise:
-                x0_without = self(xt, t, without_speech, reference_latents)
-                x0 = x0_without + guidance * (x0 - x0_without)
-            if pure_noise:
+            if step == self.diffusion.num_steps - 1:  # pure noise
+                if guidance != 1.0:
+                    x0_without = self(xt, t, without_speech, reference_latents)
+                    x0 = x0_without + guidance * (x0 - x0_without)
                 x0 = x0 + chance
             return x0
 
@@ -1066,8 +1064,8 @@ def speech_weights(x0, mel):
     half = len(x0) // 2
     s, x = speech[:half].flatten(0, 1), motion[:half].flatten(0, 1)  # (b f) ...
     gram = s.T @ s  # d d
-    damping = gram.diagonal().mean().clamp(min=1e-6) * torch.eye(len(gram)).to(gram)
-    coefficients = torch.linalg.solve(gram + damping, s.T @ x)  # d (m h w)
+    gram.diagonal().add_(gram.diagonal().mean().clamp(min=1e-6))  # damping
+    coefficients = torch.linalg.solve(gram, s.T @ x)  # d (m h w)
     s, x = speech[half:].flatten(0, 1), motion[half:].flatten(0, 1)
     error = (x - s @ coefficients).square().mean(0)  # (m h w)
     explained = (1 - error / x.square().mean(0).clamp(min=1e-12)).clamp(min=0)

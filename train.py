@@ -303,9 +303,11 @@ def accounted_rate(f):
 def draw_cohorts(config, sampling_key, num_clients, num_rounds):
     """Return the clients [[k]] of each of the first `num_rounds` rounds, drawn with the key."""
     f = config["fed"]
-    sampling = num_clients, f["sample_rate"], bytes.fromhex(sampling_key)
-    fixed = f["fixed_cohorts"]
-    return [privacy.draw_cohort(*sampling, i, fixed) for i in range(num_rounds)]
+    key = bytes.fromhex(sampling_key)
+    return [
+        privacy.draw_cohort(num_clients, f["sample_rate"], key, i, f["fixed_cohorts"])
+        for i in range(num_rounds)
+    ]
 
 
 def fixed_settings(config, prefix=""):
@@ -382,7 +384,7 @@ def load_checkpoint(path, kind):
 def write_text(path, text):
     """Write a text file, whole or not at all."""
     with data.atomic_write(path) as temporary:
-        Path(temporary).write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8")
 
 
 def finite(tree):
@@ -458,8 +460,9 @@ def train_autoencoder(config, public, device):
     settings = config["backbone"]
     torch.manual_seed(config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
-    sizes = talking.LATENT_CHANNELS, config["model"]["autoencoder_channels"]
-    autoencoder = talking.AutoencoderKL(*sizes).to(device, memory_format=torch.channels_last)
+    channels = config["model"]["autoencoder_channels"]
+    autoencoder = talking.AutoencoderKL(talking.LATENT_CHANNELS, channels)
+    autoencoder.to(device, memory_format=torch.channels_last)
     autoencoder.init_linear_path(sample_frames(public, 512, generator).to(device))
     optimizer = make_optimizer(autoencoder.parameters())
     bar = tqdm(range(settings["autoencoder_steps"]), "autoencoder", mininterval=1)
@@ -503,6 +506,7 @@ def train_unet(config, autoencoder, public, device, partial):
     """
     settings = config["backbone"]
     seed = config["seed"]
+    num_steps = settings["steps"]
     clips = [clip for own in public.values() for clip in own]
     views = training_views(config)
     torch.manual_seed(seed)
@@ -522,17 +526,16 @@ def train_unet(config, autoencoder, public, device, partial):
         num_frames = min(24, min(clip.num_frames for clip in clips))
         windows = fed.Batches(model, public, 32, num_frames, seed, views)
         # The statistics use at most eight of these batches, the speech path all: it needs more.
-        num_batches = min(40, 1 + settings["steps"] // 100)
+        num_batches = min(40, 1 + num_steps // 100)
         batches = [windows[i] for i in tqdm(range(num_batches), "statistics", mininterval=1)]
         names = ("motion", "reference_latents", "mel", "liveliness")
         model.fit_statistics(*(torch.cat([batch[name] for batch in batches[:8]]) for name in names))
-        train_speech_path(model, batches, settings["steps"] // 10, settings["lr"])
+        train_speech_path(model, batches, num_steps // 10, settings["lr"])
     if settings["compile"] and device.type == "cuda":
         # with CUDA graphs, as a step of small operations waits for kernel launches (gpu.md)
         model.unet.compile(mode="reduce-overhead")
     step_kwargs = backward_kwargs(config, device, judged=False)
     first = len(losses)
-    num_steps = settings["steps"]
     size = settings["batch_size"], settings["num_frames"]
     batches = fed.Batches(model, public, *size, seed, views)
     bar = tqdm(batches.loader(first, num_steps), "backbone", initial=first, total=num_steps)
@@ -691,7 +694,6 @@ def pretrain(config, public, cache, device, workers):
     clips = [clip for own in public.values() for clip in own]
     for_losses, for_tables = metrics.split_for_judges(public, config["seed"])
     b = config["backbone"]
-    judge_settings = b["judge_steps"], config["seed"]
     # `Workers.assign` gives the costliest to rank 0.
     costs = {"UNet": 10.0, "loss judges": 1.0, "table judges": 1.0, "face finder": 1.0}
     finished = {}
@@ -715,7 +717,9 @@ def pretrain(config, public, cache, device, workers):
             trained = finder.state_dict()
         else:
             people = for_losses if name == "loss judges" else for_tables
-            judges = metrics.train_judges(people, *judge_settings, device=device)
+            judges = metrics.train_judges(
+                people, b["judge_steps"], config["seed"], device=device
+            )
             trained = judges.state_dict()
         finished[name] = {"trained": trained, "seconds": time.perf_counter() - started}
         if workers.rank == 0:
@@ -772,10 +776,12 @@ def load_finder(config, backbone):
 
 def add_adapter(config, model, directions, section):
     """Put the adapters of config section `lora` or `personal` into a frozen model; return it."""
-    shape = adapter_shape(config, section)
-    dropout = config["lora"]["dropout"]
     lora.inject_lora(
-        model.unet, **shape, dropout=dropout, directions=directions, seed=config["seed"]
+        model.unet,
+        **adapter_shape(config, section),
+        dropout=config["lora"]["dropout"],
+        directions=directions,
+        seed=config["seed"],
     )
     return model
 
@@ -786,8 +792,12 @@ def adapter_shape(config, section):
     """
     settings = config[section]
     scaling = config["lora"]["alpha"] / config["lora"]["rank"]  # of both sections' adapters
-    shape = {"train": settings["train"], "rank": settings["rank"]}
-    return shape | {"layers": settings.get("layers", ""), "alpha": scaling * settings["rank"]}
+    return {
+        "train": settings["train"],
+        "rank": settings["rank"],
+        "layers": settings.get("layers", ""),
+        "alpha": scaling * settings["rank"],
+    }
 
 
 # ---------------------------------------------------------------- the whole path, and Algorithm 1
@@ -948,9 +958,16 @@ class Stopwatch:
 def load_people(config):
     """Return the public people, the clients and the unseen people: {name: [clip]} each."""
     d = config["data"]
-    sizes = d["size"], d["crop"], d["clients"], d["unseen"], config["seed"]
-    num_frames = config["backbone"]["num_frames"]
-    people = data.load_people(d["root"], *sizes, config["runtime"]["cache"], num_frames)
+    people = data.load_people(
+        d["root"],
+        d["size"],
+        d["crop"],
+        d["clients"],
+        d["unseen"],
+        config["seed"],
+        config["runtime"]["cache"],
+        config["backbone"]["num_frames"],
+    )
     prompts = [clip.prompt for role in people for own in role.values() for clip in own]
     long = sum(len(talking.split_words(prompt)) > talking.MAX_WORDS for prompt in prompts)
     if long and data.is_first_worker():
@@ -1035,7 +1052,7 @@ def load_or_initialize(config, model, backbone, run):
         state = load_checkpoint(run / "last.pt", "global adapter")
         if state["description"] != description:
             raise ValueError(f"{run / 'last.pt'}: the adapter belongs to another backbone or shape")
-        if state.get("settings") != settings:
+        if state["settings"] != settings:
             raise ValueError(f"{run / 'config.yaml'} was changed since the run was made")
         return state
     if read_rounds(run):
@@ -1332,17 +1349,16 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     """Generate and score every method on two test clips of each client, and on unseen people; write
     pictures and videos. Each worker does so for a share of the clips; return the report at rank 0.
     """
-    e = config["evaluate"]["num_frames"]
     device = model.motion_std.device
     backbone_model = merged_copy(model, torch.zeros_like(state["adapter"]))
     global_model = merged_copy(model, state["adapter"])
     adaptable = personal_model(config, model, state["adapter"], backbone["directions"])
     networks, sources = metrics.load_standard(config["weights"])
     splits = {client.name: client.split for client in clients}
-    cases = metrics.make_cases(splits, e, 2)
+    cases = metrics.make_cases(splits, config["evaluate"]["num_frames"], 2)
     evaluation = metrics.Evaluation(cases, judges, networks, device)
-    shown = cases[:: max(1, len(cases) // 8)][:8]  # in pictures and videos
-    pictures = {}  # place in `shown` -> method -> uint8 [f H W 3]
+    examples = cases[:: max(1, len(cases) // 8)][:8]  # in pictures and videos
+    pictures = {}  # place in `examples` -> method -> uint8 [f H W 3]
     models = {"backbone": backbone_model, "global adapter": global_model}
     seconds = 0.0
     num_frames = 0
@@ -1360,8 +1376,8 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
                 seconds += time.perf_counter() - started
                 num_frames += len(frames)
             evaluation.add(method, case, frames)
-            if case in shown:
-                pictures.setdefault(shown.index(case), {})[method] = to_pixels(frames)
+            if case in examples:
+                pictures.setdefault(examples.index(case), {})[method] = to_pixels(frames)
     evaluation.merge(workers)
     pictures = workers.merge(pictures)
     speeds = workers.merge({workers.rank: num_frames / seconds if seconds else 0.0})
@@ -1369,7 +1385,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     unseen = evaluate_unseen(config, people.unseen, models, judges, networks, workers)
     if workers.rank > 0:
         return None
-    save_pictures(run, list(zip(shown, pictures.values())))
+    save_pictures(run, list(zip(examples, pictures.values())))
     paired = {}
     for before, method in zip(trained, trained[1:]):
         paired[f"{method} - {before}"] = evaluation.paired(method, before)
@@ -1821,6 +1837,9 @@ def dry_run(args, config, device):
     # as many clips, and as long, as a synthetic client has
     num_clips = data.CLIPS_PER_CLIENT - 2 * data.num_held_out(data.CLIPS_PER_CLIENT)
     windows = num_clips * int(data.CLIP_SECONDS * data.FPS / b["num_frames"])
+    if f["algorithm"] == "centralized":  # one participant with all windows
+        windows *= num_clients
+        cohort = 1
     local_steps = fed.num_local_steps(windows, f["local_epochs"], f["batch_size"])
     backbone_hours = b["steps"] * backbone_step / 3600
     rounds_hours = rounds_left * cohort * local_steps * client_step / 3600
@@ -2053,12 +2072,13 @@ def check_people(run, people):
         return
     try:
         before = json.loads(path.read_text())
-        changed = set()
-        for role in roles:
-            for name in roles[role].keys() | before[role].keys():
-                if roles[role].get(name) != before[role].get(name):
-                    changed.add(name)
-    except (ValueError, LookupError, TypeError, AttributeError):
+        changed = {
+            name
+            for role in roles
+            for name in roles[role] | before[role]
+            if roles[role].get(name) != before[role].get(name)
+        }
+    except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path}: damaged: who was a client is not known any more") from None
     if changed:
         names = ", ".join(sorted(changed)[:5])

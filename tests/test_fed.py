@@ -914,3 +914,103 @@ def test_curious_clients_never_have_half_of_a_clients_neighbours():
     many = fed.round_params(privacy.Mechanism(**sizes, num_curious=40), 100)
     assert few.degree == 34 and few.threshold > 5
     assert many.degree == 99 and many.threshold > 40
+
+
+def test_as_many_curious_clients_as_open_a_secret_make_the_graph_complete():
+    sizes = {"clip_norm": 1.0, "noise_multiplier": 1.0, "length": 10, "num_clients": 100}
+    sizes |= {"weight_scale": 0.3, "min_weight": 1.0, "survivor_share": 0.6}
+    for num_curious in (17, 18):
+        params = fed.round_params(privacy.Mechanism(**sizes, num_curious=num_curious), 100)
+        assert params.threshold > num_curious and params.degree == (34 if num_curious == 17 else 99)
+
+
+@torch.no_grad()
+def test_identity_is_the_similarity_to_the_reference():
+    model = adapted_model()
+    judges = metrics.Judges().eval()
+    batch = random_batch(model, 1, 6, 0)
+    found = fed.reliability(model, judges, batch, 0, alpha=1.0, public_jitter=1.0, **SAMPLING)
+    generator = torch.Generator().manual_seed(0)
+    speech = batch["reference"], batch["mel"], batch["words"], generator
+    frames = model.generate(*speech, liveliness=batch["liveliness"], **SAMPLING)[0]
+    own = judges.identity(data.to_unit(frames))
+    expected = float((own @ judges.identity(data.to_unit(batch["reference"]))[0]).mean())
+    assert 0 < expected < 0.999 and found == pytest.approx(expected, rel=1e-4)
+
+
+def test_noise_levels_are_stratified_and_conditions_dropped_independently():
+    model = adapted_model()
+    batch = random_batch(model, 8, 6, 0)
+    kept = []
+    for seed in range(200):
+        noise = fed.draw_noise(model, batch, NO_JUDGES, torch.Generator().manual_seed(seed), 0.3)
+        t = noise["t"][:, -1].double()
+        u = (t + 0.5) / (3 * 1000 - 2 * (t + 0.5))  # of t = 1000 * 3 u / (1 + 2 u)
+        assert torch.allclose(u.sort().values.diff(), torch.tensor(1 / 8).double(), atol=4e-3)
+        kept.append(torch.stack(list(noise["keep"].values())))
+    correlation = torch.corrcoef(torch.cat(kept, 1)) - torch.eye(3)
+    assert float(correlation.abs().max()) < 0.12
+
+
+def test_local_training_neither_decays_nor_follows_the_size_of_gradients(monkeypatch):
+    model = adapted_model()
+    start = torch.ones_like(lora.adapter_vector(model))
+    kwargs = {"num_steps": 4, "lr": 0.1, "batch_size": 1, "loss_weights": NO_JUDGES}
+
+    def trained(*norms):
+        left = list(norms)
+
+        def backward(model, *args):
+            norm = left.pop(0)
+            for parameter in lora.adapter_parameters(model):
+                parameter.grad = torch.full_like(parameter, norm / len(start) ** 0.5)
+            return {}
+
+        monkeypatch.setattr(fed, "backward", backward)
+        return fed.train_adapter(model, None, NoiseClient("a", 4), start, 0, **kwargs)[0]
+
+    assert torch.equal(trained(0, 0, 0, 0), start)
+    assert torch.allclose(trained(1, 1000, 1, 30), trained(1, 1, 1, 1), atol=1e-5)
+
+
+def test_the_model_is_in_evaluation_mode_after_training_even_if_it_failed():
+    model = adapted_model()
+    kwargs = {"num_steps": 1, "lr": 0.05, "batch_size": 2, "loss_weights": NO_JUDGES}
+    start = lora.adapter_vector(model)
+    fed.train_adapter(model, None, NoiseClient("a", 4), start, 0, **kwargs)
+    assert not any(layer.training for layer in model.modules())
+    with pytest.raises(ValueError):
+        fed.train_adapter(model, None, NoiseClient("a", 4, math.nan), start, 0, **kwargs)
+    assert not any(layer.training for layer in model.modules())
+
+
+def test_what_was_trained_stays_in_the_model():
+    model = adapted_model()
+    state = {"adapter": lora.adapter_vector(model) + 0.1, "round": 0}
+    kwargs = {"local_epochs": 1.0, "lr": 0.05, "batch_size": 4, "loss_weights": NO_JUDGES}
+    update, _ = fed.local_update(model, None, NoiseClient("a", 4), state, 7, **kwargs)
+    assert update.any()
+    assert torch.allclose(lora.adapter_vector(model), state["adapter"] + update, atol=1e-6)
+
+
+def test_the_least_noisy_level_comes_first():
+    model = small_model()
+    levels = []
+
+    def denoise(xt, signal, noise):
+        levels.append(float(noise.max()))
+        return torch.zeros_like(xt), torch.zeros_like(xt)
+
+    model.prior.denoise = denoise
+    fed.unexplained_variance(model, random_batch(model, 1, 6, 0), 0, use_unet=False)
+    assert len(set(levels)) == 4 and levels == sorted(levels)
+
+
+def test_a_batch_holds_the_words_of_its_prompts():
+    model = small_model()
+    model.text_encoder.learn_words(["smiling", "calm"])
+    plain = random_batch(model, 2, 6, 0)
+    batch = {name: plain[name] for name in ("frames", "reference", "liveliness", "mel")}
+    encoded = fed.encode_batch(model, batch | {"prompt": ["calm", "smiling, calm"]})
+    assert torch.equal(encoded["words"], model.text_encoder.ids(["calm", "smiling, calm"]))
+    assert encoded["words"][:, :3].tolist() == [[1, 0, 0], [2, 1, 0]]

@@ -429,3 +429,15 @@ def test_a_vector_comes_back_as_it_was_loaded(train, length):
     twin = adapted(train)
     lora.load_adapter_vector(twin, vector.double().numpy())  # as the mechanism returns it
     assert torch.equal(twin(X), net(X))
+
+
+def test_a_person_without_a_gradient_adds_nothing():
+    net = network()
+    moments = {}
+    set_gradients(net, torch.Generator().manual_seed(0))
+    lora.add_gradient_moments(net, moments)
+    before = [moment.clone() for moment in moments["0"]]
+    for name in NAMES:
+        net.get_submodule(name).weight.grad.zero_()
+    lora.add_gradient_moments(net, moments)
+    assert all(torch.equal(*pair) for pair in zip(before, moments["0"]))

@@ -999,3 +999,80 @@ def test_a_flow_that_diverged_does_not_crash(value):
     picture = talking.warp(torch.rand(2, 3, 16, 16), flow)
     picture.sum().backward()
     assert picture.isfinite().all()
+
+
+def test_the_weights_by_place_are_those_of_the_scaled_motion():
+    model = small_model()
+    generator = torch.Generator().manual_seed(0)
+    mel = torch.randn(16, 6, 20, 40, generator=generator)
+    motion = torch.randn(16, 6, 6, 4, 4, generator=generator)
+    motion[:, :, :2] = 0.01 * mel[:, :, 8:12].mean((2, 3))[:, :, None, None, None]
+    latents = torch.randn(16, 4, 4, 4, generator=generator)
+    model.fit_statistics(motion, latents, mel, torch.ones(16))
+    expected = talking.speech_weights(motion / model.motion_std, mel)
+    assert expected.std() > 0.1 and torch.allclose(model.place_weights, expected)
+
+
+@torch.no_grad()
+def test_the_unet_is_its_blocks_with_skip_connections_and_a_learned_map():
+    model = small_model()
+    unet = model.unet
+    xt, mel, reference, words = inputs(num_frames=3)
+    conditions = model.encode_conditions(mel, reference, words)
+    latents = torch.randn(2, 4, 4, 4)
+    time = torch.full((2, 3), 0.4)
+    temb = unet.embed_time(time, conditions)
+    both = torch.cat([xt, latents[:, None].expand(-1, 3, -1, -1, -1)], 2).flatten(0, 1)
+    place = nn.functional.interpolate(unet.position, (4, 4), mode="bilinear")
+    fine = unet.down[0](unet.conv_in(both) + place, temb, conditions, 3)
+    coarse = unet.down[1](unet.downsample[0](fine), temb, conditions, 3)
+    coarse = unet.middle(coarse, temb, conditions, 3)
+    wide = unet.upsample[0](coarse).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    h = unet.norm_out(unet.up[0](fine + wide, temb, conditions, 3))
+    expected = unet.conv_out(h * h.sigmoid()) + unet.direct_path(temb, (4, 4))
+    found = unet(xt, time, conditions, latents)
+    assert torch.allclose(found, expected.unflatten(0, (2, 3)), atol=1e-5)
+    temb = talking.sinusoid(torch.tensor([0.5]), 4)
+    expected = [math.cos(0.5), math.cos(0.005), math.sin(0.5), math.sin(0.005)]
+    assert temb[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_talking_block_is_convolution_space_conditions_and_time():
+    torch.manual_seed(0)
+    block = wake_up(talking.TalkingBlock(8, 16, 12, 6, heads=2, radius=2, spatial=True))
+    conditions = {name: (torch.randn(2, 5, 6), torch.ones(2)) for name in talking.CONDITIONS}
+    x, temb = torch.randn(6, 8, 4, 4), torch.randn(6, 12)
+    h = block.resnet(x, temb).flatten(2).mT  # (b f) (h w) c
+    h = block.time(block.conditions(block.space(h), conditions, 3), 3)
+    assert torch.allclose(block(x, temb, conditions, 3), h.mT.unflatten(2, (4, 4)), atol=1e-5)
+    narrow = talking.TalkingBlock(8, 16, 12, 6, heads=2, radius=2, spatial=False)
+    assert isinstance(narrow.space, nn.Identity)
+
+
+@torch.no_grad()
+def test_self_attention_is_its_formula_and_starts_as_nothing():
+    torch.manual_seed(0)
+    layer = talking.SelfAttention(8, heads=2)
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(layer(x), x)
+    wake_up(layer)
+    nn.init.normal_(layer.norm.weight)
+    bias = torch.randn(1, 2, 5, 5)
+    h = layer.norm(x)
+    q, k, v = (
+        f(h).unflatten(2, (2, 4)).transpose(1, 2) for f in (layer.to_q, layer.to_k, layer.to_v)
+    )
+    weights = (q @ k.mT / 4**0.5 + bias).softmax(-1)
+    expected = x + layer.to_out((weights @ v).transpose(1, 2).flatten(2))
+    assert torch.allclose(layer(x, bias), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_bias_of_temporal_attention_is_by_distance():
+    torch.manual_seed(0)
+    layer = wake_up(talking.TemporalAttention(8, heads=2, radius=3))
+    x = torch.randn(12, 5, 8)
+    layer.bias[:, 3] = 100.0  # of distance 0: each frame attends to itself alone
+    alone = torch.cat([layer(frame[None], 1) for frame in x])
+    assert torch.allclose(layer(x, 12), alone, atol=1e-5)

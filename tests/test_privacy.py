@@ -1521,3 +1521,12 @@ def test_the_interval_of_an_auc_over_people_covers_it():
         result = bench_attacks.auc_over_people(inside, outside)
         covered += result["ci95"][0] <= exact <= result["ci95"][1]
     assert 88 <= covered <= 99
+
+
+def test_a_commitment_tells_nothing_that_unmasks():
+    params = privacy.RoundParams(4, 5)
+    secret = bytes(range(16))
+    commitment = privacy.commit(secret, params, 1)
+    for purpose in (b"self", b"escrow"):
+        assert commitment not in privacy.derive_key(secret, params, purpose, 1)
+    assert commitment != secret

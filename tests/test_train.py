@@ -1609,6 +1609,8 @@ def test_a_dry_run_of_pooled_clips_counts_no_bytes_of_adapters(monkeypatch, caps
     train.main(["--gpus", "cpu", *arguments])
     printed = capsys.readouterr().out
     assert "clips are pooled: all of them are sent" in printed and "bytes per" not in printed
+    windows = 18 * int(re.search(r"data.clients=(\d+)", " ".join(TINY))[1])
+    assert f"if they have {windows} windows each" in printed and "\n1 clients a round" in printed
 
 
 def test_a_dry_run_counts_the_noise_on_all_that_is_sent(monkeypatch, capsys):

@@ -479,7 +479,7 @@ def probe_sound(path):
 
 
 def is_silent(audio):
-    """Return whether int16 audio varies by less than 2/1000 of full scale, whatever its offset."""
+    """Return whether int16 audio spans fewer than 66 of its 65,536 levels, whatever its offset."""
     return not len(audio) or int(audio.max()) - int(audio.min()) < 66
 
 
@@ -1927,7 +1927,9 @@ def synthesize(rng, p, curve):
 
 
 def wander(rng, num, hz, tempo=1.0):
-    """Return a smooth random walk [num] of unit variance, of periods of 1 to 4 s at tempo 1."""
+    """Return a smooth random curve [num] of unit variance: five sines with periods of 1 to 4 s at
+    tempo 1.
+    """
     periods = np.exp(rng.uniform(0, np.log(4), 5)) / tempo
     phases = rng.uniform(0, 2 * np.pi, 5)
     t = np.arange(num)[:, None] / hz

@@ -840,8 +840,9 @@ class TalkingHead(nn.Module):
 
         The warped picture is kept, and the difference between decoding it with and without the
         residual is added, so that details of the reference which the autoencoder would lose (a
-        pattern, a strand of hair) stay. Gradients reach the flow through the warped picture only:
-        those through the two decodings cancel, up to terms of the residual's size.
+        pattern, a strand of hair) stay. They are covered where the residual changes the picture:
+        closed lips would shine through an open mouth. Gradients reach the flow through the warped
+        picture only: those through the two decodings cancel, up to terms of the residual's size.
         """
         motion = x0 * self.motion_std * liveliness[:, None, None, None, None]  # b f m h w
         motion = rearrange(motion, "b f m h w -> (b f) m h w")
@@ -850,7 +851,12 @@ class TalkingHead(nn.Module):
         with torch.no_grad():
             latents = self.autoencoder.encode(warped)  # (b f) c h w
             without_residual = self.autoencoder.decode(latents)  # (b f) 3 H W
-        frames = warped + self.autoencoder.decode(latents + residual) - without_residual
+        decoded = self.autoencoder.decode(latents + residual)
+        with torch.no_grad():
+            change = (decoded - without_residual).square().mean(1, keepdim=True)  # (b f) 1 H W
+            covered = 1 - torch.exp(-box_blur(change) / 0.3**2)  # (b f) 1 H W, 0 to 1
+            covered_details = covered * (warped - without_residual)
+        frames = warped + decoded - without_residual - covered_details
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))
 
     def encode_conditions(self, mel, reference, words, scales=None):
@@ -1007,10 +1013,12 @@ class TalkingHead(nn.Module):
         `mel` [b f n m].
 
         reference: [b 3 H W], or several pictures [b n 3 H W], the first of which is animated;
-        words [b n]: of the prompt; liveliness [b]: how much the person moves, by default as much as
-        a typical public person. Each window continues from the last KNOWN_FRAMES frames of the one
-        before, but warps the reference again, so that neither memory nor errors grow with the
-        length of the clip. The first window is half as long, so that the first frames come sooner.
+        words [b n]: of the prompt; num_steps, guidance: as in `sample`; window: frames generated at
+        once, known ones included; scales: as in `encode_conditions`; liveliness [b]: how much the
+        person moves, by default as much as a typical public person. Each window continues from the
+        last KNOWN_FRAMES frames of the one before, but warps the reference again, so that neither
+        memory nor errors grow with the length of the clip. The first window is half as long, so
+        that the first frames come sooner.
         """
         # The first window, half as long, has to hold the KNOWN_FRAMES that the second starts with.
         if window < 2 * KNOWN_FRAMES:

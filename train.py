@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
@@ -216,7 +217,9 @@ def convert(value, default, name, where):
 
 
 def check_config(config):
-    """Raise ValueError for settings that do not fit together; builds the model without memory."""
+    """Raise ValueError for settings that do not fit together; the model is built on torch's meta
+    device, where its weights need no memory.
+    """
     f = config["fed"]
     p = config["privacy"]
     if Path(config["name"]).name != config["name"]:
@@ -425,7 +428,9 @@ def run_lock(folder, wait=False):
 
 
 def learning_rate(step, num_steps, lr):
-    """Return the learning rate of a step: warm-up over 50 steps, then a cosine to zero."""
+    """Return the learning rate of a step: a cosine from `lr` to zero over all steps, times a linear
+    warm-up over the first 50.
+    """
     return lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
@@ -455,8 +460,24 @@ def sample_frames(public, num_frames, generator):
     return 2 * data.augment(data.to_unit(frames), view, generator)[:, 0] - 1
 
 
+def warp_error(config, public, num_cells, generator):
+    """Return the square error [1 1 H W] of a warped reference picture, by place, relative to its
+    mean over places: the median over public frames, in num_cells x num_cells cells, interpolated.
+    """
+    batch = data.sample_batch(public, 256, 1, generator, **training_views(config))
+    frames = batch["frames"][:, 0]  # n 3 H W
+    flow = talking.estimate_flow(batch["reference"], frames, num_cells)
+    square = (frames - talking.warp(batch["reference"], flow)).square()  # n 3 H W
+    # The median: few pictures whose pose or background changed would outweigh all mouths.
+    cells = F.adaptive_avg_pool2d(square, num_cells).mean(1).median(0).values  # h w
+    cells = cells / cells.mean().clamp(min=1e-9)  # still pictures have no error
+    return F.interpolate(cells[None, None], frames.shape[2:], mode="bilinear")
+
+
 def train_autoencoder(config, public, device):
-    """Return the state of an AutoencoderKL trained on public frames: L1 + L2 + a small KL."""
+    """Return the state of an AutoencoderKL trained on public frames: L1 + L2 + a small KL. Half of
+    the weight of L1 and L2 lies where the warp fails, as there a frame is what the decoder paints.
+    """
     settings = config["backbone"]
     torch.manual_seed(config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
@@ -464,6 +485,8 @@ def train_autoencoder(config, public, device):
     autoencoder = talking.AutoencoderKL(talking.LATENT_CHANNELS, channels)
     autoencoder.to(device, memory_format=torch.channels_last)
     autoencoder.init_linear_path(sample_frames(public, 512, generator).to(device))
+    num_cells = config["data"]["size"] // autoencoder.factor
+    weights = 0.5 + 0.5 * warp_error(config, public, num_cells, generator).to(device)  # 1 1 H W
     optimizer = make_optimizer(autoencoder.parameters())
     bar = tqdm(range(settings["autoencoder_steps"]), "autoencoder", mininterval=1)
     for step in bar:
@@ -472,7 +495,7 @@ def train_autoencoder(config, public, device):
         noise = torch.randn(mean.shape, generator=generator).to(device)
         error = autoencoder.decode(mean + noise * (log_variance / 2).exp()) - frames
         kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
-        loss = error.abs().mean() + error.square().mean() + 1e-4 * kl
+        loss = (weights * (error.abs() + error.square())).mean() + 1e-4 * kl
         loss.backward()
         optimizer_step(optimizer, learning_rate(step, len(bar), settings["lr"]))
         if step % 10 == 0:
@@ -717,9 +740,7 @@ def pretrain(config, public, cache, device, workers):
             trained = finder.state_dict()
         else:
             people = for_losses if name == "loss judges" else for_tables
-            judges = metrics.train_judges(
-                people, b["judge_steps"], config["seed"], device=device
-            )
+            judges = metrics.train_judges(people, b["judge_steps"], config["seed"], device=device)
             trained = judges.state_dict()
         finished[name] = {"trained": trained, "seconds": time.perf_counter() - started}
         if workers.rank == 0:

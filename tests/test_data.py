@@ -1233,6 +1233,11 @@ def test_people_whose_names_look_alike_are_noted(tmp_path, grey_clips, name):
     assert note == f"{name} and Anna are taken for two people, though they look alike"
 
 
+def test_a_name_that_is_only_a_date_is_nobodys():
+    assert data.several_people(["20240105", "20240106_2"]) == []
+    assert data.several_people(["20240105", "anna_1", "anna_2", "bob_1"]) == ["anna", "bob"]
+
+
 def test_folders_whose_names_suggest_several_people_are_noted(tmp_path, grey_clips):
     names = ("anna_1", "anna_2", "bob_1", "bob_2")
     copy(grey_clips[0], tmp_path / "in" / "dora" / "1.mp4")

@@ -1430,6 +1430,26 @@ def test_the_autoencoder_sees_frames_as_the_model_does():
     assert frames.shape == (8, 3, 16, 16) and frames.min() >= -1 and frames.max() < -0.6
 
 
+def test_the_autoencoder_is_to_paint_what_the_warp_cannot_show(monkeypatch):
+    generator = np.random.default_rng(0)
+    clips = []
+    for name in "ab":
+        frames = np.full((20, 3, 32, 32), 100, np.uint8)
+        frames[:, :, 16:24, 8:16] = generator.integers(0, 255, (20, 1, 1, 1))  # a flashing square
+        mel = np.zeros((80, 40), np.float32)
+        clips.append(data.Clip(name, "1", "", frames, np.zeros(0), mel))
+    public = {clip.person: [clip] for clip in clips}
+    config = train.load_config(train.DEFAULTS, (), ["data.size=32", "backbone.autoencoder_steps=1"])
+    error = train.warp_error(config, public, 4, torch.Generator().manual_seed(0))  # 1 1 H W
+    assert error.shape == (1, 1, 32, 32) and error.mean().item() == pytest.approx(1, rel=1e-3)
+    assert error[0, 0, 20, 12] > 5 and error[0, 0, :8].max() < 0.01
+    for error in (-1.0, 1.0):  # weights of 0 and 1
+        monkeypatch.setattr(train, "warp_error", lambda *args: torch.full((1, 1, 32, 32), error))
+        state = train.train_autoencoder(config, public, torch.device("cpu"))
+        last = [name for name in state if name.startswith("decoder")][-2]  # starts as zero
+        assert state[last].any() == (error > 0)
+
+
 @pytest.mark.parametrize("in_the_wild", [False, True])
 def test_recordings_in_the_wild_have_their_own_reference_pictures(
     in_the_wild, tmp_path, monkeypatch

@@ -83,8 +83,10 @@ def set_up_process():
     """Let SIGTERM and SIGHUP end this process as Ctrl-C does: half-written files are deleted. Print
     letters that the terminal's encoding lacks as escapes.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it is closed
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed, but tqdm needs one
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     for kind in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(kind) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(kind, signal.default_int_handler)
@@ -455,7 +457,9 @@ def find_sounds(folder):
                     found.append((SOUND_SUFFIXES.index(suffix), file.suffix.swapcase(), file))
         for *_, file in sorted(found):
             if os.path.isfile(file):
-                sounds.setdefault(file.stem, os.fspath(file))
+                # macOS writes accents as signs of their own
+                name = unicodedata.normalize("NFC", file.stem)
+                sounds.setdefault(name, os.fspath(file))
     return sounds
 
 
@@ -464,7 +468,7 @@ def find_sound(path, known):
     folder, name = os.path.split(path)
     if folder not in known:
         known[folder] = find_sounds(os.path.abspath(folder))
-    return known[folder].get(os.path.splitext(name)[0])
+    return known[folder].get(unicodedata.normalize("NFC", os.path.splitext(name)[0]))
 
 
 def probe_sound(path):
@@ -800,11 +804,14 @@ def read_image(path, size=None, crop=1.0, finder=None):
             raise ValueError(f"{path}: {reason}") from None
         # ffmpeg reads more kinds: RGB of floats, EXR, ...
         frames, _ = read_video(path, size, crop, finder)
-        return frames[0]
+        image = None
+        num_pictures = len(frames)
     if num_pictures > 1:
         warnings.warn(
             f"{path}: only the first of its {num_pictures} pictures is used", stacklevel=2
         )
+    if image is None:
+        return frames[0]
     image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image).convert("RGB")
     if finder:
         whole = image.size
@@ -865,6 +872,10 @@ def atomic_write(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk: say which
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1092,13 +1103,14 @@ LAYOUTS = re.compile(
     """,
     re.VERBOSE,
 )
+# A video of YouTube, cut into <video>_0 (CelebV-HQ) or <video>_12.5_15 (AVSpeech): its name has both
+# cases, and is not words with numbers (JohnSmith01); that leaves out 1 % of random names.
+VIDEO_ID = r"((?=.*[a-z])(?=.*[A-Z])(?!(?:[A-Z]?[a-z]{2,}\d*[-_]?)+_\d+$)[\w-]{11})_\d"
 # Layouts that are looked for only below the deepest folder that holds all clips.
 LAYOUTS_BELOW = re.compile(
-    r"""
+    rf"""
     /(?:pretrain|trainval|train|valid|val|dev|test|main)/([^/]+)/[^/]+$  # LRS2, LRS3
-    # CelebV-HQ: <video>_0, all in one folder. A video's name has both cases, and is not words with
-    # numbers (JohnSmith01); that leaves out 1 % of random names.
-    | ^/((?=.*[a-z])(?=.*[A-Z])(?!(?:[A-Z]?[a-z]{2,}\d*[-_]?)+_\d+$)[\w-]{11})_\d+$
+    | ^/{VIDEO_ID}+$  # CelebV-HQ, all in one folder
     """,
     re.VERBOSE,
 )
@@ -1118,6 +1130,12 @@ NOT_A_NAME = frozenset(
 # The first word of a file name; after a word for any person (speaker_12) the next one, too.
 FIRST_WORD = re.compile(
     r"(?i)((speaker|spk|subject|subj|sub|user|person|actor|id|p|s)[\W_])?[^\W_]*"
+)
+
+
+# A word for any person with a number, and nothing else: P01, subject_3.
+NUMBERED_PERSON = (
+    r"(?i)((?:speaker|spk|subject|subj|sub|user|person|participant|actor|p(?=\d\d))[\W_]?\d+)$"
 )
 
 
@@ -1149,6 +1167,10 @@ def person_of(above, below, owner, refusal):
 
 def several_people(names):
     """Return the words at the beginning of names that suggest two people or more, or []."""
+    for pattern in (VIDEO_ID, NUMBERED_PERSON):
+        people = {match[1] for name in names if (match := re.match(pattern, name))}
+        if len(people) > 1:
+            return sorted(people)
     if len({name.rstrip(digits) for name in names}) < 2:  # they differ in a number: 00001, 00002
         return []
     # Dates at the beginning are no names: 20240105_1.mp4.
@@ -1546,6 +1568,10 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_f
     roles = split_people(list(people), num_clients, num_unseen, seed, few, single)
     if len(roles[0]) < MIN_PUBLIC:
         raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
+    lone = [name for name in roles[2] if name in single]
+    if lone and is_first_worker():
+        names = printable(", ".join(lone[:5]))
+        print(f"note: {len(lone)} unseen people have one clip only and are not measured: {names}")
     return People(*({name: people[name] for name in names} for names in roles))
 
 
@@ -2192,6 +2218,8 @@ def main(argv=None):
     place = options.pop(chosen)
     if options and chosen != "make":
         refuse(f"--{next(iter(options)).replace('_', '-')} is for --make")
+    if not all([place] if isinstance(place, str) else place):  # "$DIR", if DIR is not set
+        refuse(f"--{chosen} is empty")
     with errors_in_one_line():
         if chosen == "make":
             make_synthetic(place, **options)

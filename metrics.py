@@ -986,8 +986,12 @@ def judge_loss(judges, prototypes, labels, frames, mel, opening, generator):
 
 
 def mean_identity(judges, clips):
-    """Return the unit mean [d] of the face embeddings of every fifth frame of the clips."""
-    frames = np.concatenate([clip.frames[::5] for clip in clips])
+    """Return the unit mean [d] of the face embeddings of every fifth frame of the clips, or of
+    fewer.
+    """
+    # About 500 frames of an hour; of a short video every fifth.
+    step = max(5, sum(clip.num_frames for clip in clips) // 500)
+    frames = np.concatenate([clip.frames[::step] for clip in clips])
     device = judges.view_head.weight.device
     identity = per_frame(judges.identity, unit_frames(frames).to(device))  # f d
     return F.normalize(identity.mean(0), dim=0)
@@ -1656,14 +1660,15 @@ def _format_cell(row):
 
 
 def list_files(folder):
-    """Return {name without suffix: path} of the pictures and videos below a folder.
+    """Return {name without suffix: path} of the pictures and videos below a folder, and [(path,
+    reason)] of folders that cannot be read.
 
     A single file is named "clip". Raises ValueError for two files of one name, and for none.
     """
     if Path(folder).is_file():
-        return {"clip": Path(folder)}
+        return {"clip": Path(folder)}, []
     files = {}
-    paths, _ = data.find_files(folder, data.PICTURE_SUFFIXES + data.VIDEO_SUFFIXES)
+    paths, left_out = data.find_files(folder, data.PICTURE_SUFFIXES + data.VIDEO_SUFFIXES)
     for path in map(Path, paths):
         name = path.relative_to(folder).with_suffix("").as_posix()
         name = unicodedata.normalize("NFC", name)  # macOS writes accents as signs of their own
@@ -1672,7 +1677,7 @@ def list_files(folder):
         files[name] = path
     if not files:
         raise ValueError(f"no pictures or videos in {folder}")
-    return files
+    return files, left_out
 
 
 def read_file(path, size):
@@ -1692,8 +1697,10 @@ def compare(real_folder, fake_folder, networks, judges=None, device="cpu", size=
     Raises ValueError if nothing can be scored.
     """
     notes = defaultdict(list)  # note -> names
-    real_files = list_files(real_folder)
-    fake_files = list_files(fake_folder)
+    real_files, left_out = list_files(real_folder)
+    fake_files, left_out_fakes = list_files(fake_folder)
+    for path, reason in left_out + left_out_fakes:
+        notes[reason].append(path)
     evaluation = Evaluation([], judges, networks, device)
     for name in tqdm(sorted(real_files | fake_files), unit="file", disable=None):
         try:

@@ -1343,6 +1343,8 @@ def print_audit(args, z):
 def run(args):
     """Do what the command line asks for."""
     if args.verify:
+        if args.audit or args.noise is not None or args.target_epsilon is not None:
+            raise ValueError("--verify stands alone.")
         try:
             report = json.dumps(verify_run(args.verify), indent=2)
         except Exception as error:  # whatever makes the record unreadable
@@ -1385,7 +1387,7 @@ def main(arguments=None):
         help="instead of --noise: the least z with at most this epsilon if cohorts are secret",
     )
     add("--audit", action="store_true", help="check the mechanism, by canaries and other tests")
-    add("--length", type=int, default=40, help="values of an update, for --audit")
+    add("--length", type=int, default=36, help="values of an update, for --audit")
     add("--verify", metavar="RUN", help="recompute a run's epsilon from its record")
     args = parser.parse_args(arguments)
     try:

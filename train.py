@@ -367,6 +367,8 @@ def load_checkpoint(path, kind):
         content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # torch raises many kinds for files that are no checkpoints
         raise ValueError(
             f"{path}: not a checkpoint ({type(error).__name__}); delete it, if it can be made again"
@@ -398,7 +400,7 @@ def finite(tree):
 def log(run, text):
     """Print a line, without breaking progress bars, and append it to log.txt."""
     tqdm.write(text)
-    with open(run / "log.txt", "a", encoding="utf-8") as file:
+    with open(run / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
@@ -689,7 +691,7 @@ def load_or_pretrain(config, public, run, device, workers):
     Only rank 0 reads and writes files.
     """
     own = run / "backbone.pt"
-    cache = Path(config["runtime"]["directory"]) / "backbones" / backbone_key(config, public)
+    cache = run.parent / "backbones" / backbone_key(config, public)
     # A cached backbone is read without a lock, which would need a writable folder.
     if not workers.broadcast(own.exists() or (cache / "backbone.pt").exists()):
         lock = run_lock(cache, wait=True) if workers.rank == 0 else contextlib.nullcontext()
@@ -1743,6 +1745,8 @@ def personalize_own(args, config, device):
     """--action personalize: train an adapter on a person's videos; measure it on other pieces."""
     output = Path(args.output or "me.pt")
     data.check_output(output, (".pt",))
+    if not config["personal"]["steps"]:
+        raise ValueError("personal.steps is 0: nothing would be trained")
     if output.exists():  # only a personal adapter may be overwritten
         load_checkpoint(output, "personal adapter")
     backbone, model, judges, state = load_run(config, Path(args.resume), device)
@@ -2121,6 +2125,9 @@ def configure(args):
     for name, value in fixed_settings(own).items():
         if value != fixed[name]:
             raise ValueError(f"--resume: the run was made with {name}={value}, not {fixed[name]}")
+    root = Path(config["data"]["root"])
+    if args.action in ("train", "evaluate") and not root.exists():  # new talkers would be others
+        raise ValueError(f"no dataset at {root.absolute()}: --set data.root=DIR")
     needed = []
     if args.action in ("evaluate", "generate", "personalize"):
         needed = ["backbone.pt", "last.pt"]

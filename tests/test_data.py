@@ -394,6 +394,7 @@ def test_sound_in_a_file_beside_a_mute_video_is_found(tmp_path, mute_clip):
         ("HDTF/WDA_Name0_000.mp4", "HDTF/WDA_Name0_000.WAV"),
         ("vox/dev/mp4/id00012/21Uxsk56VDQ/00001.mp4", "vox/dev/aac/id00012/21Uxsk56VDQ/00001.m4a"),
         ("MEAD/M003/video/front/angry/level_1/001.mp4", "MEAD/M003/audio/angry/level_1/001.m4a"),
+        ("own/zo\u00e9.mp4", "own/zoe\u0301.wav"),
         ("own/anna/none.mp4", "own/anna/other.wav"),
     ):
         copy(mute_clip, tmp_path / video)
@@ -982,7 +983,8 @@ def test_what_others_have_in_the_cache_stays(tmp_path, one_clip):
 
 
 def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)  # as it is where the shell has closed it
+    monkeypatch.setattr(sys, "stdout", None)  # as they are where the shell has closed them
+    monkeypatch.setattr(sys, "stderr", None)
     kinds = signal.SIGTERM, signal.SIGHUP
     before = [signal.getsignal(kind) for kind in kinds]
     try:
@@ -990,6 +992,8 @@ def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores(monkeypat
         data.set_up_process()
         after = [signal.getsignal(kind) for kind in kinds]
         assert after == [signal.default_int_handler, signal.SIG_IGN]
+        for stream in (sys.stdout, sys.stderr):  # which progress bars need
+            print("nobody reads this", file=stream, flush=True)
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
@@ -998,6 +1002,12 @@ def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores(monkeypat
 def test_a_full_disk_is_not_taken_for_the_end_of_a_file(tmp_path, one_clip):
     with pytest.raises(OSError, match="ffmpeg was stopped: No space left"):
         data.decode_video(one_clip, 32, 1.0, "/dev/full")
+
+
+def test_of_a_full_disk_it_is_said_which(tmp_path):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/here.pt'"):
+        with data.atomic_write(tmp_path / "here.pt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_full_cache_ends_the_reading_and_does_not_cost_the_clip(tmp_path, one_clip, monkeypatch):
@@ -1236,6 +1246,15 @@ def test_people_whose_names_look_alike_are_noted(tmp_path, grey_clips, name):
 def test_a_name_that_is_only_a_date_is_nobodys():
     assert data.several_people(["20240105", "20240106_2"]) == []
     assert data.several_people(["20240105", "anna_1", "anna_2", "bob_1"]) == ["anna", "bob"]
+
+
+def test_numbered_people_and_videos_are_people():
+    assert data.several_people(["P01", "P02", "P03"]) == ["P01", "P02", "P03"]
+    assert data.several_people(["subject_1", "subject_2"]) == ["subject_1", "subject_2"]
+    assert data.several_people(["p1", "p2"]) == []  # pages or parts
+    assert data.several_people(["1Ab-dEfGhIj_0", "1Ab-dEfGhIj_1"]) == []
+    cut = ["1Ab-dEfGhIj_12.5_15.1", "zZ9_dEfGhIj_3.0_6.4"]  # AVSpeech
+    assert data.several_people(cut) == ["1Ab-dEfGhIj", "zZ9_dEfGhIj"]
 
 
 def test_folders_whose_names_suggest_several_people_are_noted(tmp_path, grey_clips):
@@ -1564,7 +1583,9 @@ def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, c
     (tmp_path / "synthetic-small" / "public-000" / "bad.mp4").write_text("text")
     capsys.readouterr()
     data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)
-    assert "public-000/bad.mp4: a text file" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "public-000/bad.mp4: a text file" in printed
+    assert "note: 1 unseen people have one clip only and are not measured: unseen-000" in printed
     with pytest.raises(ValueError, match="synthetic-small was made with another num_clients: rem"):
         data.load_people(tmp_path / "synthetic-small", num_clients=3, **options)
     people = data.load_people(tmp_path / "synthetic-small", num_clients=1, **options)
@@ -1942,6 +1963,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err.strip()
         assert stop.value.code == 2
         assert error.startswith("error: ") and len(error.splitlines()) == 1
+        assert ("is empty" in error) == ("" in arguments)
 
 
 def test_a_process_whose_parent_has_ended_already_ends():

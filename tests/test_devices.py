@@ -319,9 +319,9 @@ def runs(config, tmp_path_factory):
     save_checkpoint = train.save_checkpoint
     sample_batch = data.sample_batch
 
-    def sample_few(people, batch_size, num_frames, *args):
+    def sample_few(people, batch_size, num_frames, *args, **kwargs):
         few = batch_size if num_frames == 1 else min(batch_size, 4)
-        return sample_batch(people, few, num_frames, *args)
+        return sample_batch(people, few, num_frames, *args, **kwargs)
 
     def run(device):
         own = folder / device.type

@@ -1428,7 +1428,7 @@ def test_the_audit_prints_a_table_and_finds_every_defect(capsys):
     + ["--target-epsilon 0", "--target-epsilon nan", "--noise 1 --target-epsilon 8"]
     + ["--noise 1 --audit --length 0", "--noise 1 --audit --clients 1"]
     + ["--noise 1 --audit --length 100000000000", "--noise 1 --audit --clients 100 1"]
-    + ["--noise 1 --rounds " + "9" * 400, "--verify /nowhere"],
+    + ["--noise 1 --rounds " + "9" * 400, "--verify /nowhere", "--verify . --audit"],
 )
 def test_errors_are_one_line_and_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

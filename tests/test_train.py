@@ -283,6 +283,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     path.write_text("text")
     with pytest.raises(ValueError, match="not a checkpoint"):
         train.load_checkpoint(path, "global adapter")
+    with pytest.raises(ValueError, match="cannot be read .Is a directory.$"):  # and no "delete it"
+        train.load_checkpoint(tmp_path, "global adapter")
 
 
 def test_the_checksum_tells_any_difference():
@@ -476,9 +478,9 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
     measured = []
     identity_threshold = metrics.identity_threshold
 
-    def watched(people, *args):
+    def watched(people, *args, **kwargs):
         seen.update(clip.person for clips in people.values() for clip in clips)
-        return real(people, *args)
+        return real(people, *args, **kwargs)
 
     def watched_judges(people, *args, **kwargs):
         judges.append((set(people), train_judges(people, *args, **kwargs)))
@@ -496,9 +498,9 @@ def test_nothing_private_is_pretrained_on(finished, monkeypatch):
     monkeypatch.setattr(metrics, "train_judges", watched_judges)
     monkeypatch.setattr(metrics, "identity_threshold", watched_threshold)
     monkeypatch.setitem(config["runtime"], "directory", str(folder / "other"))
-    (folder / "other").mkdir()
+    run = folder / "other" / "run"
     cpu = torch.device("cpu")
-    backbone = train.load_or_pretrain(config, people.public, folder / "other", cpu, fed.Workers())
+    backbone = train.load_or_pretrain(config, people.public, run, cpu, fed.Workers())
     assert seen == names
     own = train.load_checkpoint(run / "backbone.pt", "backbone")
     assert train.checksum(backbone["model"]) == train.checksum(own["model"])
@@ -529,7 +531,7 @@ def test_a_backbone_that_another_run_makes_is_waited_for(tmp_path, monkeypatch):
     cache = tmp_path / "runs" / "backbones" / train.backbone_key(config, {})
     half_written = cache / ".0123456789abcdef.pt"
     monkeypatch.setattr(train, "pretrain", None)  # not to be called
-    arguments = config, {}, tmp_path, torch.device("cpu"), fed.Workers()
+    arguments = config, {}, tmp_path / "runs" / "new", torch.device("cpu"), fed.Workers()
     with ThreadPoolExecutor() as other:
         with train.run_lock(cache):
             waiting = other.submit(train.load_or_pretrain, *arguments)
@@ -928,6 +930,9 @@ def test_a_refused_resume_changes_nothing(finished, capsys):
     assert "lora.rank=6" in error
     assert "fed.algorithm" in fails(capsys, "--resume", str(run), "--preset", "scaffold", "plain")
     assert "is a section" in fails(capsys, "--resume", str(run), "--set", "fed=1")
+    moved = str(run.parent / "synthetic-moved")  # new talkers of that name would be other people
+    error = fails(capsys, "--resume", str(run), "--set", f"data.root={moved}")
+    assert f"no dataset at {moved}: --set data.root=DIR" in error and not Path(moved).exists()
     with train.run_lock(run):
         assert "another process is at work" in fails(capsys, "--resume", str(run))
     assert snapshot(run) == before
@@ -1214,6 +1219,7 @@ def test_an_own_adapter_does_not_replace_a_file_of_the_run(finished, tmp_path, c
     base = ["--action", "personalize", "--resume", str(copied)]
     base += ["--clips", str(folder / "people" / "client-000"), "--output", str(copied / "last.pt")]
     assert "holds a global adapter, not a personal adapter" in fails(capsys, *base)
+    assert "personal.steps is 0" in fails(capsys, *base, "--set", "personal.steps=0")
     assert snapshot(copied) == before
 
 

@@ -529,8 +529,9 @@ def describe(run, mechanism, mu, num_people, trials):
     title = f"`python tests/bench_attacks.py --run {run.folder} --people {num_people} "
     title += f"--trials {trials}`, commit {commit}. Mean [95 % interval over people]."
     noise = f"{mechanism.noise_multiplier:.2f}"
-    guarantee = f"The run's ε = {epsilon:.2f} at δ = {delta:g}, spent in one round, is Gaussian "
-    guarantee += f"noise of {noise} sensitivities or more: μ-GDP with μ = {mu:.3f}. (If nobody "
+    guarantee = f"If the run's whole ε = {epsilon:.2f} at δ = {delta:g} is spent in one round, as "
+    guarantee += "in these tests, the noise is Gaussian with a standard deviation of at least "
+    guarantee += f"{noise} sensitivities: μ-GDP with μ = {mu:.3f}. (If nobody "
     guarantee += "drops out or colludes, as here, the noise is larger by the factor 1 / √"
     guarantee += f"{mechanism.survivor_share:g}.) Zeros in the place of "
     guarantee += f"a person's update: AUC at most Φ(μ/√2) = {auc_bound(mu):.3f}, true minus false "
@@ -538,8 +539,8 @@ def describe(run, mechanism, mu, num_people, trials):
     guarantee += f"would allow {coarse:.3f}). Another person in its place: AUC at most Φ(√2 μ) = "
     guarantee += f"{auc_bound(2 * mu):.3f}."
     setting = f"An update has {mechanism.length} numbers, and every client weight 1. Attackers "
-    setting += "know the backbone. Their other clips of a person are those that it does not train "
-    setting += "on. AUC: 0.5 is a blind guess."
+    setting += "know the backbone. An attacker's other clips of a person are clips that this "
+    setting += "person's client does not train on. AUC: 0.5 is a blind guess, 1 certainty."
     return ["# Attacks on persons", "", title, "", guarantee, "", setting]
 
 

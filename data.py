@@ -1210,11 +1210,11 @@ def printable(text):
     return os.fsencode(text).decode(errors="backslashreplace")
 
 
-def assign_people(paths, root):
+def assign_people(paths, root, everybody=None):
     """Return {path: (person, clip name)} of the videos of the dataset `root`, and [(path, reason)]
     of the others.
 
-    Paths are absolute.
+    Paths are absolute. All clips are of the person `everybody`, if it is given.
     """
     # macOS may write an accent as a sign of its own: the same name, in other bytes.
     root, *composed = (unicodedata.normalize("NFC", path) for path in [root, *paths])
@@ -1235,7 +1235,7 @@ def assign_people(paths, root):
     origins = {}  # person -> {folders above the person's, without those of NOT_A_PERSON}
     for path, stem in zip(paths, stems):
         try:
-            person = person_of(above, "/" + stem, owner, refusal)
+            person = everybody or person_of(above, "/" + stem, owner, refusal)
             # pretrain/anna/1 -> anna, pretrain-1
             *folders, name = stem.split("/")
             name = "-".join([folder for folder in folders if folder != person] + [name])
@@ -1258,7 +1258,7 @@ def assign_people(paths, root):
             origins.setdefault(clip[0], set()).add(origin)
     for path, (person, _) in list(assigned.items()):
         # `indoor` in anna/test/indoor and bob/test/indoor is no person.
-        if len(origins[person]) > 1:
+        if len(origins[person]) > 1 and not everybody:
             reason = f"it is unclear who {person} is, in several folders: rename them"
             left_out.append((path, reason))
             del assigned[path]
@@ -1326,16 +1326,17 @@ class TalkingHeads:
     copies across people and of doubtful names. `owners` is {(num_frames, fingerprint) of a clip:
     {person: the first path of it}}. `size` is in pixels, `crop` the share of each side that is
     kept, from the middle; `finder` cuts out the face where the middle does not show it. Only people
-    in `names`, by default all, are read. Raises ValueError if there is no dataset or nothing usable
+    in `names`, by default all, are read. All clips are of the person `everybody`, if it is given,
+    and not of those whom their names suggest. Raises ValueError if there is no dataset or nothing usable
     in it.
     """
 
-    def __init__(self, root, size=64, crop=1.0, cache="", finder=None, names=None):
+    def __init__(self, root, size=64, crop=1.0, cache="", finder=None, names=None, everybody=None):
         self.root = Path(os.path.abspath(root))
         self.notes = []
         self.owners = {}
         videos, self.skipped = find_videos(self.root)
-        assigned, left_out = assign_people(videos, os.fspath(self.root))
+        assigned, left_out = assign_people(videos, os.fspath(self.root), everybody)
         self.skipped += left_out
         if names is not None:
             assigned = {path: own for path, own in assigned.items() if own[0] in names}

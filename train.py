@@ -1019,11 +1019,11 @@ def find_faces(config, people, finder):
     return data.People(people.public, *roles)
 
 
-def read_clips(config, root, finder, names=None):
+def read_clips(config, root, finder, names=None, everybody=None):
     """Return the data.TalkingHeads of a folder or video, faces cut out; prints what is not used."""
     d = config["data"]
     cache = config["runtime"]["cache"]
-    dataset = data.TalkingHeads(root, d["size"], d["crop"], cache, finder, names)
+    dataset = data.TalkingHeads(root, d["size"], d["crop"], cache, finder, names, everybody)
     data.print_troubles(dataset)
     return dataset
 
@@ -1750,29 +1750,18 @@ def personalize_own(args, config, device):
     if output.exists():  # only a personal adapter may be overwritten
         load_checkpoint(output, "personal adapter")
     backbone, model, judges, state = load_run(config, Path(args.resume), device)
-    dataset = read_clips(config, args.clips, load_finder(config, backbone))
+    dataset = read_clips(config, args.clips, load_finder(config, backbone), everybody="me")
     if args.look:
         for clip in dataset.clips:
             indices = np.linspace(0, clip.num_frames - 1, 8).astype(int)
-            name = data.short_name(f"{clip.person}-{clip.name}")
-            save_crops(args.look, name, clip.frames[indices])
-    if len(dataset.people) > 1:
-        names = ", ".join(sorted(dataset.people)[:5])
-        print(
-            f"--clips: {len(dataset.people)} people by their folders ({names} ...), taken for one"
-        )
+            save_crops(args.look, data.short_name(clip.name), clip.frames[indices])
     others = metrics.find_strangers(judges["loss"], dataset.clips, backbone["identity_threshold"])
     if others:
-        names = ", ".join(f"{clip.person}/{Path(clip.path).name}" for clip in others[:5])
+        names = ", ".join(clip.name for clip in others[:5])
         print(f"--clips: another person may be in {len(others)} of {len(dataset.clips)}: {names}")
-    # A copy of a training clip must not be a test clip.
-    distinct = {(clip.num_frames, clip.fingerprint): clip for clip in dataset.clips}.values()
-    if copies := len(dataset.clips) - len(distinct):
-        print(f"--clips: {copies} copies of other clips are left out")
-    clips = [dataclasses.replace(clip, person="me") for clip in distinct]
     num_frames = config["backbone"]["num_frames"]
     seconds = max(2.0, num_frames / data.FPS)
-    pieces = data.segment(clips, seconds)
+    pieces = data.segment(dataset.clips, seconds)
     if len(pieces) < 3:
         raise ValueError(
             f"--clips: three pieces of {seconds:g} s are needed, there are {len(pieces)}"

@@ -1327,8 +1327,8 @@ class TalkingHeads:
     {person: the first path of it}}. `size` is in pixels, `crop` the share of each side that is
     kept, from the middle; `finder` cuts out the face where the middle does not show it. Only people
     in `names`, by default all, are read. All clips are of the person `everybody`, if it is given,
-    and not of those whom their names suggest. Raises ValueError if there is no dataset or nothing usable
-    in it.
+    and not of those whom their names suggest. Raises ValueError if there is no dataset or nothing
+    usable in it.
     """
 
     def __init__(self, root, size=64, crop=1.0, cache="", finder=None, names=None, everybody=None):

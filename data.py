@@ -1103,8 +1103,8 @@ LAYOUTS = re.compile(
     """,
     re.VERBOSE,
 )
-# A video of YouTube, cut into <video>_0 (CelebV-HQ) or <video>_12.5_15 (AVSpeech): its name has both
-# cases, and is not words with numbers (JohnSmith01); that leaves out 1 % of random names.
+# A video of YouTube, cut into <video>_0 (CelebV-HQ) or <video>_12.5_15 (AVSpeech): its name has
+# both cases, and is not words with numbers (JohnSmith01); that leaves out 1 % of random names.
 VIDEO_ID = r"((?=.*[a-z])(?=.*[A-Z])(?!(?:[A-Z]?[a-z]{2,}\d*[-_]?)+_\d+$)[\w-]{11})_\d"
 # Layouts that are looked for only below the deepest folder that holds all clips.
 LAYOUTS_BELOW = re.compile(

@@ -161,8 +161,9 @@ class Accountant:
     def epsilon(self, delta, orders=None):
         """Return epsilon against an adversary who does not know which clients joined, or how many.
 
-        (If it knows that p of n clients joined, rate p / n gives no bound, because without this
-        client another one would have joined. Account with rate 1 then, as for fixed cohorts.)
+        (If it knows that p of n clients joined, the result for rate p / n is too small, because
+        without this client another one would have joined. Account with rate 1 then, as for fixed
+        cohorts.)
         orders > 1: the least Renyi bound at these orders; None: the least of the Renyi bounds at
         ORDERS and the exact bound without sampling. Raises ValueError unless 0 < delta < 1.
         """
@@ -259,7 +260,9 @@ def most_participations(cohorts, num_spent=0):
 
 
 def likely_participations(num_clients, sample_rate, rounds):
-    """Return a number of rounds that with probability 0.99 no client exceeds (union bound)."""
+    """Return a number of rounds that with probability 0.99 no client exceeds under Poisson sampling
+    (union bound). Fixed cohorts have at least one client, whom a smaller `sample_rate` does not count.
+    """
     return int(stats.binom.isf(0.01 / num_clients, rounds, sample_rate))
 
 

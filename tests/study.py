@@ -288,7 +288,8 @@ def crossed_ci(values):
     The variance of the mean is (MS_s + MS_p - MS_e) / (s p), from the mean squares of the two-way
     table, but at least what seeds alone or people alone give. Its degrees of freedom are
     Satterthwaite's (1946), but at least those of the fewer. With one seed or one person the
-    interval is over the others.
+    interval is over the others. With few seeds that differ much it covers a little less than 95 %
+    (simulated, three seeds: 92 %).
     """
     values = np.asarray(values, dtype=np.float64)
     s, p = values.shape

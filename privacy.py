@@ -260,8 +260,8 @@ def most_participations(cohorts, num_spent=0):
 
 
 def likely_participations(num_clients, sample_rate, rounds):
-    """Return a number of rounds that with probability 0.99 no client exceeds under Poisson sampling
-    (union bound). Fixed cohorts have at least one client, whom a smaller `sample_rate` does not count.
+    """Return a number of rounds that, under Poisson sampling, no client exceeds with probability
+    0.99 (union bound).
     """
     return int(stats.binom.isf(0.01 / num_clients, rounds, sample_rate))
 

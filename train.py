@@ -1757,7 +1757,7 @@ def personalize_own(args, config, device):
             save_crops(args.look, data.short_name(clip.name), clip.frames[indices])
     others = metrics.find_strangers(judges["loss"], dataset.clips, backbone["identity_threshold"])
     if others:
-        names = ", ".join(clip.name for clip in others[:5])
+        names = ", ".join(clip.path for clip in others[:5])
         print(f"--clips: another person may be in {len(others)} of {len(dataset.clips)}: {names}")
     num_frames = config["backbone"]["num_frames"]
     seconds = max(2.0, num_frames / data.FPS)

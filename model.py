@@ -854,7 +854,7 @@ class TalkingHead(nn.Module):
         decoded = self.autoencoder.decode(latents + residual)
         with torch.no_grad():
             change = (decoded - without_residual).square().mean(1, keepdim=True)  # (b f) 1 H W
-            covered = 1 - torch.exp(-box_blur(change) / 0.3**2)  # (b f) 1 H W, 0 to 1
+            covered = 1 - torch.exp(-box_blur(change) / 0.2**2)  # (b f) 1 H W, 0 to 1
             covered_details = covered * (warped - without_residual)
         frames = warped + decoded - without_residual - covered_details
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(x0))

@@ -956,6 +956,7 @@ def test_decode_inverts_encode_motion_where_the_autoencoder_is_exact():
     model = small_model()
     _, _, reference, _ = inputs()
     frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1  # b f 3 H W
+    frames[:, 0] = reference
     model.motion_std.copy_(torch.rand(6, 1, 1) + 0.5)
     autoencoder = model.autoencoder
     liveliness = torch.tensor([0.5, 2.0])

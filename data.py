@@ -777,7 +777,8 @@ def read_speech(path):
         raise ValueError(f"{path}: {damage or 'its sound is silent'}")
     seconds = len(audio) / SAMPLE_RATE
     if damage or seconds < streams.seconds - 0.5:
-        warnings.warn(f"{path}: {seconds:.1f} of {streams.seconds:.1f} s are used", stacklevel=2)
+        used = f"{seconds:.1f} of {streams.seconds:.1f} s are used"
+        warnings.warn(f"{path}: {used} ({damage or 'its sound ends there'})", stacklevel=2)
     return audio
 
 

@@ -907,6 +907,14 @@ def test_what_there_is_of_a_file_that_ends_early_is_used_and_said(tmp_path, suff
         data.read_video(path, 32)
 
 
+def test_why_a_sound_is_used_in_part_is_said(tmp_path):
+    path = tmp_path / "cut.wav"
+    ffmpeg("-f", "lavfi", "-i", "sine=d=2", path)
+    path.write_bytes(path.read_bytes()[:99_999])
+    with pytest.warns(UserWarning, match=r"cut.wav: 1\.\d of .* s are used \(.+\)"):
+        data.read_speech(path)
+
+
 def test_the_text_beside_a_clip_may_be_wrong_but_costs_only_itself(tmp_path, one_clip):
     texts = {
         "good": "Text:  HELLO\nPrompt:  sad\nOpening:  " + "0.5 " * 16,

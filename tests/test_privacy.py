@@ -1446,6 +1446,11 @@ def test_verify_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         privacy.main(["--verify", str(tmp_path)])
     assert stop.value.code == 2
+    write_run(tmp_path)
+    for arguments in (["--audit"], ["--noise", "3"], ["--target-epsilon", "2"]):
+        with pytest.raises(SystemExit):
+            privacy.main(["--verify", str(tmp_path), *arguments])
+        assert "--verify stands alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", ["--noise 1", "--verify ."])

@@ -527,7 +527,8 @@ def test_other_words_and_sound_make_another_backbone(finished):
 
 
 def test_a_backbone_that_another_run_makes_is_waited_for(tmp_path, monkeypatch):
-    config = train.load_config(train.DEFAULTS, overrides=places(tmp_path))
+    # The cache lies beside the run, wherever the folder of new runs is.
+    config = train.load_config(train.DEFAULTS, overrides=places(tmp_path / "elsewhere"))
     cache = tmp_path / "runs" / "backbones" / train.backbone_key(config, {})
     half_written = cache / ".0123456789abcdef.pt"
     monkeypatch.setattr(train, "pretrain", None)  # not to be called

@@ -782,6 +782,13 @@ def read_speech(path):
     return audio
 
 
+def note_other_pictures(path, num_pictures):
+    """Warn if only the first of a file's pictures is used."""
+    if num_pictures > 1:
+        note = f"{path}: only the first of its {num_pictures} pictures is used"
+        warnings.warn(note, stacklevel=3)
+
+
 def read_image(path, size=None, crop=1.0, finder=None):
     """Return a picture uint8 [3 size size]: the middle `crop` of its central square, or the face in
     it.
@@ -805,14 +812,9 @@ def read_image(path, size=None, crop=1.0, finder=None):
             raise ValueError(f"{path}: {reason}") from None
         # ffmpeg reads more kinds: RGB of floats, EXR, ...
         frames, _ = read_video(path, size, crop, finder)
-        image = None
-        num_pictures = len(frames)
-    if num_pictures > 1:
-        warnings.warn(
-            f"{path}: only the first of its {num_pictures} pictures is used", stacklevel=2
-        )
-    if image is None:
+        note_other_pictures(path, len(frames))
         return frames[0]
+    note_other_pictures(path, num_pictures)
     image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image).convert("RGB")
     if finder:
         whole = image.size
@@ -1104,14 +1106,14 @@ LAYOUTS = re.compile(
     """,
     re.VERBOSE,
 )
-# A video of YouTube, cut into <video>_0 (CelebV-HQ) or <video>_12.5_15 (AVSpeech): its name has
-# both cases, and is not words with numbers (JohnSmith01); that leaves out 1 % of random names.
-VIDEO_ID = r"((?=.*[a-z])(?=.*[A-Z])(?!(?:[A-Z]?[a-z]{2,}\d*[-_]?)+_\d+$)[\w-]{11})_\d"
+# The name of a video of YouTube, cut into <video>_0 (CelebV-HQ) or <video>_12.5_15 (AVSpeech). It
+# has both cases, and is not words with numbers (JohnSmith01); that leaves out 1 % of random names.
+VIDEO = r"((?=.*[a-z])(?=.*[A-Z])(?!(?:[A-Z]?[a-z]{2,}\d*[-_]?)+_\d+$)[\w-]{11})"
 # Layouts that are looked for only below the deepest folder that holds all clips.
 LAYOUTS_BELOW = re.compile(
     rf"""
     /(?:pretrain|trainval|train|valid|val|dev|test|main)/([^/]+)/[^/]+$  # LRS2, LRS3
-    | ^/{VIDEO_ID}+$  # CelebV-HQ, all in one folder
+    | ^/{VIDEO}_\d+$  # CelebV-HQ, all in one folder
     """,
     re.VERBOSE,
 )
@@ -1132,11 +1134,11 @@ NOT_A_NAME = frozenset(
 FIRST_WORD = re.compile(
     r"(?i)((speaker|spk|subject|subj|sub|user|person|actor|id|p|s)[\W_])?[^\W_]*"
 )
-
-
-# A word for any person with a number, and nothing else: P01, subject_3.
-NUMBERED_PERSON = (
-    r"(?i)((?:speaker|spk|subject|subj|sub|user|person|participant|actor|p(?=\d\d))[\W_]?\d+)$"
+# File names that are people: a piece of a video, and a word for any person with a number and
+# nothing else (P01, subject_3).
+PERSON_NAMES = (
+    rf"{VIDEO}_\d",
+    r"(?i)((?:speaker|spk|subject|subj|sub|user|person|participant|actor|p(?=\d\d))[\W_]?\d+)$",
 )
 
 
@@ -1168,7 +1170,7 @@ def person_of(above, below, owner, refusal):
 
 def several_people(names):
     """Return the words at the beginning of names that suggest two people or more, or []."""
-    for pattern in (VIDEO_ID, NUMBERED_PERSON):
+    for pattern in PERSON_NAMES:
         people = {match[1] for name in names if (match := re.match(pattern, name))}
         if len(people) > 1:
             return sorted(people)

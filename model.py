@@ -854,6 +854,7 @@ class TalkingHead(nn.Module):
         decoded = self.autoencoder.decode(latents + residual)
         with torch.no_grad():
             change = (decoded - without_residual).square().mean(1, keepdim=True)  # (b f) 1 H W
+            # Of 2 from black to white, a change of 0.2 covers two thirds (ablations.md).
             covered = 1 - torch.exp(-box_blur(change) / 0.2**2)  # (b f) 1 H W, 0 to 1
             covered_details = covered * (warped - without_residual)
         frames = warped + decoded - without_residual - covered_details

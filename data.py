@@ -317,21 +317,18 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
     """
     command = [get_ffmpeg_exe(), *"-hide_banner -nostats -nostdin -y -v level+info".split()]
     command += map(str, arguments)
-    with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block ffmpeg
-        die = functools.partial(die_with_parent, os.getpid()) if watched else None
-        with subprocess.Popen(
-            command, preexec_fn=die, stdin=PIPE, stdout=PIPE, stderr=log
-        ) as process:
-            try:
-                with contextlib.suppress(BrokenPipeError):  # ffmpeg ended: its log says why
-                    for block in blocks:
-                        process.stdin.write(block)
-                output, _ = process.communicate()
-            except BaseException:  # making the blocks failed
-                process.kill()
-                raise
-        log.seek(0)
-        text = log.read().decode(errors="replace")
+    die = functools.partial(die_with_parent, os.getpid()) if watched else None
+    with subprocess.Popen(command, preexec_fn=die, stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
+        try:
+            # While these are written nobody reads the log, which is then short enough for its pipe.
+            with contextlib.suppress(BrokenPipeError):  # ffmpeg ended: its log says why
+                for block in blocks:
+                    process.stdin.write(block)
+            output, log = process.communicate()
+        except BaseException:  # making the blocks failed
+            process.kill()
+            raise
+    text = log.decode(errors="replace")
     # The output looks like a whole file, but is not. Status 255 alone does not show this, as some
     # damaged files cause it, too.
     if "Exiting normally, received signal" in text:  # Ctrl-C
@@ -511,8 +508,8 @@ def decode_track(inputs, track, *picture):
             late = ["-copyts", "-i", uniform.name]  # keeps the time at which the sound begins
             _, output, _ = run_ffmpeg(*late, "-af", RESAMPLE, *AS_SAMPLES)
     audio = np.frombuffer(output, np.int16)
-    # Left and right may cancel each other, and of some layouts ffmpeg makes no mono sound, which ends
-    # the picture, too: try the left channel alone.
+    # Left and right may cancel each other, and of some layouts ffmpeg makes no mono sound, which
+    # ends the picture, too: try the left channel alone.
     if is_silent(audio):
         left = f"pan=mono|c0=c0,{RESAMPLE}"
         _, output, log = run_ffmpeg(*inputs, *others, "-map", track, "-af", left, *AS_SAMPLES)
@@ -898,7 +895,7 @@ def check_output(path, suffixes=(".mp4", ".m4v", ".mov")):
         raise ValueError(f"{path} is a folder: name a file in it")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path}: its name must end in {' or '.join(suffixes)}")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     try:  # the mode of a folder does not say whether it can be written
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -908,7 +905,7 @@ def check_output(path, suffixes=(".mp4", ".m4v", ".mov")):
 def write_video(path, frames, audio=None, comment="", crf=16, sound_codec="aac"):
     """Write a video at 25 frames per second with int16 audio [640 f], whole or not at all.
 
-    `frames` is uint8 [f 3 h w] or [f h w 3], or an iterator of such blocks. Raises ValueError where
+    `frames` is uint8 [f 3 h w], or an iterator of such blocks. Raises ValueError where
     `check_output` does, before the first block is made.
     """
     check_output(path)
@@ -936,12 +933,10 @@ def write_video(path, frames, audio=None, comment="", crf=16, sound_codec="aac")
 
 
 def channels_last(frames):
-    """Return uint8 frames [f 3 h w] or [f h w 3] as [f h w 3]; raises ValueError for others."""
-    if frames.dtype != np.uint8 or frames.ndim != 4 or not len(frames):
+    """Return uint8 frames [f 3 h w] as [f h w 3]; raises ValueError for others."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not len(frames):
         raise ValueError(f"a video needs uint8 frames [f 3 h w], not {frames.dtype} {frames.shape}")
-    if frames.shape[3] != 3:
-        frames = rearrange(frames, "f c h w -> f h w c", c=3)
-    return np.ascontiguousarray(frames)
+    return np.ascontiguousarray(rearrange(frames, "f c h w -> f h w c"))
 
 
 # ---------------------------------------------------------------- the cache of decoded clips

@@ -493,8 +493,10 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
 
 def isfa_weight(num_samples, reliability, gamma, cap):
     """Return w = min(n, cap) / cap * exp(gamma (r - 1)) in [0, 1]: ISFA's n exp(gamma r), bounded.
-    gamma = 0 is FedAvg.
+    gamma = 0 is FedAvg. Raises ValueError for a reliability outside of [0, 1].
     """
+    if not 0 <= reliability <= 1:  # or NaN; the weight would be refused where it is encoded
+        raise ValueError(f"a reliability is in [0, 1], not {reliability}")
     return min(num_samples, cap) / cap * math.exp(gamma * (reliability - 1))
 
 

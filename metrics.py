@@ -301,7 +301,7 @@ def kernel_distance(real_features, fake_features, subset_size=1000):
 
 
 # ---------------------------------------------------------------- the standard networks
-# Without weights until `load_standard` fills them: what they say before is random.
+# Their weights are random or unset until `load_standard` reads the published files.
 
 
 def squared_distance(x, y):
@@ -587,7 +587,7 @@ def lse(syncnet, frames, audio):
 
 # ---------------------------------------------------------------- metrics and their files
 
-METRICS_TABLE = """
+METRICS_TABLE = """\
 | metric | network | file | crop | resize | fps | least |
 |---|---|---|---|---|---|---|
 | psnr | – | – | none | none | any | 1 frame |
@@ -618,11 +618,9 @@ METRICS_TABLE = """
 | sync* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 35 frames with sound |
 | right_speech* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 35 frames, other speech |
 | mouth_correlation* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 2 frames, openings |
-| mouth_std_ratio* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 2 frames, openings |
-"""
+| mouth_std_ratio* | judges | backbone.pt | mouth region | 64 x 64 | 25 | 2 frames, openings |"""
 
-
-_COLUMNS, _, *_ROWS = [line[2:-2].split(" | ") for line in METRICS_TABLE.strip().split("\n")]
+_COLUMNS, _, *_ROWS = [line[2:-2].split(" | ") for line in METRICS_TABLE.split("\n")]
 METRICS = {cells[0]: dict(zip(_COLUMNS, cells)) for cells in _ROWS}  # metric -> column -> cell
 
 # network -> class and files. For each file: patterns of its path in public repositories, the module
@@ -1771,10 +1769,14 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the table with values per clip")
     parser.error = data.refuse
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":  # as an unset variable of a script is
+            positional = name in ("real", "fake")
+            parser.error(f"{name if positional else '--' + name} is empty")
     with data.errors_in_one_line():
         networks, sources = load_standard(args.weights)
         if args.list:
-            print(METRICS_TABLE.strip())
+            print(METRICS_TABLE)
             print_weights(sources)
             return
         check_arguments(args)

@@ -360,7 +360,7 @@ class Mechanism:
 
     def min_survivors(self, cohort_size):
         """Return how many clients of a cohort must survive for their sum to be opened."""
-        # 1e-9: 0.8 * 15 is a little more than 12 in floating point
+        # 1e-9: 0.55 * 100 is a little more than 55 in floating point
         return math.ceil(self.survivor_share * cohort_size - 1e-9) + self.num_curious
 
     def noise_std(self, cohort_size):
@@ -1208,12 +1208,12 @@ def verify_run(folder):
     """Return the privacy section of a run's report, if it follows from the run's own record.
 
     Reads report.json; rounds.jsonl, one JSON object per line with round, cohort_size, sample_rate,
-    noise_multiplier and epsilon (against known cohorts, of all rounds so far); and last.pt, whose
-    state holds adapter, round, accountant and sampling_key. Raises ValueError for a damaged
-    last.pt, for rounds that ran but were not spent, for vectors of single clients in the
-    checkpoint, and for a claim in the log or report that does not follow from the record. The
-    record holds the mechanism's noise and length; its other settings are taken from the report. A
-    report that claims no privacy is returned unchanged.
+    noise_multiplier and epsilon (against known cohorts, of all rounds so far); people.json, which
+    lists the clients; and last.pt, whose state holds adapter, round, accountant and sampling_key.
+    Raises ValueError for a damaged last.pt, for rounds that ran but were not spent, for vectors of
+    single clients in the checkpoint, and for a claim in the log or report that does not follow from
+    the record. The record holds the mechanism's noise and length; its other settings are taken from
+    the report. A report that claims no privacy is returned unchanged.
     """
     import torch  # the rest of this file does not need it
     import train  # not above, as it imports this file
@@ -1225,6 +1225,9 @@ def verify_run(folder):
             raise ValueError("report.json gives an epsilon for a run that is not private.")
         return claimed
     mechanism = Mechanism(**{setting.name: claimed[setting.name] for setting in fields(Mechanism)})
+    num_clients = len(json.loads((folder / "people.json").read_text())["clients"])
+    if mechanism.num_clients != num_clients:
+        raise ValueError(f"report.json: {mechanism.num_clients} clients, not {num_clients}.")
     checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     state = checkpoint.pop("state")
     if checkpoint["checksum"] != train.checksum(state):

@@ -88,7 +88,7 @@ RANGES = {
     "sampling.num_steps": (1, 1000),
     "sampling.guidance": (0, 100),
     "sampling.window": (2 * talking.KNOWN_FRAMES, 1000),
-    "evaluate.num_frames": (6, 1e9),  # two windows of the sync judges
+    "evaluate.num_frames": (2, 1e9),  # jitter and mouth correlation need two
 }
 CHOICES = {
     "fed.algorithm": ("isfa", "scaffold", "centralized"),
@@ -365,8 +365,6 @@ def load_checkpoint(path, kind):
     """
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # torch raises many kinds for files that are no checkpoints
@@ -663,7 +661,7 @@ def source_code(*roots):
                 todo.append((module, node.id))
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = getattr(modules[module], node.value.id, None)
-                if inspect.ismodule(owner) and owner.__name__ in modules:
+                if inspect.ismodule(owner):
                     todo.append((owner.__name__, node.attr))
         code[module, name] = ast.dump(tree)
     return "".join(code[key] for key in sorted(code))
@@ -842,8 +840,6 @@ def train(config, people, run, device, workers):
     state = workers.broadcast(load_or_initialize(config, model, backbone, run))
     if state["round"] > config["fed"]["rounds"]:
         raise ValueError(f"fed.rounds: the run has had {state['round']} rounds already")
-    if "control" in state and state["control"].any() and not (run / "clients").exists():
-        raise ValueError(f"{run / 'clients'}: lost or not shared, and with it the clients' c_i")
     if workers.rank == 0:
         # Only now, as the run's files have been read without errors.
         forget_rounds(run, state)
@@ -851,6 +847,7 @@ def train(config, people, run, device, workers):
             if "control" in state:
                 check_controls(clients, state)
             begin_training(run, config)
+        if not (run / "last.pt").exists():
             save_state(run, state, workers)  # the sampling key is drawn once
     workers.wait()  # for the clients' first c_i
     # SCAFFOLD needs a shared disk for its c_i. Rank 0's config.yaml is there only if it is shared.
@@ -1335,11 +1332,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         seed = fed.derive_seed(config["fed"]["seed"], todo[i])
         trained = train_personal(model, judges, client, start, seed, **kwargs)
         batch = client.validation_batch(model)
-        shares = []
-        for vector in (start, trained):
-            lora.load_adapter_vector(model, vector)
-            shares.append(float(fed.unexplained_variance(model, batch, seed).mean()))
-        check_converged(*shares, client.name)
+        check_converged(model, start, trained, batch, client.name)
         if workers.rank == 0 and not own:  # only once an adapter was trained with these settings
             begin_training(run, config)
         liveliness = data.typical_liveliness(client.split["train"])
@@ -1354,12 +1347,18 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     return {name: content["adapter"] for name, content in finished.items()}
 
 
-def check_converged(before, after, name):
-    """Raise ValueError if a trained adapter leaves ten times as much unexplained as predicting no
-    motion does, and ten times as much as the global adapter, from which its training started.
+def check_converged(model, start, trained, batch, name):
+    """Return the mean unexplained variance of a batch with the adapters `start` [d], from which the
+    training started, and `trained` [d].
+
+    Raises ValueError if the trained one leaves ten times as much as predicting no motion does, and
+    ten times as much as `start`.
     """
+    models = [merged_copy(model, vector) for vector in (start, trained)]
+    before, after = [float(fed.unexplained_variance(m, batch, 0).mean()) for m in models]
     if not after < 10 * max(1.0, before):  # or NaN
         raise ValueError(f"the training of {name}'s adapter diverged: lower personal.lr")
+    return before, after
 
 
 # ---------------------------------------------------------------- evaluation and report
@@ -1369,8 +1368,9 @@ TRAINED = ("backbone", "global adapter", "personal adapter", "personal adapter, 
 
 
 def evaluate(config, model, judges, people, clients, state, personal, backbone, run, workers):
-    """Generate and score every method on two test clips of each client, and on unseen people; write
-    pictures and videos. Each worker does so for a share of the clips; return the report at rank 0.
+    """Generate and score every method on up to two test clips of each client, and on unseen people;
+    write pictures and videos. Each worker does so for a share of the clips; return the report at
+    rank 0.
     """
     device = model.motion_std.device
     backbone_model = merged_copy(model, torch.zeros_like(state["adapter"]))
@@ -1381,7 +1381,7 @@ def evaluate(config, model, judges, people, clients, state, personal, backbone, 
     cases = metrics.make_cases(splits, config["evaluate"]["num_frames"], 2)
     evaluation = metrics.Evaluation(cases, judges, networks, device)
     examples = cases[:: max(1, len(cases) // 8)][:8]  # in pictures and videos
-    pictures = {}  # place in `examples` -> method -> uint8 [f H W 3]
+    pictures = {}  # place in `examples` -> method -> uint8 [f 3 H W]
     models = {"backbone": backbone_model, "global adapter": global_model}
     seconds = 0.0
     num_frames = 0
@@ -1534,15 +1534,15 @@ def save_pictures(run, pairs, zoom=2):
     """Write grid.png, a row for each case at the frame with the mouth widest open, and
     samples/*.mp4 of every second case, with sound, with the methods side by side.
 
-    `pairs` is [(case, {method: uint8 [f H W 3]})].
+    `pairs` is [(case, {method: uint8 [f 3 H W]})].
     """
     methods = [m for m in pairs[0][1] if m != "copy reference"]
     rows = []
     for case, clips in pairs:
         moment = len(case.frames) // 2 if case.opening is None else int(case.opening.argmax())
-        tiles = [case.reference.transpose(1, 2, 0), *(clips[m][moment] for m in methods)]
-        rows.append(np.concatenate(tiles, axis=1))  # H (methods W) 3
-    grid = Image.fromarray(np.concatenate(rows))
+        tiles = [case.reference, *(clips[m][moment] for m in methods)]
+        rows.append(np.concatenate(tiles, axis=2))  # 3 H (methods W)
+    grid = Image.fromarray(rearrange(rows, "n c h w -> (n h) w c"))
     grid = grid.resize((zoom * grid.width, zoom * grid.height), Image.LANCZOS)
     sheet = Image.new("RGB", (grid.width, 16 + grid.height), "white")
     sheet.paste(grid, (0, 16))
@@ -1558,21 +1558,21 @@ def save_pictures(run, pairs, zoom=2):
     in_videos = [m for m in methods if "other" not in m]
     comment = "synthetic: " + " | ".join(in_videos)
     for case, clips in pairs[::2]:
-        strip = np.concatenate([clips[m] for m in in_videos], axis=2)  # f H (methods W) 3
-        strip = strip.repeat(zoom, 1).repeat(zoom, 2)
+        strip = np.concatenate([clips[m] for m in in_videos], axis=3)  # f 3 H (methods W)
+        strip = strip.repeat(zoom, 2).repeat(zoom, 3)
         name = data.short_name(f"{case.person}-{case.clip.name}")
         data.write_video(samples / f"{name}.mp4", strip, case.audio, comment)
 
 
 def to_pixels(frames):
-    """Return frames [f 3 H W] in [0, 1] as uint8 [f H W 3]."""
-    return rearrange((frames * 255).round().byte().cpu().numpy(), "f c h w -> f h w c")
+    """Return frames [f 3 H W] in [0, 1] as uint8."""
+    return (frames * 255).round().byte().cpu().numpy()
 
 
 def save_picture(path, picture):
     """Write a PNG, whole or not at all."""
     with data.atomic_write(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary)
 
 
 def draw_curve(title, values, width=420, height=260):
@@ -1719,7 +1719,7 @@ def generate(args, config, device):
 
 
 def speaking_blocks(stream, num_frames, watermark):
-    """Yield uint8 blocks [f H W 3] of a stream of frames, with a progress bar and, if asked, the
+    """Yield uint8 blocks [f 3 H W] of a stream of frames, with a progress bar and, if asked, the
     letters AI in a corner.
     """
     with tqdm(total=num_frames, desc="speaking", unit=" frames") as bar:
@@ -1774,11 +1774,7 @@ def personalize_own(args, config, device):
     kwargs = training_kwargs(config, "personal", device)
     trained = train_personal(model, judges["loss"], client, start, config["seed"], **kwargs)
     batch = fed.fixed_batch(model, split["test"], split["train"], 50)
-    shares = {}
-    for name, vector in (("global adapter", start), ("personal adapter", trained)):
-        share = fed.unexplained_variance(merged_copy(model, vector), batch, 0).mean()
-        shares[name] = float(share)
-    check_converged(shares["global adapter"], shares["personal adapter"], "the person")
+    before, after = check_converged(model, start, trained, batch, "the person")
     content = {
         "adapter": trained,
         "description": describe_personal(config, state),
@@ -1786,15 +1782,15 @@ def personalize_own(args, config, device):
     }
     save_checkpoint(output, "personal adapter", content)
     limit = backbone["public_unexplained"]
-    if limit and not shares["global adapter"] <= limit:  # or NaN, if nothing moves
+    if limit and not before <= limit:  # or NaN, if nothing moves
         print(
-            f"the model does not explain these clips: it leaves {shares['global adapter']:.4f} of "
+            f"the model does not explain these clips: it leaves {before:.4f} of "
             f"their motion unexplained; without any training {limit:.4f} of the worst public clip's "
             "is left. Is there a talking face in them (--look FOLDER shows what was used)?"
         )
     else:
-        for name, share in shares.items():
-            pieces = f"{len(split['test'])} held-out pieces"
+        pieces = f"{len(split['test'])} held-out pieces"
+        for name, share in (("global adapter", before), ("personal adapter", after)):
             print(f"unexplained variance of {pieces}, {name}: {share:.4f}")
     print(
         f"{output}: made of {len(split['train'])} pieces of video; "
@@ -2075,7 +2071,7 @@ def check_people(run, people):
     """
     path = run / "people.json"
     roles = {}
-    for role, members in zip(people._fields, people):
+    for role, members in people._asdict().items():
         roles[role] = {}
         for name, own in members.items():
             roles[role][name] = [[clip.name, os.path.getsize(clip.path)] for clip in own]

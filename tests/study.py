@@ -212,7 +212,8 @@ def describe_run(cell, seed, settings):
     overrides = [*cell.overrides, *settings, f"fed.seed={seed}"]
     personal = any(item.startswith("personal.") for item in cell.overrides)
     if cell.method != "personal adapter" and not personal:
-        overrides += NO_PERSONAL
+        given = {item.partition("=")[0] for item in settings}  # which win
+        overrides += [item for item in NO_PERSONAL if item.partition("=")[0] not in given]
     recipe = json.dumps([cell.presets, overrides, *cell.variant])
     return overrides, hashlib.sha256(recipe.encode()).hexdigest()[:12]
 

@@ -1,6 +1,7 @@
 """Files of every kind, layouts, splits and batches, and the truth of synthetic talkers."""
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -281,6 +282,7 @@ def test_a_video_written_in_blocks_is_the_same_and_a_failing_writer_leaves_nothi
 
 def test_an_output_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "unmounted").symlink_to(tmp_path / "nothing")
 
     def work():
         raise AssertionError("nothing should be asked of the writer")
@@ -291,13 +293,14 @@ def test_an_output_is_refused_before_the_work(tmp_path):
         (tmp_path / "t.gif", "must end in .mp4"),
         (tmp_path / "t", "must end in"),
         (tmp_path / "file" / "t.mp4", "cannot be written"),
+        (tmp_path / "unmounted" / "t.mp4", "cannot be written"),
     ):
         with pytest.raises(ValueError, match=words):
             data.check_output(path)
         with pytest.raises(ValueError, match=words):
             data.write_video(path, work())
     data.check_output(tmp_path / "new folder" / "T.MP4")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "unmounted"]
 
 
 def sound_offset(path, audio):
@@ -588,7 +591,7 @@ def test_crop_keeps_the_middle_of_clips_and_pictures_alike(tmp_path):
     frames = np.zeros((12, 64, 64, 3), np.uint8)
     frames[..., 2] = 255
     frames[:, 16:48, 16:48] = (255, 0, 0)
-    data.write_video(tmp_path / "anna" / "1.mp4", frames, tone(12), crf=1)
+    data.write_video(tmp_path / "anna" / "1.mp4", frames.transpose(0, 3, 1, 2), tone(12), crf=1)
     Image.fromarray(frames[0]).resize((96, 96), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     for crop, blue in ((1.0, 192), (0.5, 0)):
         picture = data.read_image(tmp_path / "a.png", 16, crop)
@@ -1020,6 +1023,19 @@ def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores(monkeypat
 def test_a_full_disk_is_not_taken_for_the_end_of_a_file(tmp_path, one_clip):
     with pytest.raises(OSError, match="ffmpeg was stopped: No space left"):
         data.decode_video(one_clip, 32, 1.0, "/dev/full")
+
+
+def test_a_full_disk_for_temporary_files_does_not_cost_the_clip(one_clip, monkeypatch):
+    class Full(io.FileIO):
+        def __init__(self):
+            super().__init__("/dev/full", "w")
+
+        def read(self):
+            return b""
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    streams = data.probe(one_clip)
+    assert streams.video and streams.sounds
 
 
 def test_of_a_full_disk_it_is_said_which(tmp_path):

@@ -409,7 +409,7 @@ def test_a_finished_run_speaks_on_the_gpu(runs, config, tmp_path, monkeypatch):
         return np.concatenate(spoken)
 
     ours, theirs = on_both(speak)
-    assert ours.shape == (20, 32, 32, 3) and np.array_equal(ours, theirs)
+    assert ours.shape == (20, 3, 32, 32) and np.array_equal(ours, theirs)
 
 
 def test_a_person_gets_an_own_adapter_on_the_gpu(runs, config, tmp_path, monkeypatch, capsys):

@@ -350,6 +350,20 @@ def test_local_training_lowers_the_loss_and_is_reproducible():
     assert fed.unexplained_variance(model, batch, 0).mean() < before
 
 
+def test_dropout_follows_from_the_clients_seed_alone():
+    """Else a resumed run, or another number of workers, would train other adapters."""
+    model = small_model().requires_grad_(False)
+    lora.inject_lora(model.unet, 2, 4.0, 0.5, "AB")
+    start = lora.adapter_vector(model.eval()) + 0.1
+    kwargs = {"num_steps": 2, "lr": 0.05, "batch_size": 2, "loss_weights": NO_JUDGES}
+    trained = []
+    for state_of_the_process in (0, 1):
+        torch.manual_seed(state_of_the_process)
+        adapter, _ = fed.train_adapter(model, None, NoiseClient("a", 4), start, 7, **kwargs)
+        trained.append(adapter)
+    assert torch.equal(*trained)
+
+
 def test_the_number_of_local_steps_follows_the_clients_samples(monkeypatch):
     model = adapted_model()
     calls = []
@@ -635,6 +649,19 @@ def test_scaffolds_c_is_the_mean_of_all_c_i_though_updates_are_clipped(
         assert float((state["adapter"] - optimum).abs().max()) < 0.02
 
 
+def test_scaffolds_c_is_the_mean_of_all_c_i_though_clients_drop_out(monkeypatch, tmp_path):
+    """What a client that dropped out would have added to its c_i, the server has not added to c."""
+    folder = tmp_path / "clients"
+    clients = [QuadraticClient(f"c{i}", 1.0, float(i), folder) for i in range(10)]
+    settings = ["fed.algorithm=scaffold", "fed.rounds=20", "fed.dropout_rate=0.3"]
+    settings += ["privacy.clip_norm=100.0", "privacy.survivor_share=0.7"]
+    state, records = run_rounds(monkeypatch, tmp_path, clients, 0.0, settings, scaffold=True)
+    survivors = {record["survivors"] for record in records}
+    assert 0 in survivors and survivors & {7, 8, 9}  # rounds were aborted, others lost clients
+    mean = sum(client.load_control(20) for client in clients) / 10
+    assert torch.allclose(state["control"], mean, atol=1e-4)
+
+
 def test_a_killed_rounds_c_i_is_forgotten_if_the_client_then_fails(monkeypatch, tmp_path):
     clients = quadratic_clients(tmp_path / "clients")
     zeros = torch.zeros(4)
@@ -643,6 +670,16 @@ def test_a_killed_rounds_c_i_is_forgotten_if_the_client_then_fails(monkeypatch, 
     settings = ["fed.algorithm=scaffold", "fed.rounds=1", "privacy.clip_norm=100.0"]
     run_rounds(monkeypatch, tmp_path, clients, 1.0, settings, scaffold=True)
     assert torch.equal(clients[0].load_control(1), torch.zeros(4))
+
+
+def test_scaffolds_c_moves_by_the_sum_over_n_however_small_the_noisy_weights(monkeypatch, tmp_path):
+    """The mean divides by at least one client of full weight: so has the share of participants."""
+    decoded = np.arange(8.0), -0.5  # weights whose sum the noise has made negative
+    monkeypatch.setattr(privacy.Mechanism, "decode", lambda *args: decoded)
+    clients = quadratic_clients(tmp_path / "clients")
+    settings = ["fed.algorithm=scaffold", "fed.rounds=1", "privacy.noise_multiplier=1.0"]
+    state, _ = run_rounds(monkeypatch, tmp_path, clients, 1.0, settings, scaffold=True)
+    assert torch.allclose(state["control"], torch.arange(4.0, 8.0) / 3)
 
 
 def test_scaffolds_control_variates_are_the_same_in_every_process(tmp_path):
@@ -795,6 +832,18 @@ def test_a_client_that_fails_costs_its_own_update_only(monkeypatch, tmp_path):
         run_rounds(monkeypatch, tmp_path / "c", clients[1:2] * 2, 1.0, settings)
 
 
+@pytest.mark.parametrize("r", [math.nan, 1.01, -0.01])
+def test_a_client_whose_reliability_is_no_share_fails_alone(r, monkeypatch, tmp_path):
+    """Its weight would be refused in `encode`, and the end of the run would tell of its clips."""
+    use_sgd(monkeypatch)
+    shares = iter([r, 1.0, 1.0])
+    monkeypatch.setattr(fed, "reliability", lambda *args, **kwargs: next(shares))
+    settings = ["fed.rounds=1", "privacy.clip_norm=100.0", "fed.gamma=0.5"]
+    _, records = run_rounds(monkeypatch, tmp_path, quadratic_clients(), 1.0, settings)
+    assert records[0]["simulation"]["failures"] == [f"c0: a reliability is in [0, 1], not {r}"]
+    assert records[0]["survivors"] == 3 and records[0]["weight_sum"] == pytest.approx(2, abs=1e-3)
+
+
 @pytest.mark.parametrize("private", ["true", "false"])
 def test_a_cohort_that_fails_costs_its_own_round_only(monkeypatch, tmp_path, private):
     use_sgd(monkeypatch)
@@ -867,6 +916,23 @@ def test_an_interrupted_round_stays_spent_and_is_repeated(monkeypatch, tmp_path)
     assert saved["round"] == 0 and sum(row[2] for row in saved["accountant"]) == 1
 
 
+class FollowingWorkers(fed.Workers):
+    """A worker of rank 1 that is sent what rank 0 has decoded."""
+
+    def broadcast(self, value):
+        is_decoded = isinstance(value, tuple)
+        return (np.full(4, 0.25), 3.0) if is_decoded else value
+
+
+def test_all_workers_take_the_servers_noise_from_rank_0(monkeypatch, tmp_path):
+    """Where clients drop out, the server's noise is drawn anew in every process."""
+    monkeypatch.setattr(fed, "Workers", FollowingWorkers)
+    settings = ["fed.rounds=1", "privacy.noise_multiplier=1.0"]
+    state, records = run_rounds(monkeypatch, tmp_path, quadratic_clients(), 1.0, settings)
+    assert torch.equal(state["adapter"], torch.full((4,), 1.25))
+    assert records[0]["weight_sum"] == 3.0
+
+
 # ---------------------------------------------------------------- seeds and workers
 
 
@@ -886,6 +952,15 @@ def test_work_is_divided_evenly_and_completely():
         assigned.append(workers.assign(costs))
     assert sorted(i for own in assigned for i in own) == list(range(6))
     assert [sum(costs[i] for i in own) for own in assigned] == [8, 6, 6]
+
+
+def test_what_is_merged_is_in_the_order_of_its_keys():
+    """`assign` begins with the largest client: a sum must not depend on who simulates it."""
+    assert list(fed.Workers().merge({2: "c", 0: "a", 1: "b"}).items()) == [
+        (0, "a"),
+        (1, "b"),
+        (2, "c"),
+    ]
 
 
 def test_dropouts_are_as_many_as_said_and_spread_over_the_stages():
@@ -936,6 +1011,29 @@ def test_identity_is_the_similarity_to_the_reference():
     own = judges.identity(data.to_unit(frames))
     expected = float((own @ judges.identity(data.to_unit(batch["reference"]))[0]).mean())
     assert 0 < expected < 0.999 and found == pytest.approx(expected, rel=1e-4)
+
+
+class Strangers:
+    """Judges that find in every generated face the opposite of the reference, or a little more than
+    the same, as rounding may.
+    """
+
+    def __init__(self, cosine):
+        self.cosine = cosine
+
+    def identity(self, frames):
+        cosine = self.cosine if len(frames) > 1 else 1.0  # of one picture, the reference
+        return torch.tensor([[cosine, 0.0]]).expand(len(frames), 2)
+
+
+@pytest.mark.parametrize("cosine, expected", [(-0.5, 0.0), (1 + 1e-6, 1.0)])
+def test_a_reliability_is_a_share_whatever_the_cosine(cosine, expected):
+    """A weight above 1 is refused where it is encoded, which would end the run."""
+    model = adapted_model()
+    batch = random_batch(model, 1, 6, 0)
+    rating = {"alpha": 1.0, "public_jitter": 1.0, **SAMPLING}
+    r = fed.reliability(model, Strangers(cosine), batch, 0, **rating)
+    assert r == expected and 0 <= fed.isfa_weight(10, r, 0.5, 10) <= 1
 
 
 def test_noise_levels_are_stratified_and_conditions_dropped_independently():

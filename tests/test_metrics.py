@@ -22,6 +22,7 @@ from scipy.linalg import sqrtm
 import data
 import metrics
 import study
+import train
 
 
 def noise(*shape, seed=0):
@@ -261,6 +262,16 @@ def test_the_study_renews_a_table_and_keeps_the_words_below_it():
     renewed = study.update_page(page, "a", ["## a", "", "| 4 |"])
     assert renewed == "# Study\n\n## a\n\n| 4 |\n\nWords.\n\n## b\n\n| 3 |\n"
     assert study.update_page(page, "c", ["## c", "", "| 5 |"]) == page + "\n## c\n\n| 5 |\n"
+
+
+def test_the_studys_settings_win_in_every_cell():
+    settings = ["personal.clients=5", "personal.steps=3"]
+    for table in study.make_tables().values():
+        for cell in table.cells:
+            overrides, _ = study.describe_run(cell, 0, settings)
+            config = train.load_config(train.DEFAULTS, cell.presets, overrides)
+            assert config["personal"]["clients"] == 5, cell
+            assert config["personal"]["steps"] == 3, cell
 
 
 def test_the_study_draws_in_blue_what_differs_from_0():
@@ -1358,6 +1369,19 @@ def test_the_list_of_metrics_is_a_markdown_table(capsys):
     assert lines[0] == "| metric | network | file | crop | resize | fps | least |"
     assert len(lines) == len(metrics.METRICS) + 2
     assert all(line.count("|") == 8 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["real", "fake", "--weights", "--judges", "--json", "--device"])
+def test_an_empty_argument_is_named(name, tmp_path, capsys):
+    save_picture(tmp_path / "a.png")
+    folders = {"real": str(tmp_path), "fake": str(tmp_path)}
+    arguments = [*folders.values(), name, ""]
+    if name in folders:
+        arguments = (folders | {name: ""}).values()
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([*arguments])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {name} is empty\n"
 
 
 def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):

@@ -379,6 +379,12 @@ def test_the_noise_that_curious_clients_do_not_know_covers_the_sensitivity():
                 m.decode(total, p, m.min_survivors(p) - 1)
 
 
+def test_no_more_survivors_are_needed_than_the_share_says():
+    """0.55 * 100 is 55.00000000000001 in floating point, which does not ask for 56."""
+    for share, p, needed in ((0.55, 100, 55), (0.8, 15, 12), (0.8, 16, 13)):
+        assert mechanism(survivor_share=share, num_clients=200).min_survivors(p) == needed
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_noise_does_not_tell_whether_a_client_takes_part(seed):
     """Forty coin tosses, as in the audit's experiment, where all 40 guesses were right."""
@@ -462,6 +468,7 @@ def test_the_mean_is_weighted_and_clipped():
         dict(noise_multiplier=1e9),  # overflows 32 bits
         dict(num_clients=2**31),
         dict(num_clients=10**8),  # too coarse for the noise
+        dict(num_clients=10**6),  # 2.7 steps of noise a client, 4 are needed
         dict(weight_scale=0),
         dict(min_weight=0),
         dict(survivor_share=0.5),
@@ -1289,6 +1296,8 @@ def write_run(folder, log=None, spent=3, state=None, **claims):
     train.save_checkpoint(folder / "last.pt", "global adapter", state)
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (folder / "report.json").write_text(json.dumps({"privacy": report}))
+    people = {"clients": {f"client {i}": [] for i in everybody}}
+    (folder / "people.json").write_text(json.dumps(people))
     return log
 
 
@@ -1364,12 +1373,32 @@ def test_a_report_that_does_not_follow_is_refused(tmp_path):
             pytest.fail(name)
 
 
+def test_a_report_of_more_clients_than_the_run_had_is_refused(tmp_path):
+    """Of 1,000 clients, 20 in each of 3 rounds would be others each time, at half the epsilon."""
+    m = mechanism(noise_multiplier=4.0, length=1232, num_clients=1000)
+    accountant = privacy.Accountant([[1.0, 4.0, 3]])
+    cohorts = [privacy.draw_cohort(1000, 0.02, bytes(32), r, True) for r in range(3)]
+    report = privacy.privacy_report(m, accountant, 1e-5, cohorts)
+    assert report["epsilon"] < 0.6 * privacy.gaussian_epsilon(4 / math.sqrt(3), 1e-5)
+    write_run(tmp_path, **report)
+    with pytest.raises(ValueError, match="1000 clients, not 20"):
+        privacy.verify_run(tmp_path)
+
+
 def test_a_checkpoint_that_was_changed_is_refused(tmp_path):
     write_run(tmp_path)
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     content["state"]["adapter"] += 1
     torch.save(content, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="last.pt is damaged"):
+        privacy.verify_run(tmp_path)
+
+
+def test_vectors_of_clients_beside_the_state_are_found_in_a_run(tmp_path):
+    write_run(tmp_path)
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(content | {"uploads": torch.zeros(3, 1232)}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="single clients: 'uploads'"):
         privacy.verify_run(tmp_path)
 
 

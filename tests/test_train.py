@@ -1262,6 +1262,26 @@ def test_training_that_diverges_is_one_line(finished, capsys):
     assert "lower backbone.lr" in last_line(capsys, "--set", *settings)
 
 
+def test_all_workers_draw_the_cohorts_with_the_key_of_rank_0(finished, monkeypatch, capsys):
+    """A new run's key is random: each worker that reads the state draws another."""
+    folder, _ = finished
+    keys = []
+
+    def follow(workers, value):  # as a worker of rank 1, which is sent what rank 0 has
+        is_state = isinstance(value, dict) and "sampling_key" in value
+        return value | {"sampling_key": "11" * 32} if is_state else value
+
+    def stop(config, model, judges, clients, state, *args):
+        keys.append(state["sampling_key"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fed.Workers, "broadcast", follow)
+    monkeypatch.setattr(train, "federate", stop)
+    settings = [*TINY, *places(folder), "name=followed"]
+    assert "interrupted" in last_line(capsys, "--set", *settings)
+    assert keys == ["11" * 32]
+
+
 @pytest.mark.parametrize("killed_in", ["log_round", "summarize_round"])
 def test_a_first_round_in_the_clear_that_is_killed_is_done_again(
     killed_in, finished, tmp_path, monkeypatch, capsys
@@ -1287,6 +1307,16 @@ def test_a_first_round_in_the_clear_that_is_killed_is_done_again(
     assert state["sampling_key"] == key and state["round"] == len(read_rounds(run)) == 1
 
 
+def test_a_run_without_rounds_can_be_used(finished, tmp_path):
+    folder, _ = finished
+    settings = [*TINY, *places(folder), "name=roundless", "fed.rounds=0", "personal.steps=0"]
+    train.main(["--gpus", "cpu", "--set", *settings])
+    run = next((folder / "runs").glob("*-roundless"))
+    assert train.load_checkpoint(run / "last.pt", "global adapter")["round"] == 0
+    train.main(["--gpus", "cpu", "--action", "evaluate", "--resume", str(run)])
+    assert privacy.verify_run(run)["epsilon"] == 0
+
+
 def test_a_personal_adapter_that_diverged_replaces_none(finished, tmp_path, capsys):
     folder, run = finished
     copied = copy_run(run, tmp_path)
@@ -1306,13 +1336,33 @@ def test_a_personal_adapter_that_diverged_replaces_none(finished, tmp_path, caps
     assert output.read_bytes() == before
 
 
-def test_an_adapter_that_begins_on_noise_has_not_diverged():
-    """Of a global adapter that noise has drowned the report tells, not personal.lr."""
-    train.check_converged(200.0, 1900.0, "a")
-    train.check_converged(float("nan"), 9.0, "a")
+@pytest.mark.parametrize("change", ["steps=2", "lr=0.001", "batch_size=3"])
+def test_personal_adapters_are_trained_anew_with_other_settings(
+    change, finished, monkeypatch, capsys
+):
+    _, run = finished
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_personal", stop)
+    error = last_line(capsys, "--resume", str(run), "--set", f"personal.{change}")
+    assert "interrupted" in error
+
+
+def test_an_adapter_that_begins_on_noise_has_not_diverged(monkeypatch):
+    """A global adapter that noise has drowned is the report's matter, not personal.lr's."""
+    monkeypatch.setattr(train, "merged_copy", lambda model, share: share)
+    monkeypatch.setattr(fed, "unexplained_variance", lambda share, *_: torch.tensor([share]))
+
+    def check(before, after):
+        return train.check_converged(None, before, after, None, "a")
+
+    assert check(200.0, 1900.0) == (200.0, 1900.0)
+    check(float("nan"), 9.0)
     for before, after in ((0.7, 11.0), (200.0, 2100.0), (0.7, float("nan"))):
         with pytest.raises(ValueError, match="a's adapter diverged"):
-            train.check_converged(before, after, "a")
+            check(before, after)
 
 
 def test_runs_that_begin_in_the_same_second_have_a_folder_each(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_silence_is_found_in_the_frame_of_its_sound():
 def test_without_a_face_nothing_is_compared():
     pytest.importorskip("dlib")
     pytest.importorskip("face_recognition_models")
-    seen = witness.trace(np.full((3, 120, 160, 3), 90, np.uint8))
+    seen = witness.trace(np.full((3, 3, 120, 160), 90, np.uint8))
     assert seen["found"] == 0 and np.isnan(seen["mouth"]).all() and seen["mouth"].shape == (3,)
     with pytest.raises(ValueError, match="less than two frames"):
         witness.compare(seen, seen, np.ones(3, bool))

@@ -152,7 +152,7 @@ def test_two_workers_one_of_them_killed_make_the_same_run_as_one(
         assert torch.equal(*own)
     shutil.rmtree(two / "clients")
     error = fails(capsys, "--resume", str(two), "--set", "fed.rounds=3")
-    assert "clients: lost or not shared, and with it the clients' c_i" in error
+    assert "client-000.pt: lost or damaged, and with it the client's c_i" in error
 
 
 def test_two_machines_that_share_no_disk_make_the_run_of_one_process(

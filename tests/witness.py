@@ -47,7 +47,7 @@ def load_dlib():
 
 
 def trace(frames):
-    """Return what is seen in frames uint8 [f h w 3], NaN where no face is found.
+    """Return what is seen in frames uint8 [f 3 h w], NaN where no face is found.
 
     {"mouth" [f]: gap of the inner lips over face height, "eyes" [f]: height over width,
     "head" [f 3]: x and y of the nose in face heights and roll in radians, "identity" [128]: mean
@@ -56,6 +56,7 @@ def trace(frames):
     import dlib
 
     detector, predictor, embedder = load_dlib()
+    frames = frames.transpose(0, 2, 3, 1)  # f h w 3
     scale = max(1, SIZE / frames.shape[2])
     size = round(frames.shape[2] * scale), round(frames.shape[1] * scale)
     resample = Image.Resampling.BICUBIC
@@ -155,7 +156,7 @@ def main(argv=None):
     parser.add_argument("truth", type=Path, help="a video, or a folder of strips of panels")
     parser.add_argument("fake", type=Path, nargs="?", help="a video")
     args = parser.parse_args(argv)
-    pairs = []  # name, frames of the truth and of the fake [f h w 3], audio
+    pairs = []  # name, frames of the truth and of the fake [f 3 h w], audio
     try:
         if args.fake:
             true_frames, audio = data.read_video(args.truth)
@@ -171,7 +172,7 @@ def main(argv=None):
             raise ValueError(f"{args.truth}: no .mp4 there")
         for name, true_frames, frames, audio in pairs:
             num = min(len(true_frames), len(frames))
-            traces = [trace(side[:num].transpose(0, 2, 3, 1)) for side in (true_frames, frames)]
+            traces = [trace(side[:num]) for side in (true_frames, frames)]
             scores = compare(*traces, find_silence(audio, num))
             print(f"{name}:", ", ".join(f"{key} {value:.3f}" for key, value in scores.items()))
     except (ValueError, OSError, ImportError) as error:

@@ -1,8 +1,12 @@
 """Tests import the modules beside `tests/` and run on one thread, so that figures don't depend on the machine."""
 
+import copy
 import os
 import sys
 from pathlib import Path
+from unittest import mock
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Read when torch is first imported, which is not here: the process that hands out the tests of
@@ -20,3 +24,18 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def defaults_read_once():
+    """PyYAML takes 25 ms for config.yaml, which hundreds of tests load."""
+    import train
+
+    real = train.read_yaml
+    defaults = real(train.DEFAULTS)
+
+    def read_once(path):
+        return copy.deepcopy(defaults) if path == train.DEFAULTS else real(path)
+
+    with mock.patch.object(train, "read_yaml", read_once):
+        yield

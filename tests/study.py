@@ -429,17 +429,18 @@ def draw_differences(reference, differences):
 
 
 def update_page(page, name, lines):
-    """Return a page with `lines` as the section `name`: they replace what it says down to the end of
-    its last table, and the words below that stay.
+    """Return a page with `lines` as the section `name`: they replace as many of its paragraphs as
+    they have, and the words below these stay.
     """
     head, *sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
-    new = "\n".join(lines) + "\n"
+    new = "\n".join(lines)
+    num_paragraphs = len(new.split("\n\n"))
     for i, section in enumerate(sections):
         if section.startswith(f"## {name}\n"):
-            words = section.rpartition("|\n")[2]
-            sections[i] = new + words
+            words = section.split("\n\n", num_paragraphs)[num_paragraphs:]
+            sections[i] = "\n\n".join([new, *words]) if words else new + "\n"
             return head + "".join(sections)
-    return page.rstrip("\n") + "\n\n" + new
+    return page.rstrip("\n") + "\n\n" + new + "\n"
 
 
 def main():

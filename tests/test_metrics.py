@@ -257,10 +257,12 @@ def test_crossed_interval_covers_the_truth(seed_std, person_std):
 
 
 def test_the_study_renews_a_table_and_keeps_the_words_below_it():
-    page = "# Study\n\n## a\n\n| 1 |\n\nMinus x:\n\n| 2 |\n\nWords.\n\n## b\n\n| 3 |\n"
-    renewed = study.update_page(page, "a", ["## a", "", "| 4 |"])
-    assert renewed == "# Study\n\n## a\n\n| 4 |\n\nWords.\n\n## b\n\n| 3 |\n"
-    assert study.update_page(page, "c", ["## c", "", "| 5 |"]) == page + "\n## c\n\n| 5 |\n"
+    words = "Words.\n\n| a table of theirs |\n\nMore words.\n"
+    page = f"# Study\n\n## a\n\n| 1 |\n\nMinus x:\n\n| 2 |\n\n{words}\n## b\n\n| 3 |\n"
+    renewed = study.update_page(page, "a", ["## a", "", "| 4 |", "", "Minus y:", "", "| 5 |"])
+    assert renewed == page.replace("1", "4").replace("x", "y").replace("2", "5")
+    assert study.update_page(page, "b", ["## b", "", "| 6 |"]) == page.replace("3", "6")
+    assert study.update_page(page, "c", ["## c", "", "| 7 |"]) == page + "\n## c\n\n| 7 |\n"
 
 
 def test_the_studys_settings_win_in_every_cell():

@@ -1773,6 +1773,8 @@ def main(argv=None):
         if value == "":  # as an unset variable of a script is
             positional = name in ("real", "fake")
             parser.error(f"{name if positional else '--' + name} is empty")
+    if args.list and (args.real or args.judges or args.json):
+        parser.error("--list compares nothing: only --weights goes with it")
     with data.errors_in_one_line():
         networks, sources = load_standard(args.weights)
         if args.list:

@@ -1384,6 +1384,14 @@ def test_an_empty_argument_is_named(name, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {name} is empty\n"
 
 
+@pytest.mark.parametrize("arguments", [["a", "b"], ["--judges", "a.pt"], ["--json", "a.json"]])
+def test_the_list_of_metrics_takes_no_arguments_that_it_would_ignore(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        metrics.main(["--list", *arguments])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --list compares nothing: only --weights goes with it\n"
+
+
 def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):
     for name in ("empty", "weights", "broken"):
         (tmp_path / name).mkdir()

@@ -14,6 +14,7 @@ reference row, pair by pair (same person, same seed), which are drawn in tests/r
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -241,15 +242,18 @@ def run_cell(cell, seed, args):
     return json.loads(found[-1].read_text())
 
 
-def run_ahead(cells, args):
-    """Run the cells of all seeds, --jobs at once; the first one alone, as it makes the backbone."""
+def start_runs(cells, args, pool):
+    """Return {name of a run: Future} of the cells of all seeds, which run in the pool; the first
+    one is run alone before, as it makes the backbone.
+    """
     run_cell(cells[0], 0, args)
     runs = {}
     for seed in range(args.seeds):
-        for cell in cells:  # several rows of the tables may be of one run
-            runs[describe_run(cell, seed, args.set)[1]] = cell, seed
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: run_cell(*run, args), runs.values()))  # raises what a cell raises
+        for cell in cells:
+            _, name = describe_run(cell, seed, args.set)
+            if name not in runs:  # several rows of the tables may be of one run
+                runs[name] = pool.submit(run_cell, cell, seed, args)
+    return runs
 
 
 def by_person(report, method, metric):
@@ -461,15 +465,22 @@ def main():
     # of the code that is about to run; hours later it may be another
     command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    run_ahead([cell for name in args.tables for cell in tables[name].cells], args)
     path = ROOT / "tests" / "results" / "study.md"
     pictures = path.with_suffix("")
     pictures.mkdir(exist_ok=True)
-    for name in args.tables:
-        lines, picture = make_table(name, tables[name], commit, args)
-        picture.quantize(32).save(pictures / picture_name(name))
-        print("\n".join(lines), end="\n\n")
-        path.write_text(update_page(path.read_text("utf-8"), name, lines), "utf-8")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = start_runs([cell for name in args.tables for cell in tables[name].cells], args, pool)
+        try:
+            for name in args.tables:  # each is written as soon as its runs have ended
+                for cell, seed in itertools.product(tables[name].cells, range(args.seeds)):
+                    runs[describe_run(cell, seed, args.set)[1]].result()  # raises what it raised
+                lines, picture = make_table(name, tables[name], commit, args)
+                picture.quantize(32).save(pictures / picture_name(name))
+                print("\n".join(lines), end="\n\n")
+                path.write_text(update_page(path.read_text("utf-8"), name, lines), "utf-8")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

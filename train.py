@@ -1293,6 +1293,11 @@ def personal_model(config, model, adapter, directions):
     return add_adapter(config, merged_copy(model, adapter), directions, "personal")
 
 
+def personal_file(run, name):
+    """Return the path of a client's personal adapter in a run."""
+    return run / "personal" / f"{data.short_name(name)}.pt"
+
+
 def train_personal(model, judges, client, start, seed, **kwargs):
     """Return a personal adapter [d], trained on a client's own clips from `start` [d] and mixed
     with `start` (Deng et al. 2020, APFL; Wortsman et al. 2022, WiSE-FT); kwargs as
@@ -1314,8 +1319,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     recipe = {key: kwargs[key] for key in ("num_steps", "lr", "batch_size", "loss_weights")}
     recipe["mixing_coefficient"] = MIXING_COEFFICIENT
     made_by = {"description": describe_personal(config, state), "training": checksum(recipe)}
-    folder = run / "personal"
-    paths = {client.name: folder / f"{data.short_name(client.name)}.pt" for client in clients}
+    paths = {client.name: personal_file(run, client.name) for client in clients}
     finished = {}
     for name, path in paths.items():
         if workers.rank == 0 and path.exists():
@@ -2075,24 +2079,33 @@ def check_people(run, people):
         roles[role] = {}
         for name, own in members.items():
             roles[role][name] = [[clip.name, os.path.getsize(clip.path)] for clip in own]
-    if not path.exists():
-        if (run / "last.pt").exists():
-            raise ValueError(f"{path}: lost: who was a client is not known any more")
+    if not path.exists() and not (run / "last.pt").exists():
         write_text(path, json.dumps(roles))
         return
-    try:
-        before = json.loads(path.read_text())
-        changed = {
-            name
-            for role in roles
-            for name in roles[role] | before[role]
-            if roles[role].get(name) != before[role].get(name)
-        }
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path}: damaged: who was a client is not known any more") from None
+    before = read_people(run)
+    changed = {
+        name
+        for role in roles
+        for name in roles[role] | before[role]
+        if roles[role].get(name) != before[role].get(name)
+    }
     if changed:
         names = ", ".join(sorted(changed)[:5])
         raise ValueError(f"--resume: the clips or the role of {names} have changed ({path})")
+
+
+def read_people(run):
+    """Return the people of a run, {role: {name: clips}}; raises ValueError if people.json is lost or
+    damaged.
+    """
+    path = run / "people.json"
+    try:
+        roles = json.loads(path.read_text())
+        return {role: dict(roles[role]) for role in data.People._fields}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: lost: who was a client is not known any more") from None
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path}: damaged: who was a client is not known any more") from None
 
 
 def configure(args):
@@ -2123,10 +2136,10 @@ def configure(args):
             raise ValueError(f"--resume {run}: no {name} there: the run has not come that far")
     if args.action == "evaluate":
         num_rounds = load_checkpoint(run / "last.pt", "global adapter")["round"]
-        num_adapters = min(config["personal"]["clients"], config["data"]["clients"])
-        if not config["personal"]["steps"]:
-            num_adapters = 0
-        lost = num_adapters > len(list((run / "personal").glob("*.pt")))
+        lost = False
+        if config["personal"]["steps"]:
+            clients = list(read_people(run)["clients"])[: config["personal"]["clients"]]
+            lost = not all(personal_file(run, name).exists() for name in clients)
         changed = config["personal"] != own["personal"] or num_rounds != config["fed"]["rounds"]
         if lost or changed:
             raise ValueError("--action evaluate trains nothing: continue with --resume alone")

@@ -1256,6 +1256,18 @@ def test_settings_are_kept_only_when_the_runs_files_are_whole(finished, tmp_path
     assert (copied / "config.yaml").read_bytes() == before
 
 
+def test_evaluating_does_not_train_a_lost_adapter_where_another_lies(finished, tmp_path, capsys):
+    _, run = finished
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / "personal" / "client-001.pt").rename(copied / "personal" / "me.pt")
+    assert "evaluate trains nothing" in last_line(
+        capsys, "--action", "evaluate", "--resume", str(copied)
+    )
+    assert not (copied / "personal" / "client-001.pt").exists()
+    assert (copied / "report.json").exists()
+
+
 def test_training_that_diverges_is_one_line(finished, capsys):
     folder, _ = finished
     settings = [*TINY, *places(folder), "name=diverged", "backbone.lr=1e9", "backbone.steps=20"]

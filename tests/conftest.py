@@ -1,6 +1,7 @@
 """Tests import the modules beside `tests/` and run on one thread, so that figures don't depend on the machine."""
 
 import copy
+import gc
 import os
 import sys
 from pathlib import Path
@@ -39,3 +40,7 @@ def defaults_read_once():
 
     with mock.patch.object(train, "read_yaml", read_once):
         yield
+
+
+def pytest_collection_finish():
+    gc.freeze()  # as `data.set_up_process` does

@@ -82,7 +82,8 @@ def die_with_parent(parent):
 
 def set_up_process():
     """Let SIGTERM and SIGHUP end this process as Ctrl-C does: half-written files are deleted. Print
-    letters that the terminal's encoding lacks as escapes. Search no garbage among what is imported.
+    letters that the terminal's encoding lacks as escapes. Exempt what is imported from garbage
+    collection.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it is closed, but tqdm needs one
@@ -91,7 +92,7 @@ def set_up_process():
     for kind in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(kind) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(kind, signal.default_int_handler)
-    gc.freeze()  # torch's 300,000 objects: at the end alone, searching them would take a second
+    gc.freeze()  # to search torch's 300,000 objects once more at the end would take a second
 
 
 def refuse(message):

@@ -1225,7 +1225,7 @@ def verify_run(folder):
             raise ValueError("report.json gives an epsilon for a run that is not private.")
         return claimed
     mechanism = Mechanism(**{setting.name: claimed[setting.name] for setting in fields(Mechanism)})
-    num_clients = len(json.loads((folder / "people.json").read_text())["clients"])
+    num_clients = len(train.read_people(folder)["clients"])
     if mechanism.num_clients != num_clients:
         raise ValueError(f"report.json: {mechanism.num_clients} clients, not {num_clients}.")
     checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)

@@ -88,7 +88,7 @@ RANGES = {
     "sampling.num_steps": (1, 1000),
     "sampling.guidance": (0, 100),
     "sampling.window": (2 * talking.KNOWN_FRAMES, 1000),
-    "evaluate.num_frames": (2, 1e9),  # jitter and mouth correlation need two
+    "evaluate.num_frames": (6, 1e9),  # two windows of the sync judges
 }
 CHOICES = {
     "fed.algorithm": ("isfa", "scaffold", "centralized"),

@@ -14,7 +14,6 @@ reference row, pair by pair (same person, same seed), which are drawn in tests/r
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -243,8 +242,8 @@ def run_cell(cell, seed, args):
 
 
 def start_runs(cells, args, pool):
-    """Return {name of a run: Future} of the cells of all seeds, which run in the pool; the first
-    one is run alone before, as it makes the backbone.
+    """Return {name of a run: Future of its report} for the cells of all seeds, which run in the
+    pool; the first one is run alone before, as it makes the backbone.
     """
     run_cell(cells[0], 0, args)
     runs = {}
@@ -353,15 +352,16 @@ def describe_cost(reports):
     return f"{len(runs)} runs, the median of {np.median(seconds) / 60:.1f} min ({device})"
 
 
-def make_table(name, table, commit, args):
+def make_table(name, table, commit, args, runs):
     """Return a table's section as lines of Markdown, values and differences to its first row, and
-    the picture of these, which the section shows.
+    the picture of these, which the section shows. Waits for those of the `runs` that it needs.
     """
     values = {}
     epsilons = {}
     all_reports = []
     for cell in table.cells:
-        reports = [run_cell(cell, seed, args) for seed in range(args.seeds)]
+        names = [describe_run(cell, seed, args.set)[1] for seed in range(args.seeds)]
+        reports = [runs[own].result() for own in names]  # raises what a run has raised
         all_reports += reports
         values[cell.label] = {metric: collect(reports, cell.method, metric) for metric in METRICS}
         epsilon = reports[0]["privacy"]["epsilon"]
@@ -468,19 +468,16 @@ def main():
     path = ROOT / "tests" / "results" / "study.md"
     pictures = path.with_suffix("")
     pictures.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         runs = start_runs([cell for name in args.tables for cell in tables[name].cells], args, pool)
-        try:
-            for name in args.tables:  # each is written as soon as its runs have ended
-                for cell, seed in itertools.product(tables[name].cells, range(args.seeds)):
-                    runs[describe_run(cell, seed, args.set)[1]].result()  # raises what it raised
-                lines, picture = make_table(name, tables[name], commit, args)
-                picture.quantize(32).save(pictures / picture_name(name))
-                print("\n".join(lines), end="\n\n")
-                path.write_text(update_page(path.read_text("utf-8"), name, lines), "utf-8")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for name in args.tables:
+            lines, picture = make_table(name, tables[name], commit, args, runs)
+            picture.quantize(32).save(pictures / picture_name(name))
+            print("\n".join(lines), end="\n\n")
+            path.write_text(update_page(path.read_text("utf-8"), name, lines), "utf-8")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -1389,7 +1389,9 @@ def test_the_list_of_metrics_takes_no_arguments_that_it_would_ignore(arguments, 
     with pytest.raises(SystemExit) as stop:
         metrics.main(["--list", *arguments])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: --list compares nothing: only --weights goes with it\n"
+    assert (
+        capsys.readouterr().err == "error: --list compares nothing: only --weights goes with it\n"
+    )
 
 
 def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):

@@ -1296,7 +1296,7 @@ def write_run(folder, log=None, spent=3, state=None, **claims):
     train.save_checkpoint(folder / "last.pt", "global adapter", state)
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (folder / "report.json").write_text(json.dumps({"privacy": report}))
-    people = {"clients": {f"client {i}": [] for i in everybody}}
+    people = {"public": {}, "clients": {f"client {i}": [] for i in everybody}, "unseen": {}}
     (folder / "people.json").write_text(json.dumps(people))
     return log
 

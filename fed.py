@@ -393,7 +393,8 @@ def train_adapter(
                     optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
                     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 else:
-                    # Option II needs phi_k - g = -lr sum of the K steps: no clipping or momentum.
+                    # Option II: phi_k - g is -lr times the sum of the K gradients, so there is no
+                    # clipping and no momentum.
                     for parameter, piece in zip(parameters, corrections):
                         parameter.grad += piece
                 optimizer.step()
@@ -469,9 +470,9 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
     """Return r = alpha ID + (1 - alpha) TS in [0, 1] of clips generated for a held-out batch, with
     the model's adapter.
 
-    `sampling` as in `TalkingHead.stream`. ID is the cosine similarity to the reference's identity
-    embedding. TS = exp(-max(0, jitter / public_jitter - 1)) is 1 for clips that flicker no more
-    than public people's.
+    `sampling` as in `TalkingHead.stream`. ID is the mean cosine similarity of the frames' identity
+    embeddings to the reference's, clamped to [0, 1]. TS = exp(-max(0, jitter / public_jitter - 1))
+    is 1 for clips that flicker no more than public people's.
     """
     generator = torch.Generator().manual_seed(seed)
     generated = model.generate(
@@ -492,8 +493,9 @@ def reliability(model, judges, batch, seed, *, alpha, public_jitter, **sampling)
 
 
 def isfa_weight(num_samples, reliability, gamma, cap):
-    """Return w = min(n, cap) / cap * exp(gamma (r - 1)) in [0, 1]: ISFA's n exp(gamma r), bounded.
-    gamma = 0 is FedAvg. Raises ValueError for a reliability outside of [0, 1].
+    """Return w = min(n, cap) / cap * exp(gamma (r - 1)) in [0, 1]: ISFA's n exp(gamma r) with n
+    capped, divided by the largest possible value. gamma = 0 is FedAvg. Raises ValueError for a
+    reliability outside of [0, 1].
     """
     if not 0 <= reliability <= 1:  # or NaN; the weight would be refused where it is encoded
         raise ValueError(f"a reliability is in [0, 1], not {reliability}")
@@ -522,7 +524,8 @@ def plain_mean(uploads, dropouts):
     """Return the weighted mean of uploads {place in the cohort: (update [d], weight)}, the sum of
     weights and the survivors, in the clear.
 
-    Raises AggregationAborted where nobody is left.
+    Clients that failed have weight 0 and are not counted as survivors. Raises AggregationAborted if
+    no client is left.
     """
     # A client that drops out before "unmask" has uploaded already: its upload counts, as in the
     # secure sum.

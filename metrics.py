@@ -696,10 +696,10 @@ def _find_file(folder, patterns):
 def load_standard(folder=""):
     """Return (networks, sources): the standard networks whose files lie in or below a folder.
 
-    `networks` {key of NETWORKS: module} is for `Evaluation`. `sources` holds for each metric
-    {"network": class, "weights": {file: SHA-256}}, or {"network": None, "reason": the files that it
-    needs}. Raises ValueError for a folder that does not exist and for a file that does not fit its
-    network.
+    `networks` {key of NETWORKS: module} is for `Evaluation`. `sources` holds for each metric of a
+    standard network {"network": class, "weights": {file: SHA-256}}, or {"network": None, "reason":
+    the files that it needs}. Raises ValueError for a folder that does not exist and for a file that
+    does not fit its network.
     """
     if folder and not Path(folder).is_dir():
         raise ValueError(f"no such folder of weights: {folder}")

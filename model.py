@@ -854,7 +854,7 @@ class TalkingHead(nn.Module):
         decoded = self.autoencoder.decode(latents + residual)
         with torch.no_grad():
             change = (decoded - without_residual).square().mean(1, keepdim=True)  # (b f) 1 H W
-            # Of 2 from black to white, a change of 0.2 covers two thirds (ablations.md).
+            # Black and white differ by 2: a change of 0.2 covers two thirds (ablations.md).
             covered = 1 - torch.exp(-box_blur(change) / 0.2**2)  # (b f) 1 H W, 0 to 1
             covered_details = covered * (warped - without_residual)
         frames = warped + decoded - without_residual - covered_details
@@ -906,10 +906,10 @@ class TalkingHead(nn.Module):
         alpha_bar).
 
         The squared error of x0 is divided by the clip's own power, so that calm clips count as much
-        as lively ones. (Power below a quarter of the prior's variance, as in some two fifths of the
-        windows of 8 frames, counts as a quarter: the calmest windows count for less.) The error is
-        also divided by 1 - alpha_bar (at least .05), which makes it the error of v (Salimans & Ho
-        2022). This is Eq. 6 divided by alpha_bar; Eq. 6 itself is always 0 in pure noise.
+        as lively ones. (Power below a quarter of the prior's variance, as in about two fifths of
+        the windows of 8 frames, counts as a quarter: the calmest windows count for less.) The error
+        is also divided by 1 - alpha_bar (at least .05), which makes it the error of v (Salimans &
+        Ho 2022). This is Eq. 6 divided by alpha_bar; Eq. 6 itself is always 0 in pure noise.
         """
         smallest_power = 0.25 * self.prior.mean_variance()
         power = self.weighted_power(x0).clamp(min=smallest_power)  # b

@@ -209,7 +209,8 @@ def find_noise_multiplier(target_epsilon, delta, sample_rate, rounds):
     """Return the least noise_multiplier, from 0.01 on, whose epsilon is at most target_epsilon.
 
     It is exact to 1e-5 relative. With sample_rate 1 the target also holds against an adversary who
-    knows the cohorts. Raises ValueError unless target_epsilon is above 0 and 1e5 reaches it.
+    knows the cohorts. Raises ValueError unless target_epsilon is finite, above 0 and reached by a
+    noise_multiplier of 1e5.
     """
     low = 1e-2
     high = 1e5
@@ -260,8 +261,8 @@ def most_participations(cohorts, num_spent=0):
 
 
 def likely_participations(num_clients, sample_rate, rounds):
-    """Return a number of rounds that, under Poisson sampling, no client exceeds with probability
-    0.99 (union bound).
+    """Return a number of rounds that, with a probability of at least 0.99, no client exceeds under
+    Poisson sampling (union bound).
     """
     return int(stats.binom.isf(0.01 / num_clients, rounds, sample_rate))
 

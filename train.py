@@ -461,7 +461,7 @@ def sample_frames(public, num_frames, generator):
 
 
 def warp_error(config, public, num_cells, generator):
-    """Return the square error [1 1 H W] of a warped reference picture, by place, relative to its
+    """Return the squared error [1 1 H W] of a warped reference picture, by place, relative to its
     mean over places: the median over public frames, in num_cells x num_cells cells, interpolated.
     """
     batch = data.sample_batch(public, 256, 1, generator, **training_views(config))
@@ -2095,8 +2095,8 @@ def check_people(run, people):
 
 
 def read_people(run):
-    """Return the people of a run, {role: {name: clips}}; raises ValueError if people.json is lost or
-    damaged.
+    """Return the people of a run, {role: {name: clips}}; raises ValueError if people.json is lost
+    or damaged.
     """
     path = run / "people.json"
     try:

@@ -7,8 +7,8 @@
 same adapter of 1,024 numbers: AdamW, its gradient clipped. Each system runs in processes of its
 own, one after another, once without privacy and once with all of secure sum and noise that it has.
 PrivFedTalk saves its state after each round and before each one with noise, pfl-research after each
-where it is "resumable", the others never. It writes tests/results/peers.md: the median of a round
-by the clock, the processor time of the whole run, and the largest memory of all its processes
+where it is "resumable", the others never. The script writes tests/results/peers.md: the median of a
+round by the clock, the processor time of the whole run, and the largest memory of all its processes
 together.
 """
 
@@ -277,7 +277,7 @@ def main():
         for name, title in packages.items()
         if importlib.util.find_spec(name)
     ]
-    lines = ["# Beside other simulators", "", __doc__.strip().split("\n\n", 2)[2], ""]
+    lines = ["# Compared with other simulators", "", __doc__.strip().split("\n\n", 2)[2], ""]
     lines += [f"{', '.join(versions)}; {os.cpu_count()} cores.", ""]
     lines += ["| system | privacy | ms a round | processor s | MiB |", "|---|---|---|---|---|"]
     for name, (function, private, privacy) in SYSTEMS.items():

@@ -1,4 +1,4 @@
-"""What a round costs beside the model's own work, and with how many clients it grows.
+"""What a round costs beyond the model's own work, and with how many clients it grows.
 
     python tests/bench_rounds.py [overhead] [cohort] [thousands]
 
@@ -6,8 +6,8 @@ overhead: ten clients, each with one step on a linear layer whose adapter has d 
 plain loop that takes the same steps: in the clear, and with the secure sum and noise. cohort: a
 small talking head, ISFA, secure sum and noise, ten clients in a round on average, of 12 and of
 1,000. thousands: the linear layer at d = 1,024 with secure sum and noise, ten clients in a round on
-average, of 1,000 and of 10,000. Times are seconds of one core that one process spends, in which it
-plays all clients and the server. The table goes to tests/results/rounds.md.
+average, of 1,000 and of 10,000. Times are processor times of one process on one core, which
+simulates all clients and the server. The table goes to tests/results/rounds.md.
 """
 
 import contextlib
@@ -152,9 +152,9 @@ def overhead():
             seconds["private"] += list(run_linear(7, d, 10)[0])
         ms = {name: 1e3 * np.median(values) for name, values in seconds.items()}
         yield f"plain loop of ten clients, d = {d:,}", f"{ms['plain']:.1f} ms"
-        yield "the same in the clear, beside the plain loop", f"{ms['clear'] - ms['plain']:.1f} ms"
+        yield "the same in the clear, minus the plain loop", f"{ms['clear'] - ms['plain']:.1f} ms"
         difference = ms["private"] - ms["clear"]
-        yield "secure sum and noise, beside that in the clear", f"{difference:.1f} ms"
+        yield "secure sum and noise, minus that in the clear", f"{difference:.1f} ms"
 
 
 def cohort():

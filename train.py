@@ -909,7 +909,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 update, terms = fed.local_update(model, judges, client, state, seed, **training)
                 r = 1.0
                 if f["gamma"]:
-                    # of phi_k, which local_update has left in the model
+                    # rates clips of phi_k, left in the model by local_update
                     batch = client.validation_batch(model)
                     r = fed.reliability(model, judges, batch, seed, **rating, **config["sampling"])
                 weight = fed.isfa_weight(client.num_samples, r, f["gamma"], f["sample_cap"])
@@ -937,12 +937,12 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
         except privacy.AggregationAborted as error:
             aborted = str(error)
 
-        # -- on the server, which every worker is; an aborted round leaves the adapter as it was
+        # -- on the server (run by every worker); an aborted round leaves the adapter as it was
         if survivors:
             # |S| / N of SCAFFOLD, without clients that failed; the noisy sum may be near 0
             participation = max(1.0, weight_sum) / len(participants)
             state = fed.server_update(state, mean, f["server_lr"], participation)
-        if "control" in state:  # c_i of updates that did not count go back
+        if "control" in state:  # undo the c_i of updates that did not count
             for i in uploads:
                 if i not in survivors or "failure" in diagnostics[i]:
                     participants[cohort[i]].undo_control(index + 1)

@@ -137,7 +137,8 @@ def backward(model, judges, batch, loss_weights, generator, micro_batch=0, bf16=
     """Set the parameters' gradients to that of Eq. 12 on a batch; return the value of each term.
 
     To save memory, `micro_batch` clips are processed at a time (0: all). Random numbers are drawn
-    for the whole batch, so that the gradient does not depend on micro_batch, up to rounding.
+    for the whole batch, so that the gradient does not depend on micro_batch, up to rounding and
+    dropout.
     """
     noise = draw_noise(model, batch, loss_weights, generator)
     num_clips = len(batch["motion"])

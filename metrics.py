@@ -101,7 +101,7 @@ def ssim(x, y):
     """Return the structural similarity of each frame, [... c h w] twice -> [...].
 
     Wang et al. 2004: Gaussian window of 11 x 11 pixels with sigma 1.5, valid region, population
-    covariance, mean over the channels. Raises ValueError for frames of less than 11 pixels.
+    covariance, mean over the channels. Raises ValueError for fewer than 11 pixels a side.
     """
     check_frames(x, y)
     if min(x.shape[-2:]) < 11:

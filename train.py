@@ -1063,8 +1063,9 @@ def load_or_initialize(config, model, backbone, run):
     """Return the state of the rounds: that in last.pt, or the one before round 0.
 
     It holds the global adapter [d], the number of rounds done, the accountant's history, the
-    sampling key and, for SCAFFOLD alone, c under the name "control". Raises ValueError for an
-    adapter of another backbone or shape, changed settings, or a lost last.pt.
+    sampling key, `description` and `settings`, which are checked here when a run is resumed, and,
+    for SCAFFOLD alone, c under the name "control". Raises ValueError for an adapter of another
+    backbone or shape, changed settings, or a lost last.pt.
     """
     description = adapter_shape(config, "lora") | {"origin": checksum(backbone["model"])}
     settings = checksum(fixed_settings(config))

@@ -115,7 +115,7 @@ def make_tables():
     epsilons_300 = [replace(cell, overrides=(*cell.overrides, *of_300)) for cell in epsilons]
 
     adapters = [plain, private]  # R, rank 6, the layer where speech enters
-    places = {"speech_in": "where speech enters", "speech": "layers that hear speech"}
+    places = {"speech_in": "where speech enters", "speech": "layers with speech inputs"}
     places[""] = "all layers"
     # clipped to about the norm of the updates that they give
     for layers, factors, rank, alpha, lr, clip_norm in (

@@ -28,7 +28,7 @@ import os
 import random
 import secrets
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -1206,15 +1206,16 @@ def privacy_report(mechanism, accountant, delta, cohorts):
 
 
 def verify_run(folder):
-    """Return the privacy section of a run's report, if it follows from the run's own record.
+    """Return the privacy section of a run's report as it follows from the run's own record.
 
-    Reads report.json; rounds.jsonl, one JSON object per line with round, cohort_size, sample_rate,
-    noise_multiplier and epsilon (against known cohorts, of all rounds so far); people.json, which
-    lists the clients; and last.pt, whose state holds adapter, round, accountant and sampling_key.
-    Raises ValueError for a damaged last.pt, for rounds that ran but were not spent, for vectors of
-    single clients in the checkpoint, and for a claim in the log or report that does not follow from
-    the record. The record holds the mechanism's noise and length; its other settings are taken from
-    the report. A report that claims no privacy is returned unchanged.
+    Reads report.json; config.yaml, whose settings must be those of which last.pt holds the
+    checksum; rounds.jsonl, one JSON object per line with round, cohort_size, survivors, aborted,
+    sample_rate, noise_multiplier and epsilon (against known cohorts, of all rounds so far);
+    people.json, which lists the clients; and last.pt, whose state holds adapter, round, accountant,
+    sampling_key and settings. Raises ValueError for a damaged last.pt, for rounds that ran but were
+    not spent, for vectors of single clients in the checkpoint, and for a claim in the log or report
+    that does not follow from the record. last.pt is believed: who rewrites it with its checksums
+    can claim anything. A report that claims no privacy is returned unchanged.
     """
     import torch  # the rest of this file does not need it
     import train  # not above, as it imports this file
@@ -1222,38 +1223,50 @@ def verify_run(folder):
     folder = Path(folder)
     claimed = json.loads((folder / "report.json").read_text())["privacy"]
     if not claimed["private"]:
-        if claimed.get("epsilon") is not None:
+        if any(claimed.get(name) is not None for name in ("epsilon", "epsilon_with_sampling")):
             raise ValueError("report.json gives an epsilon for a run that is not private.")
         return claimed
-    mechanism = Mechanism(**{setting.name: claimed[setting.name] for setting in fields(Mechanism)})
-    num_clients = len(train.read_people(folder)["clients"])
-    if mechanism.num_clients != num_clients:
-        raise ValueError(f"report.json: {mechanism.num_clients} clients, not {num_clients}.")
     checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     state = checkpoint.pop("state")
     if checkpoint["checksum"] != train.checksum(state):
         raise ValueError("last.pt is damaged: its checksum does not match.")
+    config = train.read_yaml(folder / "config.yaml")
+    if state["settings"] != train.checksum(train.fixed_settings(config)):
+        raise ValueError("config.yaml was changed since the run was made.")
+    people = train.read_people(folder)
+    for name in people["clients"].keys() & (people["public"] | people["unseen"]).keys():
+        raise ValueError(f"people.json: {name} is not only a client.")
+    num_clients = len(people["clients"])
+    if num_clients != config["data"]["clients"]:
+        raise ValueError(f"people.json: {num_clients} clients, not {config['data']['clients']}.")
+    length = len(state["adapter"])
     accountant = Accountant(state["accountant"])
+    mechanism = train.make_mechanism(config, length)
+    if mechanism is None:
+        raise ValueError("config.yaml: privacy is not enabled.")
     log = train.read_rounds(folder)
     if [row["round"] for row in log] != list(range(state["round"])):
         raise ValueError(f"rounds.jsonl does not list the {state['round']} rounds of last.pt.")
 
     logged = Accountant()
     ran = collections.Counter()
-    key = bytes.fromhex(state["sampling_key"])
-    cohorts = []
-    for row in log:
-        fixed = row["sample_rate"] == 1  # fixed cohorts are accounted at rate 1
-        rate = row["cohort_size"] / mechanism.num_clients if fixed else row["sample_rate"]
-        cohorts.append(draw_cohort(mechanism.num_clients, rate, key, row["round"], fixed))
-        if len(cohorts[-1]) != row["cohort_size"]:
-            raise ValueError(f"rounds.jsonl: the key draws other clients in round {row['round']}.")
+    key = state["sampling_key"]
+    cohorts = train.draw_cohorts(config, key, num_clients, state["round"])
+    for index, row in enumerate(log):
+        if row["cohort_size"] != len(cohorts[index]):
+            raise ValueError(f"rounds.jsonl: the key draws other clients in round {index}.")
+        if row["sample_rate"] != train.accounted_rate(config["fed"]):
+            raise ValueError(f"rounds.jsonl: round {index} has another sample_rate.")
+        needed = mechanism.min_survivors(row["cohort_size"])
+        if row["aborted"] is None and not needed <= row["survivors"] <= row["cohort_size"]:
+            raise ValueError(f"rounds.jsonl: the sum of round {index} should not be opened.")
         logged.spend(row["sample_rate"], row["noise_multiplier"])
         ran[row["sample_rate"], row["noise_multiplier"]] += 1
-        so_far = logged.epsilon_known_cohorts(claimed["delta"], most_participations(cohorts))
+        participations = most_participations(cohorts[: index + 1])
+        so_far = logged.epsilon_known_cohorts(config["privacy"]["delta"], participations)
         # null: a round without a guarantee
         if row["epsilon"] is None or not row["epsilon"] >= so_far * (1 - 1e-6):
-            raise ValueError(f"rounds.jsonl: round {row['round']} claims another epsilon.")
+            raise ValueError(f"rounds.jsonl: round {index} claims another epsilon.")
     spent = collections.Counter()
     for sample_rate, noise_multiplier, count in accountant.history:
         spent[sample_rate, noise_multiplier] += count
@@ -1261,21 +1274,10 @@ def verify_run(folder):
     if not ran <= spent:
         raise ValueError("More rounds ran (rounds.jsonl) than were accounted for (last.pt).")
 
-    if accountant.history and accountant.history[-1][1] != mechanism.noise_multiplier:
-        raise ValueError(
-            f"report.json: noise_multiplier is {mechanism.noise_multiplier}, but the last round "
-            f"spent {accountant.history[-1][1]}."
-        )
-    # SCAFFOLD sends the adapter's update and the control variate's.
-    length = len(state["adapter"])
-    if mechanism.length not in (length, 2 * length):
-        raise ValueError(
-            f"last.pt holds {length} numbers, the mechanism is for {mechanism.length}."
-        )
     flagged, why = checkpoint_audit(checkpoint | state, length)
     if flagged:
         raise ValueError(f"last.pt holds vectors of single clients: {why}.")
-    expected = privacy_report(mechanism, accountant, claimed["delta"], cohorts)
+    expected = train.describe_privacy(config, state)
     for key, value in expected.items():
         if isinstance(value, str):
             continue  # text, which other versions of this file may word differently
@@ -1284,7 +1286,7 @@ def verify_run(folder):
             same = math.isclose(claimed[key], value, rel_tol=1e-6)
         if not same:
             raise ValueError(f"report.json: {key} is {claimed.get(key)}, but {value} follows.")
-    return claimed
+    return expected  # not what is claimed: its texts and further entries were not checked
 
 
 # ---------------------------------------------------------------- command line
@@ -1350,8 +1352,6 @@ def print_audit(args, z):
 def run(args):
     """Do what the command line asks for."""
     if args.verify:
-        if args.audit or args.noise is not None or args.target_epsilon is not None:
-            raise ValueError("--verify stands alone.")
         try:
             report = json.dumps(verify_run(args.verify), indent=2)
         except Exception as error:  # whatever makes the record unreadable
@@ -1398,6 +1398,8 @@ def main(arguments=None):
     add("--verify", metavar="RUN", help="recompute a run's epsilon from its record")
     args = parser.parse_args(arguments)
     try:
+        if args.verify and args != parser.parse_args(["--verify", args.verify]):
+            raise ValueError("--verify stands alone.")
         run(args)
         print(end="", flush=True)  # raises OSError here if the disk is full
     except (ValueError, OSError, OverflowError, MemoryError) as error:

@@ -1279,24 +1279,39 @@ def test_delta_is_below_one_over_the_number_of_clients():
             privacy.privacy_report(mechanism(), privacy.Accountant(), delta, [])
 
 
-def write_run(folder, log=None, spent=3, state=None, **claims):
-    """A run of 3 rounds with everybody in each, and its honest report, with claims changed."""
-    m = mechanism(noise_multiplier=4.0, length=1232)
-    accountant = privacy.Accountant([[1.0, 4.0, spent]])
+def config_of_a_run(rate=1.0, algorithm="isfa"):
+    """Settings of 20 clients and noise of 4; adapters have 1232 numbers."""
+    config = train.read_yaml(train.DEFAULTS)
+    del config["presets"]
+    config["data"]["clients"] = 20
+    config["fed"] |= dict(sample_rate=rate, algorithm=algorithm, rounds=3)
+    config["privacy"] |= dict(target_epsilon=0.0, noise_multiplier=4.0, clip_norm=2.0)
+    config["privacy"]["num_curious"] = 1
+    return config
+
+
+def write_run(folder, log=None, state=None, config=None, **claims):
+    """A run of 3 rounds and its honest report, with claims changed."""
+    config = config or config_of_a_run()
+    state = state_of_a_run() if state is None else state
+    state["settings"] = train.checksum(train.fixed_settings(config))
     if log is None:
+        cohorts = train.draw_cohorts(config, "00" * 32, 20, 3)
         log = []
         for r in range(3):
-            epsilon = privacy.gaussian_epsilon(4.0 / math.sqrt(r + 1), 1e-5)
-            row = dict(round=r, cohort_size=m.num_clients, sample_rate=1.0)
+            most = privacy.most_participations(cohorts[: r + 1])
+            row = dict(round=r, cohort_size=len(cohorts[r]), survivors=len(cohorts[r]))
+            row |= dict(aborted=None, sample_rate=config["fed"]["sample_rate"])
+            epsilon = privacy.gaussian_epsilon(4.0 / math.sqrt(most), 1e-5)
             log.append(row | dict(noise_multiplier=4.0, epsilon=epsilon))
-    if state is None:
-        state = state_of_a_run(accountant=accountant.history)
-    everybody = list(range(m.num_clients))
-    report = privacy.privacy_report(m, accountant, 1e-5, [everybody] * 3) | claims
+    spent = sum(rounds for _, _, rounds in state["accountant"])
+    history = [[config["fed"]["sample_rate"], 4.0, spent]]
+    report = train.describe_privacy(config, state_of_a_run(accountant=history))
     train.save_checkpoint(folder / "last.pt", "global adapter", state)
+    train.save_config(folder, config)
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    (folder / "report.json").write_text(json.dumps({"privacy": report}))
-    people = {"public": {}, "clients": {f"client {i}": [] for i in everybody}, "unseen": {}}
+    (folder / "report.json").write_text(json.dumps({"privacy": report | claims}))
+    people = {"public": {}, "clients": {f"client {i}": [] for i in range(20)}, "unseen": {}}
     (folder / "people.json").write_text(json.dumps(people))
     return log
 
@@ -1306,27 +1321,20 @@ def test_an_honest_report_is_verified(tmp_path):
     verified = privacy.verify_run(tmp_path)
     assert verified["epsilon"] == pytest.approx(privacy.gaussian_epsilon(4 / math.sqrt(3), 1e-5))
     # a crash between spending and finishing: one round more was spent than ran
-    write_run(tmp_path, spent=4)
+    write_run(tmp_path, state=state_of_a_run(accountant=[[1.0, 4.0, 4]]))
     assert privacy.verify_run(tmp_path)["epsilon"] == privacy.gaussian_epsilon(2.0, 1e-5)
-    write_run(tmp_path, private=False, epsilon=None)
+    write_run(tmp_path, private=False, epsilon=None, epsilon_with_sampling=None)
     assert privacy.verify_run(tmp_path)["private"] is False
 
 
 def test_a_report_has_to_count_repeated_rounds_without_sampling(tmp_path):
-    m = mechanism(noise_multiplier=4.0, length=1232)
-    cohorts = [privacy.draw_cohort(m.num_clients, 0.5, bytes(32), r) for r in range(3)]
-    log = []
-    for r, cohort in enumerate(cohorts):
-        row = dict(round=r, cohort_size=len(cohort), sample_rate=0.5, noise_multiplier=4.0)
-        log.append(row | dict(epsilon=privacy.gaussian_epsilon(4.0 / math.sqrt(r + 1), 1e-5)))
-    accountant = privacy.Accountant([[0.5, 4.0, 9]])  # six rounds were killed and done again
-    honest = privacy.privacy_report(m, accountant, 1e-5, cohorts)
-    state = state_of_a_run(accountant=accountant.history)
-    write_run(tmp_path, log=log, state=state, **honest)
-    assert privacy.verify_run(tmp_path) == honest
-    once = accountant.epsilon(1e-5)
-    assert once < honest["epsilon_with_sampling"]
-    write_run(tmp_path, log=log, state=state, **honest | {"epsilon_with_sampling": once})
+    config = config_of_a_run(rate=0.9)
+    history = [[0.9, 4.0, 9]]  # six rounds were killed and done again
+    write_run(tmp_path, state=state_of_a_run(accountant=history), config=config)
+    honest = privacy.verify_run(tmp_path)
+    once = 0.5 * honest["epsilon_with_sampling"]
+    state = state_of_a_run(accountant=history)
+    write_run(tmp_path, state=state, config=config, epsilon_with_sampling=once)
     with pytest.raises(ValueError, match="epsilon_with_sampling"):
         privacy.verify_run(tmp_path)
 
@@ -1365,6 +1373,10 @@ def test_a_report_that_does_not_follow_is_refused(tmp_path):
         "an epsilon without privacy": dict(private=False),
         "another mechanism": dict(noise_multiplier=5.0, epsilon=1.0),
         "less left out": dict(not_covered=[]),
+        "more curious clients": dict(num_curious=4),
+        "fewer survivors": dict(survivor_share=0.51),
+        "a sum of too few": dict(log=[log[0] | dict(survivors=16), *log[1:]]),
+        "an epsilon of outsiders without privacy": dict(private=False, epsilon=None),
     }
     for name, lie in lies.items():
         write_run(tmp_path, **lie)
@@ -1373,16 +1385,44 @@ def test_a_report_that_does_not_follow_is_refused(tmp_path):
             pytest.fail(name)
 
 
-def test_a_report_of_more_clients_than_the_run_had_is_refused(tmp_path):
-    """Of 1,000 clients, 20 in each of 3 rounds would be others each time, at half the epsilon."""
-    m = mechanism(noise_multiplier=4.0, length=1232, num_clients=1000)
-    accountant = privacy.Accountant([[1.0, 4.0, 3]])
-    cohorts = [privacy.draw_cohort(1000, 0.02, bytes(32), r, True) for r in range(3)]
-    report = privacy.privacy_report(m, accountant, 1e-5, cohorts)
-    assert report["epsilon"] < 0.6 * privacy.gaussian_epsilon(4 / math.sqrt(3), 1e-5)
-    write_run(tmp_path, **report)
+def test_smaller_cohorts_than_the_run_had_are_refused(tmp_path):
+    """Of one client each, the three cohorts would be of others each time, at half the epsilon."""
+    log = write_run(tmp_path)
+    small = [privacy.draw_cohort(20, 0.05, bytes(32), r, True) for r in range(3)]
+    most = privacy.most_participations(small)
+    assert most < 3
+    epsilon = privacy.gaussian_epsilon(4 / math.sqrt(most), 1e-5)
+    lie = dict(epsilon=epsilon, epsilon_with_sampling=epsilon, most_rounds_of_a_client=most)
+    write_run(tmp_path, log=[row | dict(cohort_size=1) for row in log], **lie)
+    with pytest.raises(ValueError, match="other clients"):
+        privacy.verify_run(tmp_path)
+
+
+def test_settings_that_the_run_did_not_have_are_refused(tmp_path):
+    write_run(tmp_path)
+    for section, change in (("fed", {"sample_rate": 0.05}), ("privacy", {"num_curious": 4})):
+        config = config_of_a_run()
+        config[section] |= change
+        train.save_config(tmp_path, config)
+        with pytest.raises(ValueError, match="config.yaml was changed"):
+            privacy.verify_run(tmp_path)
+    train.save_config(tmp_path, config_of_a_run())
+    people = {"public": {}, "clients": {f"client {i}": [] for i in range(1000)}, "unseen": {}}
+    (tmp_path / "people.json").write_text(json.dumps(people))
     with pytest.raises(ValueError, match="1000 clients, not 20"):
         privacy.verify_run(tmp_path)
+    people["clients"] = {f"client {i}": [] for i in range(20)}
+    people["public"] = {"client 3": []}
+    (tmp_path / "people.json").write_text(json.dumps(people))
+    with pytest.raises(ValueError, match="client 3 is not only a client"):
+        privacy.verify_run(tmp_path)
+
+
+def test_only_what_follows_is_returned(tmp_path):
+    """Texts and further entries of the report are not checked: they are not passed on."""
+    write_run(tmp_path, unit="one person of a million", epsilon_of_a_clip=0.01)
+    verified = privacy.verify_run(tmp_path)
+    assert verified["unit"].startswith("one client") and "epsilon_of_a_clip" not in verified
 
 
 def test_a_checkpoint_that_was_changed_is_refused(tmp_path):
@@ -1404,16 +1444,10 @@ def test_vectors_of_clients_beside_the_state_are_found_in_a_run(tmp_path):
 
 def test_scaffolds_control_variates_of_clients_are_found_in_a_run(tmp_path):
     """With SCAFFOLD an upload is twice as long as the adapter, and c_i as long as the adapter."""
-    report = privacy.privacy_report(
-        mechanism(noise_multiplier=4.0, length=2464),
-        privacy.Accountant([[1.0, 4.0, 3]]),
-        1e-5,
-        [[0]] * 3,
-    )
-    write_run(tmp_path, **{key: report[key] for key in ("length", "sensitivity")})
-    assert privacy.verify_run(tmp_path)["private"]
-    state = state_of_a_run(controls={0: torch.zeros(1232)})
-    write_run(tmp_path, state=state, **{key: report[key] for key in ("length", "sensitivity")})
+    config = config_of_a_run(algorithm="scaffold")
+    write_run(tmp_path, config=config)
+    assert privacy.verify_run(tmp_path)["length"] == 2464
+    write_run(tmp_path, config=config, state=state_of_a_run(controls={0: torch.zeros(1232)}))
     with pytest.raises(ValueError, match="single clients"):
         privacy.verify_run(tmp_path)
 
@@ -1476,7 +1510,9 @@ def test_verify_on_the_command_line(tmp_path, capsys):
         privacy.main(["--verify", str(tmp_path)])
     assert stop.value.code == 2
     write_run(tmp_path)
-    for arguments in (["--audit"], ["--noise", "3"], ["--target-epsilon", "2"]):
+    others = ["--audit", "--noise 3", "--target-epsilon 2", "--delta 1e-12", "--rounds 9"]
+    others += ["--clients 7", "--rate 0.1", "--length 7"]
+    for arguments in map(str.split, others):
         with pytest.raises(SystemExit):
             privacy.main(["--verify", str(tmp_path), *arguments])
         assert "--verify stands alone" in capsys.readouterr().err

@@ -1592,15 +1592,16 @@ def split_people(names, num_clients, num_unseen, seed, no_clients=(), last_unsee
     """Return disjoint sorted lists of public people, clients and unseen people.
 
     Names such as client-003 keep their role. But people in `no_clients`, who have too few clips,
-    are never clients, and people in `last_unseen` are unseen only if there are no others. Raises
-    ValueError if there are too few people.
+    are never clients (a client-003 among them gets no role at all: it is never public), and people
+    in `last_unseen` are unseen only if there are no others. Raises ValueError if there are too few
+    people.
     """
     if num_clients < 1 or num_unseen < 0:
         raise ValueError(f"{num_clients} clients and {num_unseen} unseen people: 1 and 0 at least")
     roles = {role: sorted(name for name in names if name.startswith(role + "-")) for role in ROLES}
-    roles["client"] = [name for name in roles["client"] if name not in no_clients]
     # Everybody else may get any role.
     free = sorted(set(names).difference(*roles.values()))
+    roles["client"] = [name for name in roles["client"] if name not in no_clients]
     rng_of("people", seed).shuffle(free)
     fit = [name for name in free if name not in no_clients]
     clients = (roles["client"] + fit)[:num_clients]

@@ -1545,7 +1545,8 @@ def test_who_has_too_few_clips_to_split_is_no_client(tmp_path, monkeypatch):
     few = {"speaker0", "speaker1", "client-0", "unseen-0"}
     public, clients, unseen = data.split_people(names, 4, 1, seed=1, no_clients=few)
     assert len(clients) == 4 and not few & set(clients)
-    assert unseen == ["unseen-0"] and "client-0" in public
+    # nothing is trained in the clear on somebody who is named a client
+    assert unseen == ["unseen-0"] and "client-0" not in public
     single = {*names[:7], "client-0"}
     unseen = data.split_people(names, 1, 2, 1, few | {"speaker7"}, single)[2]
     assert unseen == ["speaker7", "unseen-0"]

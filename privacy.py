@@ -1302,7 +1302,8 @@ def print_table(args, z):
         # The mean is the sum divided by the cohort size: noise on the sum may grow with it.
         noise = z * n / min(args.clients)
         accountant = Accountant([[args.rate, noise, rounds]])
-        participations = likely_participations(n, args.rate, rounds)
+        # Once, if at all: whoever takes part has no less to lose because others hardly ever do.
+        participations = max(1, likely_participations(n, args.rate, rounds))
         known = accountant.epsilon_known_cohorts(args.delta, participations)
         sampled = accountant.epsilon(args.delta)
         cohort = n * args.rate

@@ -1471,6 +1471,13 @@ def test_the_table_prints_epsilon_by_clients_at_the_same_noise_on_the_mean(capsy
     assert known == pytest.approx(exact, rel=1e-3)
 
 
+def test_a_table_of_rare_rounds_counts_one_round_of_a_client(capsys):
+    privacy.main("--clients 50 --rate 1e-5 --rounds 3 --noise 0".split())
+    assert capsys.readouterr().out.splitlines()[2].split()[4] == "inf"
+    privacy.main("--clients 50 --rate 0 --rounds 3 --noise 0".split())
+    assert capsys.readouterr().out.splitlines()[2].split()[4] == "0.0000"
+
+
 def test_the_fewest_clients_keep_the_target_wherever_they_stand(capsys):
     privacy.main("--clients 200 100 --rounds 1 --target-epsilon 1".split())
     epsilons = [float(line.split()[4]) for line in capsys.readouterr().out.splitlines()[2:]]

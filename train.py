@@ -1709,8 +1709,6 @@ def generate(args, config, device):
     generator = torch.Generator().manual_seed(config["seed"] if args.seed is None else args.seed)
     words = model.text_encoder.ids([args.prompt]).to(device)
     sampling = config["sampling"] | {"scales": scales, "liveliness": liveliness}
-    if args.steps:
-        sampling["num_steps"] = args.steps
     # reference 1 n 3 H W, mel 1 f n m
     stream = model.stream(reference, mel.to(device), words, generator, **sampling)
     started = time.perf_counter()
@@ -1915,7 +1913,6 @@ def parse_arguments(argv):
     add("--speech", help="generate: a sound or video file")
     add("--prompt", default="", help="generate: expression in a few words, such as smiling")
     add("--seconds", type=float, help="generate: at most this much of the speech")
-    add("--steps", type=int, help="generate: solver steps instead of sampling.num_steps")
     add("--seed", type=int, help="generate: seed of the noise, instead of the config's seed")
     # With weight 1, as in training, a prompt has little visible effect (tests/results/speak.md).
     for name, default in zip(talking.CONDITIONS, (1.0, 1.0, 2.0)):
@@ -1927,7 +1924,7 @@ def parse_arguments(argv):
     add("--look", metavar="FOLDER", help="generate, personalize: write used pictures to FOLDER")
     add("--output", help="generate: the video (talk.mp4); personalize: the adapter (me.pt)")
     args = parser.parse_args(argv)
-    ranges = {"seconds": (0.04, 86400), "steps": (1, 1000), "seed": (0, 2**63 - 1)}
+    ranges = {"seconds": (0.04, 86400), "seed": (0, 2**63 - 1)}
     ranges |= {f"{name}_scale": (-100, 100) for name in talking.CONDITIONS}
     for name, (least, most) in ranges.items():
         value = getattr(args, name)

@@ -220,7 +220,6 @@ def flags(rng, folder):
     values = ("nan", "inf", "-1", "0", "1e400", "1e308", "", "two", "9" * 500, "²", "😀", "a\nb")
     numeric = (
         "--seconds",
-        "--steps",
         "--seed",
         "--speech-scale",
         "--text-scale",

@@ -612,7 +612,7 @@ def test_a_finished_run_speaks_in_step_with_the_sound(
     assert b"synthetic" in whole.read_bytes()
     short = tmp_path / "short.mp4"
     scales = ["--speech-scale", "0.5", "--identity-scale", "0.25"]
-    numbers = ["--seconds", "0.5", "--steps", "3", "--seed", "7"]
+    numbers = ["--seconds", "0.5", "--set", "sampling.num_steps=3", "--seed", "7"]
     generate(run, clip, short, *numbers, *scales, "--no-watermark")
     assert len(data.read_video(short, 32)[0]) == 12
     # What speaks has the adapters that it ought to have, and what was asked for reaches it.

@@ -150,7 +150,7 @@ def num_cpus():
 
 
 class CachedArray:
-    """Descriptor of a `Clip` field: holds an array, or an object whose `read(name)` returns one."""
+    """Descriptor of a `Clip` field: holds an array, or the `CacheFile` that it is read from."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -159,7 +159,7 @@ class CachedArray:
         if clip is None:
             raise AttributeError(self.name)  # so that dataclass finds a field without default
         value = clip.__dict__["_" + self.name]
-        return value if isinstance(value, np.ndarray) else value.read(self.name)
+        return value if isinstance(value, np.ndarray) else value.arrays()[self.name]
 
     def __set__(self, clip, value):
         clip.__dict__["_" + self.name] = value
@@ -177,19 +177,12 @@ class Clip:
     mel: np.ndarray = CachedArray()  # float32 [4 f, 40]
     prompt: str = ""
     opening: np.ndarray | None = None  # of a synthetic mouth, float32 [f] in [0, 1]
+    fingerprint: int = 0  # checksum of the frames and sound of the whole file
 
     @property
     def num_frames(self):
         """Return f, without opening the cache."""
         return len(self.__dict__["_frames"])
-
-    @property
-    def fingerprint(self):
-        """Return the checksum of frames and sound, for a cached clip without reading them."""
-        frames = self.__dict__["_frames"]
-        if isinstance(frames, CacheFile):
-            return frames.info["checksum"]
-        return zlib.crc32(self.audio.tobytes(), zlib.crc32(frames.tobytes()))
 
     @functools.cached_property
     def liveliness(self):
@@ -1080,9 +1073,6 @@ class CacheFile:
             "mel": mel.view(np.float32).reshape(-1, NUM_MELS),
         }
 
-    def read(self, field):
-        return self.arrays()[field]
-
     def __len__(self):
         return self.info["frames"]
 
@@ -1398,7 +1388,8 @@ class TalkingHeads:
                 self.skipped.append((path, reasons[file]))
                 continue
             person, name = assigned[path]
-            owners = self.owners.setdefault((file.info["frames"], file.info["checksum"]), {})
+            fingerprint = file.info["checksum"]
+            owners = self.owners.setdefault((file.info["frames"], fingerprint), {})
             # A copy might be for training, and its original for the test.
             original = owners.setdefault(person, path)
             if original != path:
@@ -1410,7 +1401,7 @@ class TalkingHeads:
                 copied = f"the same picture and sound as {elsewhere}, of another person"
             text = os.path.splitext(path)[0] + ".txt"
             prompt, opening, trouble = read_notes(text, file.info["frames"])
-            clips.append(Clip(person, name, path, file, file, file, prompt, opening))
+            clips.append(Clip(person, name, path, file, file, file, prompt, opening, fingerprint))
             for note in filter(None, (copied, file.info["note"], trouble)):
                 self.notes.append((path, note))
         return clips

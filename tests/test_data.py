@@ -1505,6 +1505,7 @@ def test_a_link_is_heard_with_the_sound_beside_it(tmp_path, mute_clip):
         ffmpeg("-f", "lavfi", "-i", f"sine=f={hz}:d=0.64", folder / "1.wav")
     anna, bob = load(tmp_path / "in").clips
     assert not np.array_equal(anna.audio, bob.audio)
+    assert anna.fingerprint != bob.fingerprint  # which makes another backbone
 
 
 def test_more_clips_than_memory_maps_are_kept(tmp_path, one_clip):
@@ -1514,7 +1515,7 @@ def test_more_clips_than_memory_maps_are_kept(tmp_path, one_clip):
     for _ in range(1500):
         twin = data.CacheFile(file.path, file.source, file.size, file.crop)
         twin.verified = True
-        twin.read("frames")
+        twin.arrays()
     assert data.CacheFile.arrays.cache_info().currsize == 1024
 
 

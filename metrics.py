@@ -878,8 +878,8 @@ def sync_scores(video, audio):
 
 def right_speech(video, own, other):
     """Return whether a mouth [t d] fits its own speech better than other speech; 0.5 if equal."""
-    t = min(len(video), len(own), len(other))
-    r_own, r_other = (sync_scores(video[:t], speech[:t])["sync"] for speech in (own, other))
+    video = video[: min(len(own), len(other))]  # the shortest of the three decides
+    r_own, r_other = (sync_scores(video, speech)["sync"] for speech in (own, other))
     return 0.5 + 0.5 * float(np.sign(round(r_own - r_other, 3)))  # rounded: 0.5 for a still mouth
 
 

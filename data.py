@@ -238,13 +238,9 @@ SILENCE = -1.5  # lowest value, 23 dB below the mean of speech
 QUIETEST = -8.0  # mean log power; softer recordings are not raised to the level of speech
 HOP = SAMPLES_PER_FRAME // MELS_PER_FRAME  # 160 samples
 FFT = 512
-
-
-@functools.cache
-def mel_transform():
-    return torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE, FFT, 400, HOP, f_min=60, f_max=7600, n_mels=NUM_MELS, center=False
-    )
+MEL = torchaudio.transforms.MelSpectrogram(
+    SAMPLE_RATE, FFT, 400, HOP, f_min=60, f_max=7600, n_mels=NUM_MELS, center=False
+)
 
 
 def log_mel(audio, chunk_seconds=60):
@@ -265,7 +261,7 @@ def log_mel(audio, chunk_seconds=60):
     chunk = chunk_seconds * SAMPLE_RATE  # samples
     for start in range(0, len(audio), chunk):  # an hour at once would take gigabytes
         piece = torch.from_numpy(padded[start : start + chunk + 2 * margin]) / 32768
-        steps.append(mel_transform()(piece).clamp_min(1e-10).log())  # m t
+        steps.append(MEL(piece).clamp_min(1e-10).log())  # m t
     log_power = torch.cat(steps, 1).T.contiguous()  # 4f m
     loudness = log_power.mean(1)  # 4f
     louder_half = loudness[loudness >= loudness.median()]  # pauses don't count

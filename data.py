@@ -1002,11 +1002,6 @@ class CacheFile:
     info: dict | None = None  # {"frames": number, "checksum", "note", "sound": {path: state}}
     verified: bool = False
 
-    @property
-    def bytes_per_frame(self):
-        """Return the bytes of a frame's picture, audio and mel."""
-        return [3 * self.size**2, 2 * SAMPLES_PER_FRAME, 4 * MELS_PER_FRAME * NUM_MELS]
-
     def load_info(self):
         """Read `info`; return whether that worked and its sound file has not changed."""
         try:
@@ -1018,8 +1013,10 @@ class CacheFile:
         except (OSError, ValueError, KeyError, TypeError):  # TypeError: JSON, but no dict
             return False
 
-    def num_bytes(self):
-        return self.info["frames"] * sum(self.bytes_per_frame)
+    def ends(self):
+        """Return the bytes of the file after which frames, audio and mel end."""
+        per_frame = [3 * self.size**2, 2 * SAMPLES_PER_FRAME, 4 * MELS_PER_FRAME * NUM_MELS]
+        return [self.info["frames"] * end for end in itertools.accumulate(per_frame)]
 
     def write(self):
         """Decode the source. Raises ValueError with the reason if it is no usable clip."""
@@ -1052,7 +1049,7 @@ class CacheFile:
         """Return {"frames", "audio", "mel"}, memory-mapped; a damaged or lost file is made anew."""
         whole = self.load_info()
         if whole and not self.verified:  # once in a process
-            whole = checksum(self.path, self.num_bytes()) == self.info["checksum"]
+            whole = checksum(self.path, self.ends()[-1]) == self.info["checksum"]
         if not whole:
             try:
                 self.write()
@@ -1060,9 +1057,9 @@ class CacheFile:
                 raise ValueError(f"{self.source}: {error}") from None
         self.verified = True
         # torch does not keep the file open, as numpy does, and so meets no limit on open files.
-        data = torch.from_file(str(self.path), False, self.num_bytes(), dtype=torch.uint8).numpy()
-        ends = np.cumsum(self.bytes_per_frame) * self.info["frames"]
-        frames, audio, mel = np.split(data, ends[:2])
+        *ends, end = self.ends()
+        data = torch.from_file(str(self.path), False, end, dtype=torch.uint8).numpy()
+        frames, audio, mel = np.split(data, ends)
         return {
             "frames": frames.reshape(-1, 3, self.size, self.size),
             "audio": audio.view(np.int16),
@@ -1406,15 +1403,16 @@ class TalkingHeads:
         """Note people whose names look alike, and folders that may hold several people."""
         spelled = {}
         for person, clips in self.people.items():
+            folder = os.path.dirname(clips[0].path)
             looks = unicodedata.normalize("NFKC", person).casefold().strip()
             other = spelled.setdefault(looks, person)
             if other != person:
                 note = f"{person} and {other} are taken for two people, though they look alike"
-                self.notes.append((os.path.dirname(clips[0].path), note))
+                self.notes.append((folder, note))
             names = [os.path.splitext(os.path.basename(clip.path))[0] for clip in clips]
             if suspects := ", ".join(several_people(names)[:5]):
                 note = f"the names suggest several people ({suspects} ...), taken for one"
-                self.notes.append((os.path.dirname(clips[0].path), note))
+                self.notes.append((folder, note))
 
     def note_subsets(self):
         """Note folders that may be one person's although their subfolders are taken for people:
@@ -1559,7 +1557,7 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_f
         raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
     lone = [name for name in roles[2] if name in single]
     if lone and is_first_worker():
-        names = printable(", ".join(lone[:5]))
+        names = ", ".join(lone[:5])
         print(f"note: {len(lone)} unseen people have one clip only and are not measured: {names}")
     return People(*({name: people[name] for name in names} for names in roles))
 

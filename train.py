@@ -877,13 +877,14 @@ def train(config, people, run, device, workers):
 def federate(config, model, judges, clients, state, public_jitter, run, device, workers):
     """Run the rounds that `state` still lacks (Algorithm 1); return the state after the last."""
     f = config["fed"]
-    participants = [fed.pool_clients(clients)] if f["algorithm"] == "centralized" else clients
-    cohorts = draw_cohorts(config, state["sampling_key"], len(participants), f["rounds"])
+    population = [fed.pool_clients(clients)] if f["algorithm"] == "centralized" else clients
+    cohorts = draw_cohorts(config, state["sampling_key"], len(population), f["rounds"])
     participations = privacy.most_participations(cohorts)
     mechanism = make_mechanism(config, len(state["adapter"]), participations)
     accountant = privacy.Accountant(state["accountant"])
     training = training_kwargs(config, "fed", device)
-    rating = {"alpha": f["reliability_alpha"], "public_jitter": public_jitter}
+    reliability_kwargs = {"alpha": f["reliability_alpha"], "public_jitter": public_jitter}
+    reliability_kwargs |= config["sampling"]
     bar_kwargs = {"initial": state["round"], "total": f["rounds"], "disable": workers.rank > 0}
     for index in tqdm(range(state["round"], f["rounds"]), "rounds", **bar_kwargs):
         cohort = cohorts[index]
@@ -895,10 +896,10 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
         uploads = {}
         diagnostics = {}
         # i is a client's place in the cohort, its name in the secure sum.
-        for i in workers.assign([participants[k].num_samples for k in cohort]):
+        for i in workers.assign([population[k].num_samples for k in cohort]):
             # -- on client k: only uploads[i] is sent; diagnostics are the simulation's
             k = cohort[i]
-            client = participants[k]
+            client = population[k]
             seed = fed.derive_seed(f["seed"], index, k)
             # A client that fails still sends, with weight 0: its silence could reveal its data.
             update = fed.zero_update(state)
@@ -911,7 +912,7 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
                 if f["gamma"]:
                     # rates clips of phi_k, left in the model by local_update
                     batch = client.validation_batch(model)
-                    r = fed.reliability(model, judges, batch, seed, **rating, **config["sampling"])
+                    r = fed.reliability(model, judges, batch, seed, **reliability_kwargs)
                 weight = fed.isfa_weight(client.num_samples, r, f["gamma"], f["sample_cap"])
                 diagnostics[i] |= terms | {"reliability": r, "norm": float(update.norm())}
             uploads[i] = update, weight
@@ -939,13 +940,13 @@ def federate(config, model, judges, clients, state, public_jitter, run, device, 
 
         # -- on the server (run by every worker); an aborted round leaves the adapter as it was
         if survivors:
-            # |S| / N of SCAFFOLD, without clients that failed; the noisy sum may be near 0
-            participation = max(1.0, weight_sum) / len(participants)
+            # |S| / N: SCAFFOLD's weights are 1, or 0 after a failure; a noisy sum may be near 0
+            participation = max(1.0, weight_sum) / len(population)
             state = fed.server_update(state, mean, f["server_lr"], participation)
         if "control" in state:  # undo the c_i of updates that did not count
             for i in uploads:
                 if i not in survivors or "failure" in diagnostics[i]:
-                    participants[cohort[i]].undo_control(index + 1)
+                    population[cohort[i]].undo_control(index + 1)
         state["round"] = index + 1
         record = {"round": index, "cohort_size": len(cohort), "survivors": len(survivors)}
         record |= {"aborted": aborted, "weight_sum": weight_sum if survivors else 0.0}

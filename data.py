@@ -10,6 +10,7 @@ import colorsys
 import contextlib
 import ctypes
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -82,9 +83,10 @@ def die_with_parent(parent):
 
 def set_up_process():
     """Let SIGTERM and SIGHUP end this process as Ctrl-C does: half-written files are deleted. Print
-    letters that the terminal's encoding lacks as escapes. Exempt what is imported from garbage
-    collection.
+    letters that the terminal's encoding lacks as escapes, and warnings as one line. Exempt what is
+    imported from garbage collection.
     """
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it is closed, but tqdm needs one
             setattr(sys, name, open(os.devnull, "w"))
@@ -329,7 +331,8 @@ def run_ffmpeg(*arguments, blocks=(), watched=False):
         raise ValueError("ffmpeg crashed")
     shortage = "No space left|quota exceeded|Cannot allocate memory"
     if short := re.search(rf"\[(?:error|fatal)\] .*({shortage})", text):
-        raise InterruptedError(f"ffmpeg was stopped: {short[1]}")
+        number = errno.ENOMEM if "memory" in short[1] else errno.ENOSPC
+        raise OSError(number, f"ffmpeg was stopped: {short[1]}")
     return process.returncode, output, text
 
 
@@ -912,10 +915,11 @@ def write_video(path, frames, audio=None, comment="", crf=16, sound_codec="aac")
     coding += f"-c:a {sound_codec} -b:a 96k -movflags +faststart+use_metadata_tags".split()
     if comment:
         coding += ["-metadata", f"comment={comment}"]
-    with atomic_write(path) as temporary, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as temporary:
         if audio is not None:  # ffmpeg has one standard input, and the frames are on it
             sound = Path(folder, "sound")
-            sound.write_bytes(to_int16(audio).tobytes())
+            with atomic_write(sound) as new:  # names the disk if it is full
+                new.write_bytes(to_int16(audio).tobytes())
             inputs += [*f"-f s16le -ar {SAMPLE_RATE} -ac 1 -i".split(), sound]
         blocks = itertools.chain([first], blocks)
         # file: for names such as a:b, which would be a protocol
@@ -1466,10 +1470,10 @@ def read_notes(path, num_frames):
         text = Path(path).read_text("utf-8-sig", "replace")
     except OSError as error:
         return "", None, f"its .txt cannot be read ({error.strerror})"
-    if "\0" in text:
-        return "", None, "its .txt is not in UTF-8: save it so"
     notes = dict(re.findall(r"^(\w+):[ \t]*(.*?)[ \t]*$", text, re.MULTILINE))
     prompt = notes.get("Prompt", "")
+    if "\0" in text or "\ufffd" in prompt:
+        return "", None, "its .txt is not in UTF-8: save it so"
     if "Opening" not in notes:
         return prompt, None, ""
     with contextlib.suppress(ValueError):  # no numbers
@@ -1554,7 +1558,9 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_f
     single = {name for name, num in num_takes.items() if num < 2}
     roles = split_people(list(people), num_clients, num_unseen, seed, few, single)
     if len(roles[0]) < MIN_PUBLIC:
-        raise ValueError(f"{root}: {len(roles[0])} people are left to be public, not {MIN_PUBLIC}")
+        raise ValueError(
+            f"{root}: {len(roles[0])} people are left to be public, at least {MIN_PUBLIC} are needed"
+        )
     lone = [name for name in roles[2] if name in single]
     if lone and is_first_worker():
         names = ", ".join(lone[:5])

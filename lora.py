@@ -102,7 +102,9 @@ def inject_lora(module, rank, alpha, dropout=0.0, train="R", directions=None, se
     generator = torch.Generator().manual_seed(seed)
     adapted = {n: layer for n, layer in adaptable_layers(module).items() if layers in n}
     if not adapted:
-        raise ValueError(f"lora.layers: no layer has {layers!r} in its name")
+        words = {word for name in adaptable_layers(module) for word in name.split(".")}
+        known = ", ".join(sorted(word for word in words if not word.isdigit()))
+        raise ValueError(f"lora.layers: no layer has {layers!r} in its name; in names are {known}")
     if any(isinstance(layer, LoRALayer) for layer in module.modules()):
         raise ValueError("the module has adapters already: merge_lora folds them in")
     for name, layer in adapted.items():

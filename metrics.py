@@ -587,6 +587,8 @@ def lse(syncnet, frames, audio):
 
 # ---------------------------------------------------------------- metrics and their files
 
+# A new metric needs a row here, its value in `Evaluation.add` and, to be in report.md, a column in
+# `train.write_report`.
 METRICS_TABLE = """\
 | metric | network | file | crop | resize | fps | least |
 |---|---|---|---|---|---|---|
@@ -1502,6 +1504,8 @@ class Evaluation:
             features[method, ending, key] = per_frame(extract, frames).cpu()
             if key not in self.people:
                 features["", ending, key] = per_frame(extract, truth).cpu()
+        if unknown := found.keys() - METRICS.keys():
+            raise ValueError(f"METRICS_TABLE has no row for {', '.join(sorted(unknown))}")
         # Only now, when nothing can fail any more: a clip counts in all metrics or in none.
         self.features |= features
         self.people[key] = case.person

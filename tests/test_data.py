@@ -934,6 +934,7 @@ def test_the_text_beside_a_clip_may_be_wrong_but_costs_only_itself(tmp_path, one
         "words": "Prompt: sad\nOpening:  a b c\n",
         "few": "Opening:  0.1 0.2\n",
         "large": "Opening: " + "7 " * 16,
+        "latin": "Prompt: stern, fatigu\udce9",
         "binary": "\udcff\udcfe",
     }
     for name, text in texts.items():
@@ -944,12 +945,12 @@ def test_the_text_beside_a_clip_may_be_wrong_but_costs_only_itself(tmp_path, one
     os.mkfifo(tmp_path / "in" / "pipe" / "pipe.txt")
     dataset = load(tmp_path / "in")
     clips = {clip.person: clip for clip in dataset.clips}
-    assert len(clips) == 8 and dataset.skipped == []
+    assert len(clips) == 9 and dataset.skipped == [] and clips["latin"].prompt == ""
     assert clips["good"].prompt == clips["words"].prompt == "sad" and clips["none"].prompt == ""
     np.testing.assert_array_equal(clips["good"].opening, np.full(16, 0.5, np.float32))
     assert all(clips[name].opening is None for name in clips if name != "good")
     notes = [Path(path).stem for path, note in dataset.notes if "the same picture" not in note]
-    assert sorted(notes) == ["few", "large", "wide", "words"]
+    assert sorted(notes) == ["few", "large", "latin", "wide", "words"]
 
 
 def test_a_clip_is_not_kept_where_ffmpeg_was_stopped(tmp_path, one_clip, monkeypatch):
@@ -1023,6 +1024,31 @@ def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores(monkeypat
 def test_a_full_disk_is_not_taken_for_the_end_of_a_file(tmp_path, one_clip):
     with pytest.raises(OSError, match="ffmpeg was stopped: No space left"):
         data.decode_video(one_clip, 32, 1.0, "/dev/full")
+
+
+def test_a_full_disk_of_temporary_files_is_not_taken_for_the_outputs(tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def write(path, content):
+        if path.is_relative_to(tmp_path / "full"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_bytes(path, content)
+
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    monkeypatch.setattr(Path, "write_bytes", write)
+    frames = np.zeros((10, 3, 32, 32), np.uint8)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/full/"):
+        data.write_video(tmp_path / "out.mp4", frames, np.zeros(6400, np.int16))
+    assert not list(tmp_path.glob("*.mp4")) and not list((tmp_path / "full").iterdir())
+
+
+def test_a_warning_is_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # is set back
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    data.set_up_process()
+    note = "a.gif: only the first of its 3 pictures is used"
+    assert warnings.formatwarning(note, UserWarning, "train.py", 1) == f"warning: {note}\n"
 
 
 def test_a_full_disk_for_temporary_files_does_not_cost_the_clip(one_clip, monkeypatch):

@@ -301,7 +301,10 @@ class Client:
     def read_controls(self):
         """Return the last two {number of rounds: c_i after them}; before the first, {0: zeros}."""
         try:
-            return torch.load(self.control_file, weights_only=True)
+            content = torch.load(self.control_file, weights_only=True)
+            if content["client"] != self.name:
+                raise ValueError(f"it is of {content['client']}")
+            return content["controls"]
         except Exception as error:  # torch raises many kinds of errors for other files
             raise ValueError(
                 f"{self.control_file}: lost or damaged, and with it the client's c_i ({error})"
@@ -309,7 +312,7 @@ class Client:
 
     def write_controls(self, controls):
         """Write {number of rounds: c_i after them} to the client's file."""
-        data.write_tensors(self.control_file, controls)
+        data.write_tensors(self.control_file, {"client": self.name, "controls": controls})
 
     def load_control(self, num_rounds):
         """Return c_i [d] as it was after the run's first `num_rounds` rounds.
@@ -533,7 +536,7 @@ def plain_mean(uploads, dropouts):
     gone = {i for stage, clients in dropouts.items() if stage != "unmask" for i in clients}
     survivors = [i for i in uploads if i not in gone and uploads[i][1] > 0]
     if not survivors:
-        raise privacy.AggregationAborted("no client is left")
+        raise privacy.AggregationAborted("no client with a weight above 0 is left")
     weight_sum = sum(uploads[i][1] for i in survivors)
     # float64, in the order of the cohort: the same sum for any number of workers
     total = torch.zeros(len(uploads[survivors[0]][0]), dtype=torch.float64)

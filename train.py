@@ -61,6 +61,7 @@ RESUMABLE = (
     "weights",
     "runtime",
 )
+NO_TRAINING = "--action evaluate trains nothing: continue with --resume alone"
 # Least and greatest value. Other numbers lie in 0 ... 1e9.
 RANGES = {
     "data.size": (32, 1024),
@@ -363,14 +364,14 @@ def load_checkpoint(path, kind):
     """Return the state in a checkpoint of this kind; raises ValueError for a missing, foreign or
     damaged file.
     """
+    # A global adapter cannot be made again without loss: it holds what was spent.
+    advice = "" if kind == "global adapter" else "; delete it, if it can be made again"
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # torch raises many kinds for files that are no checkpoints
-        raise ValueError(
-            f"{path}: not a checkpoint ({type(error).__name__}); delete it, if it can be made again"
-        ) from None
+        raise ValueError(f"{path}: not a checkpoint ({type(error).__name__}){advice}") from None
     if not isinstance(content, dict) or not {"kind", "state", "checksum"} <= set(content):
         raise ValueError(f"{path}: not a checkpoint of PrivFedTalk")
     if content["kind"] != kind:
@@ -378,9 +379,7 @@ def load_checkpoint(path, kind):
     if content.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path}: was made by another version of this code")
     if content["checksum"] != checksum(content["state"]):
-        raise ValueError(
-            f"{path}: damaged, its checksum does not match; delete it, if it can be made again"
-        )
+        raise ValueError(f"{path}: damaged, its checksum does not match{advice}")
     return content["state"]
 
 
@@ -633,9 +632,9 @@ def public_unexplained(model, public, num_people=48):
 
 
 @functools.cache
-def source_code(*roots):
+def source_code(*roots, unused=()):
     """Return the code of functions (module, name) and of all functions, classes and constants of
-    this project that they use, without comments and docstrings.
+    this project that they use, without comments, docstrings and the functions `unused`.
     """
     modules = {"train": sys.modules[__name__], "data": data, "fed": fed}
     modules |= {"lora": lora, "metrics": metrics, "model": talking}
@@ -651,7 +650,7 @@ def source_code(*roots):
     todo = list(roots)
     while todo:
         module, name = todo.pop()
-        if (module, name) in code or (module, name) not in defined:
+        if (module, name) in {*code, *unused} or (module, name) not in defined:
             continue
         tree = defined[module, name]
         for node in ast.walk(tree):
@@ -678,7 +677,9 @@ def backbone_key(config, public):
         for clip in own:
             opening = data.digest(None if clip.opening is None else clip.opening.tobytes())
             clips.append((clip.person, clip.name, clip.fingerprint, clip.prompt, opening))
-    code = source_code(("train", "pretrain"), ("data", "log_mel"))
+    # A new term of Eq. 9-11 makes no new backbone, which is trained without them.
+    judged = ("fed", "auxiliary_losses")
+    code = source_code(("train", "pretrain"), ("data", "log_mel"), unused=(judged,))
     return data.digest([settings, data.CACHE_VERSION, clips, code])
 
 
@@ -824,8 +825,11 @@ def adapter_shape(config, section):
 # ---------------------------------------------------------------- the whole path, and Algorithm 1
 
 
-def train(config, people, run, device, workers):
-    """Train the backbone, run the rounds, train personal adapters and report, all in `run`."""
+def train(config, people, run, device, workers, may_train=True):
+    """Train the backbone, run the rounds, train personal adapters and report, all in `run`.
+
+    Raises ValueError if something would have to be trained and may not.
+    """
     stopwatch = Stopwatch(run, workers)
     # -- on public people's clips: backbone, judges, the directions of the adapters
     backbone = load_or_pretrain(config, people.public, run, device, workers)
@@ -838,6 +842,8 @@ def train(config, people, run, device, workers):
     # -- between clients and server: Algorithm 1
     clients = make_clients(config, people, run)
     state = workers.broadcast(load_or_initialize(config, model, backbone, run))
+    if state["round"] != config["fed"]["rounds"] and not may_train:
+        raise ValueError(f"{NO_TRAINING} ({state['round']} rounds are done)")
     if state["round"] > config["fed"]["rounds"]:
         raise ValueError(f"fed.rounds: the run has had {state['round']} rounds already")
     if workers.rank == 0:
@@ -853,14 +859,17 @@ def train(config, people, run, device, workers):
     # SCAFFOLD needs a shared disk for its c_i. Rank 0's config.yaml is there only if it is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
-    jitter = backbone["public_jitter"]
-    state = federate(config, model, judges["loss"], clients, state, jitter, run, device, workers)
+    if state["round"] < config["fed"]["rounds"]:
+        jitter = backbone["public_jitter"]
+        judge = judges["loss"]
+        state = federate(config, model, judge, clients, state, jitter, run, device, workers)
     stopwatch.lap("rounds")
     check_learned(run, workers)
     # -- on each client: personal adapters, which never leave it
     clients = clients[: config["personal"]["clients"]]
+    directions = backbone["directions"]
     personal = personalize(
-        config, model, judges["loss"], clients, state, backbone["directions"], run, device, workers
+        config, model, judges["loss"], clients, state, directions, run, device, workers, may_train
     )
     stopwatch.lap("personal adapters")
     report = evaluate(
@@ -1077,7 +1086,7 @@ def load_or_initialize(config, model, backbone, run):
         if state["settings"] != settings:
             raise ValueError(f"{run / 'config.yaml'} was changed since the run was made")
         return state
-    if read_rounds(run):
+    if (run / "rounds.jsonl").exists():
         raise ValueError(f"{run}: last.pt is lost, and with it what the rounds have spent")
     adapter = lora.adapter_vector(model)
     state = {
@@ -1104,9 +1113,12 @@ def sampling_key(config):
 
 
 def save_state(run, state, workers):
-    """Write last.pt at rank 0."""
+    """Write last.pt at rank 0, and an empty rounds.jsonl before round 0, whose presence tells a lost
+    last.pt from a run that has not begun.
+    """
     if workers.rank == 0:
         save_checkpoint(run / "last.pt", "global adapter", state)
+        (run / "rounds.jsonl").touch()
 
 
 def save_config(run, config):
@@ -1124,11 +1136,13 @@ def begin_training(run, config):
 
 
 def check_controls(clients, state):
-    """Write SCAFFOLD's first c_i, zeros, before round 0; raise ValueError if one is unreadable."""
+    """Write SCAFFOLD's first c_i, zeros, before round 0; raise ValueError if one is lost or wrong."""
     for client in clients:
         if state["round"] == 0:
             client.write_controls({0: torch.zeros_like(state["control"])})
-        client.load_control(state["round"])
+        control = client.load_control(state["round"])
+        if control.shape != state["control"].shape or not control.isfinite().all():
+            raise ValueError(f"{client.control_file}: damaged, or of another run")
 
 
 def forget_rounds(run, state):
@@ -1137,7 +1151,8 @@ def forget_rounds(run, state):
     Raises ValueError for any other number of lines: last.pt then lacks what rounds have spent.
     """
     path = run / "rounds.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    text = path.read_text("utf-8", "backslashreplace") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
     num_rounds = state["round"]
     most = num_rounds + 1
     if any(noise for _, noise, _ in state["accountant"]):  # rounds were charged before they ran
@@ -1153,11 +1168,15 @@ def forget_rounds(run, state):
 def read_rounds(run):
     """Return the record of each round of a run (`log_round`)."""
     path = run / "rounds.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
     try:
-        return [json.loads(line) for line in lines]
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        rounds = [json.loads(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error})") from None
+    for i, record in enumerate(rounds):
+        if not isinstance(record, dict) or record.get("round") != i or "simulation" not in record:
+            raise ValueError(f"{path}: damaged, line {i + 1} is not the record of round {i}")
+    return rounds
 
 
 def check_learned(run, workers):
@@ -1309,9 +1328,13 @@ def train_personal(model, judges, client, start, seed, **kwargs):
     return torch.lerp(start, trained, MIXING_COEFFICIENT)
 
 
-def personalize(config, model, judges, clients, state, directions, run, device, workers):
+def personalize(
+    config, model, judges, clients, state, directions, run, device, workers, may_train=True
+):
     """Return {client name: personal adapter}, trained on each client's own clips and kept in
     personal/<client>.pt; {} without steps.
+
+    Raises ValueError if one would have to be trained and may not.
     """
     if not config["personal"]["steps"]:
         return {}
@@ -1326,11 +1349,15 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
     for name, path in paths.items():
         if workers.rank == 0 and path.exists():
             content = load_checkpoint(path, "personal adapter")
-            # Otherwise it belongs to an earlier global adapter or to other training settings.
-            if made_by.items() <= content.items():
+            # Otherwise it belongs to another client, to an earlier global adapter or to other
+            # training settings.
+            if (made_by | {"client": name}).items() <= content.items():
                 finished[name] = content
     finished = workers.broadcast(finished)
     todo = [k for k, client in enumerate(clients) if client.name not in finished]
+    if todo and not may_train:
+        names = ", ".join(clients[k].name for k in todo[:5])
+        raise ValueError(f"{NO_TRAINING} (no personal adapter of these settings for {names})")
     own = {}
     mine = workers.assign([1.0] * len(todo))
     for i in tqdm(mine, "personal adapters", disable=workers.rank > 0):
@@ -1342,7 +1369,7 @@ def personalize(config, model, judges, clients, state, directions, run, device, 
         if workers.rank == 0 and not own:  # only once an adapter was trained with these settings
             begin_training(run, config)
         liveliness = data.typical_liveliness(client.split["train"])
-        content = made_by | {"adapter": trained, "liveliness": liveliness}
+        content = made_by | {"client": client.name, "adapter": trained, "liveliness": liveliness}
         save_checkpoint(paths[client.name], "personal adapter", content)
         own[client.name] = content
     finished |= workers.merge(own)
@@ -2051,7 +2078,7 @@ def run_action(args, config, devices, workers):
                 if not (run / "config.yaml").exists():
                     save_config(run, config)
                 log(run, f"run: {run}")
-            train(config, people, run, device, workers)
+            train(config, people, run, device, workers, args.action == "train")
 
 
 def make_run_folder(config):
@@ -2117,6 +2144,12 @@ def configure(args):
     if "presets" in read_yaml(run / "config.yaml"):
         raise ValueError(f"--resume {run}: no run is there, but a config.yaml with presets")
     own = load_config(run / "config.yaml")
+    lacking = fixed_settings(own).keys() - fixed_settings(read_yaml(run / "config.yaml")).keys()
+    if lacking:
+        raise ValueError(
+            f"{run / 'config.yaml'} has no {', '.join(sorted(lacking))}: the run was made by another "
+            "version of this code"
+        )
     config = load_config(run / "config.yaml", args.preset, args.set)
     fixed = fixed_settings(config)
     for name, value in fixed_settings(own).items():
@@ -2133,15 +2166,8 @@ def configure(args):
     for name in needed:
         if not (run / name).exists():
             raise ValueError(f"--resume {run}: no {name} there: the run has not come that far")
-    if args.action == "evaluate":
-        num_rounds = load_checkpoint(run / "last.pt", "global adapter")["round"]
-        lost = False
-        if config["personal"]["steps"]:
-            clients = list(read_people(run)["clients"])[: config["personal"]["clients"]]
-            lost = not all(personal_file(run, name).exists() for name in clients)
-        changed = config["personal"] != own["personal"] or num_rounds != config["fed"]["rounds"]
-        if lost or changed:
-            raise ValueError("--action evaluate trains nothing: continue with --resume alone")
+    if args.action == "evaluate" and config["personal"] != own["personal"]:
+        raise ValueError(NO_TRAINING)
     return config
 
 

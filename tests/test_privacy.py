@@ -1301,7 +1301,7 @@ def write_run(folder, log=None, state=None, config=None, **claims):
         for r in range(3):
             most = privacy.most_participations(cohorts[: r + 1])
             row = dict(round=r, cohort_size=len(cohorts[r]), survivors=len(cohorts[r]))
-            row |= dict(aborted=None, sample_rate=config["fed"]["sample_rate"])
+            row |= dict(aborted=None, simulation={}, sample_rate=config["fed"]["sample_rate"])
             epsilon = privacy.gaussian_epsilon(4.0 / math.sqrt(most), 1e-5)
             log.append(row | dict(noise_multiplier=4.0, epsilon=epsilon))
     spent = sum(rounds for _, _, rounds in state["accountant"])

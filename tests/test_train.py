@@ -4,6 +4,7 @@ import ast
 import contextlib
 import inspect
 import json
+import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -564,6 +565,8 @@ def test_comments_do_not_retrain_a_backbone_and_code_does(monkeypatch):
         == key
     )
     assert key_with(train, "def write_report(", "def write_reports(") == key
+    # the backbone is trained without Eq. 9-11
+    assert key_with(fed, '"perceptual": distance.mean()', '"perceptual": distance.sum()') == key
     # what trains, what that uses, and what this uses, constants, too
     assert key_with(train, "(step + 1) / 50", "(step + 1) / 60") != key
     assert key_with(metrics, "nn.Linear(96 * 4 * 4, 128)", "nn.Linear(96 * 4 * 4, 129)") != key
@@ -1025,13 +1028,14 @@ def test_a_run_whose_rounds_were_all_aborted_says_that_nothing_was_learned(finis
 
 
 def test_a_run_in_whose_rounds_nobody_trained_says_that_nothing_was_learned(tmp_path):
-    rounds = [{"aborted": None, "cohort_size": 2, "simulation": {"failures": ["a: ill", "b: ill"]}}]
+    rounds = [{"round": 0, "aborted": None, "cohort_size": 2}]
+    rounds[0]["simulation"] = {"failures": ["a: ill", "b: ill"]}
     train.write_text(tmp_path / "rounds.jsonl", json.dumps(rounds[0]) + "\n")
     with pytest.raises(
         ValueError, match="nothing was learned.* had no client that trained: a: ill"
     ):
         train.check_learned(tmp_path, fed.Workers())
-    rounds.append({"aborted": None, "cohort_size": 2, "simulation": {"failures": ["a: ill"]}})
+    rounds.append(rounds[0] | {"round": 1, "simulation": {"failures": ["a: ill"]}})
     train.write_text(tmp_path / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in rounds))
     train.check_learned(tmp_path, fed.Workers())
 
@@ -1101,8 +1105,33 @@ def test_what_a_run_has_spent_cannot_be_lost_or_edited(finished, tmp_path, capsy
     (copied / "config.yaml").write_text(text.replace("clip_norm: 2.65", "clip_norm: 5.0"))
     assert "config.yaml was changed" in fails(capsys, "--resume", str(copied))
     (copied / "config.yaml").write_text(text)
+    (copied / "config.yaml").write_text(text.replace("  tdc: 0.05\n", ""))
+    error = fails(capsys, "--resume", str(copied))
+    assert "config.yaml has no loss.tdc: the run was made by another version" in error
+    (copied / "config.yaml").write_text(text)
+    (copied / "last.pt").write_bytes(b"")
+    assert "delete it" not in fails(capsys, "--resume", str(copied))
     (copied / "last.pt").unlink()
     assert "last.pt is lost" in fails(capsys, "--resume", str(copied))
+
+
+def test_what_a_killed_first_round_has_spent_cannot_be_lost(finished, tmp_path, capsys):
+    """Before the end of round 0, last.pt alone holds what was charged."""
+    copied = copy_run(finished[1], tmp_path)
+    for path in (*copied.glob("personal/*"), copied / "rounds.jsonl", copied / "report.json"):
+        path.unlink()
+    state = train.load_checkpoint(copied / "last.pt", "global adapter")
+    state |= {"round": 0, "accountant": [[1.0, 3.0, 1]]}
+    train.save_state(copied, state, fed.Workers())
+    (copied / "last.pt").unlink()
+    assert "last.pt is lost" in fails(capsys, "--resume", str(copied))
+
+
+@pytest.mark.parametrize("lines", [b"{}\n{}\n", b"1\n2\n", b"\xff\n\xff\n"])
+def test_a_log_of_other_things_than_rounds_is_refused(finished, tmp_path, capsys, lines):
+    copied = copy_run(finished[1], tmp_path)
+    (copied / "rounds.jsonl").write_bytes(lines)
+    assert "rounds.jsonl: damaged" in fails(capsys, "--resume", str(copied))
 
 
 @pytest.mark.parametrize("num_lines", [0, 1, 4])
@@ -1137,15 +1166,20 @@ def controlled(finished):
 def test_no_round_is_spent_without_a_clients_c_i(controlled, tmp_path, capsys):
     copied = copy_run(controlled, tmp_path)
     path = copied / "clients" / "client-004.pt"
-    own = torch.load(path, weights_only=True)
+    own = torch.load(path, weights_only=True)["controls"]
     assert list(own) == [0, 1] and not own[0].any() and own[1].any()
     before = snapshot(copied)
 
     def refusal():
         return last_line(capsys, "--resume", str(copied), "--set", "fed.rounds=2")
 
-    torch.save({2: own[1]}, path)
+    torch.save({"client": "client-004", "controls": {2: own[1]}}, path)
     assert "client-004.pt: the client's c_i is newer than last.pt" in refusal()
+    for wrong in (own[1][:5], own[1] * math.nan):
+        torch.save({"client": "client-004", "controls": {1: wrong}}, path)
+        assert "client-004.pt: damaged, or of another run" in refusal()
+    shutil.copy(path.with_name("client-003.pt"), path)
+    assert "client-004.pt: lost or damaged" in refusal()
     path.write_bytes(b"broken")
     assert "client-004.pt: lost or damaged, and with it the client's c_i" in refusal()
     path.unlink()
@@ -1431,6 +1465,19 @@ def test_evaluating_trains_nothing(finished, tmp_path, capsys):
     unfinished = copy_run(run, tmp_path)
     (unfinished / "personal" / "client-000.pt").unlink()
     assert "evaluate trains nothing" in fails(capsys, *again[:-1], str(unfinished))
+    # nor does it accept another client's, or one of other settings
+    personal = run / "personal"
+    shutil.copy(personal / "client-001.pt", unfinished / "personal" / "client-000.pt")
+    error = fails(capsys, *again[:-1], str(unfinished))
+    assert "no personal adapter of these settings for client-000" in error
+    shutil.copy(personal / "client-000.pt", unfinished / "personal" / "client-000.pt")
+    text = (unfinished / "config.yaml").read_text()
+    config = yaml.safe_load(text)
+    config["personal"]["lr"] *= 2
+    train.save_config(unfinished, config)
+    before = snapshot(unfinished)
+    assert "evaluate trains nothing" in fails(capsys, *again[:-1], str(unfinished))
+    assert snapshot(unfinished) == before
     (unfinished / "report.json").unlink()
     assert "no report.json there" in fails(capsys, *again[:-1], str(unfinished))
 

@@ -1520,8 +1520,12 @@ def load_people(root, size, crop, num_clients, num_unseen, seed, cache="", min_f
         options = {"num_clients": num_clients, "num_unseen": num_unseen, "size": size, "seed": seed}
         record = root / "options.json"
         if not root.exists():
-            make_synthetic(root, **options)
-        elif record.exists():
+            try:
+                make_synthetic(root, **options)
+            except ValueError:
+                if not record.exists():  # it does if another run was faster
+                    raise
+        if record.exists():
             try:
                 made = {key: float(value) for key, value in json.loads(record.read_text()).items()}
             except (ValueError, TypeError, AttributeError):

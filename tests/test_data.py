@@ -1,5 +1,6 @@
 """Files of every kind, layouts, splits and batches, and the truth of synthetic talkers."""
 
+import contextlib
 import errno
 import io
 import os
@@ -1627,6 +1628,26 @@ def test_prompts_that_are_cut_off_are_counted(monkeypatch, capsys):
     monkeypatch.setattr(data, "load_people", lambda *_: data.People({}, {"anna": clips}, {}))
     train.load_people(train.load_config(train.DEFAULTS))
     assert capsys.readouterr().out == "note: prompts of 1 clips are cut off after 8 words\n"
+
+
+def test_talkers_that_another_run_was_faster_to_make_are_used(tmp_path, monkeypatch):
+    few = partial(data.make_synthetic, num_public=8, clips_per_client=3, seconds=0.4)
+    draw = data.in_threads
+
+    def draw_twice(*arguments):
+        monkeypatch.setattr(data, "in_threads", draw)
+        few(tmp_path / "synthetic-small", num_clients=made, num_unseen=0, size=16, seed=0)
+        return draw(*arguments)
+
+    monkeypatch.setattr(data, "make_synthetic", few)
+    options = {"size": 16, "crop": 1.0, "num_unseen": 0, "seed": 0, "cache": tmp_path / "cache"}
+    for made, error in ((2, None), (1, "was made with another num_clients")):
+        monkeypatch.setattr(data, "in_threads", draw_twice)
+        with pytest.raises(ValueError, match=error) if error else contextlib.nullcontext():
+            people = data.load_people(tmp_path / "synthetic-small", num_clients=2, **options)
+        assert len(people.clients) == 2
+        assert [path.name for path in tmp_path.glob("*synthetic*")] == ["synthetic-small"]
+        shutil.rmtree(tmp_path / "synthetic-small")
 
 
 def test_people_are_loaded_by_role_and_the_synthetic_ones_made_first(tmp_path, capsys, monkeypatch):

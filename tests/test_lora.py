@@ -218,7 +218,9 @@ def test_values_out_of_range_raise_and_leave_the_network_alone(change, message):
 
 def test_a_wrong_word_for_layers_is_answered_with_those_in_their_names():
     net = torch.nn.ModuleDict({"attention": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
-    with pytest.raises(ValueError, match="no layer has 'attn' in its name; in names are attention$"):
+    with pytest.raises(
+        ValueError, match="no layer has 'attn' in its name; in names are attention$"
+    ):
         lora.inject_lora(net, rank=1, alpha=1.0, train="R", layers="attn")
 
 

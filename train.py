@@ -859,10 +859,8 @@ def train(config, people, run, device, workers, may_train=True):
     # SCAFFOLD needs a shared disk for its c_i. Rank 0's config.yaml is there only if it is shared.
     if "control" in state and not (run / "config.yaml").exists():
         raise ValueError(f"{run / 'clients'}: all machines have to share it, for SCAFFOLD's c_i")
-    if state["round"] < config["fed"]["rounds"]:
-        jitter = backbone["public_jitter"]
-        judge = judges["loss"]
-        state = federate(config, model, judge, clients, state, jitter, run, device, workers)
+    jitter = backbone["public_jitter"]
+    state = federate(config, model, judges["loss"], clients, state, jitter, run, device, workers)
     stopwatch.lap("rounds")
     check_learned(run, workers)
     # -- on each client: personal adapters, which never leave it

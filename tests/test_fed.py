@@ -144,6 +144,17 @@ def test_auxiliary_losses_decode_the_motion_at_its_liveliness():
     assert float(losses["perceptual"]) == pytest.approx(0, abs=1e-5)
 
 
+@torch.no_grad()
+def test_identity_is_judged_in_the_middle_of_the_five_frames():
+    model = small_model()
+    judges = metrics.Judges().eval()
+    batch = random_batch(model, 2, 5, 0)
+    x0 = torch.randn(batch["motion"].shape, generator=torch.Generator().manual_seed(0))
+    x0[:, 2] = 0  # no motion: the reference itself
+    losses = fed.auxiliary_losses(model, judges, batch, x0)
+    assert float(losses["identity"]) == pytest.approx(0, abs=1e-5)
+
+
 def test_one_clip_stands_for_all_with_the_expectation_of_weights_alpha_bar():
     model = adapted_model()
     batch = random_batch(model, 4, 6, 0)

@@ -1,6 +1,7 @@
 """The federation's equations against their definitions, local training, and whole rounds on losses solved by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +311,15 @@ def test_a_reported_loss_takes_its_reference_from_another_clip(clips):
     assert clips[0].liveliness != pytest.approx(clips[1].liveliness)
     assert torch.equal(batch["frames"][0], data.to_float(clips[1].frames[:16]))
     assert np.array_equal(batch["mel"][0], data.audio_windows(clips[1].mel)[:16])
+
+
+def test_a_reported_loss_has_the_prompts_of_its_own_clips(clips):
+    model = small_model()
+    model.text_encoder.learn_words(["calm", "happy", "sad"])
+    prompts = ["sad", "calm", "happy"]
+    first, *others = (replace(clip, prompt=own) for clip, own in zip(clips, prompts))
+    batch = fed.fixed_batch(model, others, [first], 8)
+    assert torch.equal(batch["words"], model.text_encoder.ids(prompts[1:]))
 
 
 def test_only_training_clips_are_trained_on(clips, monkeypatch):

@@ -422,6 +422,16 @@ def test_the_local_rate_is_constant_for_half_of_the_steps_and_then_falls_to_zero
     assert torch.allclose(start - trained, torch.full_like(start, way), rtol=1e-3)
 
 
+def test_the_terms_of_a_round_are_means_over_its_steps(monkeypatch):
+    model = adapted_model()
+    terms = iter([{"diffusion": 1.0}, {"diffusion": 2.0}, {"diffusion": 6.0}])
+    monkeypatch.setattr(fed, "backward", lambda *args: next(terms))
+    kwargs = {"num_steps": 3, "lr": 0.01, "batch_size": 1, "loss_weights": NO_JUDGES}
+    start = lora.adapter_vector(model)
+    _, found = fed.train_adapter(model, None, NoiseClient("a", 4), start, 0, **kwargs)
+    assert found == pytest.approx({"diffusion": 3.0})
+
+
 def test_an_adapter_that_is_not_finite_is_an_error():
     model = adapted_model()
     state = {"adapter": lora.adapter_vector(model), "round": 0}

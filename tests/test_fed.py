@@ -239,6 +239,16 @@ def test_unexplained_variance_is_one_without_motion_and_the_linear_denoisers_wit
     assert fed.unexplained_variance(model, still, 0, num_levels=2).max() < 1000
 
 
+def test_what_is_left_unexplained_depends_on_all_that_the_model_is_told():
+    model = small_model()
+    batch = random_batch(model, 2, 6, 0)
+    batch["words"][1] = 2
+    shares = fed.unexplained_variance(model, batch, 0, num_levels=2)
+    for name in ("mel", "reference", "reference_latents", "words"):
+        other = batch | {name: batch[name].flip(0)}
+        assert not torch.allclose(fed.unexplained_variance(model, other, 0, num_levels=2), shares)
+
+
 def test_a_loss_of_ones_own_is_given_frames_to_judge():
     """README: one more entry of `auxiliary_losses` and its weight make a new loss."""
     model = adapted_model()

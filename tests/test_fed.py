@@ -249,6 +249,17 @@ def test_what_is_left_unexplained_depends_on_all_that_the_model_is_told():
         assert not torch.allclose(fed.unexplained_variance(model, other, 0, num_levels=2), shares)
 
 
+def test_of_a_calm_clip_the_same_share_is_unexplained():
+    model = small_model()
+    batch = random_batch(model, 1, 6, 0)
+    x0 = batch["motion"] / model.motion_std
+    x0 = x0 * (0.05 * model.prior.mean_variance() / model.weighted_power(x0)).sqrt()
+    model.prior.denoise = lambda xt, signal, noise: (0.25 * x0, None)
+    calm = batch | {"motion": x0 * model.motion_std}
+    shares = fed.unexplained_variance(model, calm, 0, num_levels=2, use_unet=False)
+    assert torch.allclose(shares, torch.full((2, 1), 0.75**2), atol=1e-5)
+
+
 def test_a_loss_of_ones_own_is_given_frames_to_judge():
     """README: one more entry of `auxiliary_losses` and its weight make a new loss."""
     model = adapted_model()

@@ -704,6 +704,20 @@ def test_judges_are_trained_on_random_views(people, monkeypatch):
     assert (views.std(0) > 0.3).all()
 
 
+def test_each_face_is_learned_as_that_of_its_own_clip(monkeypatch):
+    monkeypatch.setattr(data, "augment", lambda frames, view, generator: frames)
+    judges = metrics.Judges().eval()
+    pictures = noise(2, 3, 64, 64)
+    clips = pictures[:, None].expand(-1, 12, -1, -1, -1), torch.zeros(2, 12, 20, 40)
+    losses = []
+    for labels in ([0, 1], [1, 0]):
+        generator = torch.Generator().manual_seed(0)
+        arguments = torch.tensor(labels), *clips, torch.zeros(2, 12), generator
+        loss = metrics.judge_loss(judges, judges.identity(pictures), *arguments)
+        losses.append(float(loss.detach()))
+    assert losses[0] < losses[1] - 0.1
+
+
 def test_judges_learn_opening_and_sync(people):
     trained = metrics.train_judges(people, 40, batch_size=4, num_frames=16)
     rng = np.random.default_rng(9)

@@ -1377,6 +1377,15 @@ def test_a_video_without_sound_is_scored_without_it(tmp_path):
     assert rows["sync*"]["mean"] is None
 
 
+def test_generated_videos_are_judged_with_their_own_sound(tmp_path):
+    mute, loud = tmp_path / "mute.mp4", tmp_path / "loud.mp4"
+    data.write_video(mute, moving_frames())
+    data.write_video(loud, moving_frames(), hiss(40))
+    for real, fake in ((mute, loud), (loud, mute)):
+        rows, _ = metrics.compare(real, fake, {}, PlainJudges())
+        assert (rows["sync*"]["mean"] is not None) == (fake == loud)
+
+
 def test_the_list_of_metrics_is_a_markdown_table(capsys):
     metrics.main(["--list"])
     lines = capsys.readouterr().out.splitlines()

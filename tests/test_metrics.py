@@ -1045,6 +1045,13 @@ def test_starred_metrics_know_the_right_clip(evaluation):
     assert rows["truth"]["kid*"]["n"] == 240
 
 
+@pytest.mark.parametrize("shift, found", [(1, 1), (2, 0)])
+def test_sound_is_in_sync_within_one_frame(cases, shift, found):
+    evaluation = metrics.Evaluation(cases, PlainJudges())
+    evaluation.add("late", cases[0], torch.roll(cases[0].frames, shift, 0))
+    assert evaluation.rows()["late"]["offset_found*"]["mean"] == found
+
+
 def test_people_are_known_by_their_training_clips(evaluation, splits):
     frames = torch.from_numpy(splits["p3"]["train"][0].frames[::5]) / 255
     expected = F.normalize(PlainJudges().identity(frames).mean(0), dim=0)

@@ -1059,6 +1059,14 @@ def test_people_are_known_by_their_training_clips(evaluation, splits):
     assert list(evaluation.gallery) == list(splits)
 
 
+def test_judges_are_scored_by_clips_that_they_have_not_seen_of_a_person(people):
+    """Where each person's second clip shows the other person, nobody is recognised."""
+    first, second = (people[name][:1] for name in ("p0", "p1"))
+    exchanged = {"a": [*first, *second], "b": [*second, *first]}
+    scores = metrics.score_judges(PlainJudges(), exchanged)
+    assert scores["right_person*"] == scores["verification_auc"] == 0
+
+
 def test_memory_does_not_grow_with_the_clip():
     def resident_pages():
         return int(Path("/proc/self/statm").read_text().split()[1])

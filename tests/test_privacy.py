@@ -269,6 +269,8 @@ def test_cohorts_of_a_fixed_size_take_all_clients_alike():
     assert (joins.sum(1) == 6).all()
     assert abs(joins.mean(0) - 0.3).max() < 4.5 * math.sqrt(0.3 * 0.7 / 2000)
     assert privacy.draw_cohort(1, 0.1, bytes(32), 0, fixed_size=True).tolist() == [0]
+    # 0.29 * 100 is a little less than 29 in floating point
+    assert len(privacy.draw_cohort(100, 0.29, bytes(32), 0, fixed_size=True)) == 29
 
 
 # ---------------------------------------------------------------- clip, weight, noise

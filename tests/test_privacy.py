@@ -1487,6 +1487,12 @@ def test_the_fewest_clients_keep_the_target_wherever_they_stand(capsys):
     assert epsilons[0] < epsilons[1] == pytest.approx(1, abs=1e-4)
 
 
+def test_the_most_rounds_keep_the_target_wherever_they_stand(capsys):
+    privacy.main("--rounds 4 1 --target-epsilon 1".split())
+    epsilons = [float(line.split()[4]) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert epsilons[1] < epsilons[0] == pytest.approx(1, abs=1e-4)
+
+
 def test_the_audit_prints_a_table_and_finds_every_defect(capsys):
     privacy.main("--clients 100 --noise 0.27 --length 1232 --audit".split())
     lines = capsys.readouterr().out.splitlines()

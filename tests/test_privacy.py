@@ -1506,6 +1506,7 @@ def test_the_audit_prints_a_table_and_finds_every_defect(capsys):
     + ["--noise 1 --delta 0.1", "--noise 1 --rounds 0", "--noise 1 --clients 0", "--nose 1"]
     + ["--target-epsilon 0", "--target-epsilon nan", "--noise 1 --target-epsilon 8"]
     + ["--noise 1 --audit --length 0", "--noise 1 --audit --clients 1"]
+    + ["--noise 1 --clients 100 200000"]
     + ["--noise 1 --audit --length 100000000000", "--noise 1 --audit --clients 100 1"]
     + ["--noise 1 --rounds " + "9" * 400, "--verify /nowhere", "--verify . --audit"],
 )

@@ -1731,7 +1731,7 @@ def clip_of(person, name, num_frames=30):
 
 
 def test_the_clips_of_a_person_are_split():
-    for num_clips, expected in ((10, [6, 2, 2]), (3, [1, 1, 1])):
+    for num_clips, expected in ((8, [4, 2, 2]), (10, [6, 2, 2]), (3, [1, 1, 1])):
         clips = [clip_of("a", str(i)) for i in range(num_clips)]
         parts = data.split_clips(clips, seed=0)
         assert [len(parts[name]) for name in ("train", "validation", "test")] == expected

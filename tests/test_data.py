@@ -1740,6 +1740,14 @@ def test_the_clips_of_a_person_are_split():
         data.split_clips([clip_of("dora", "1"), clip_of("dora", "2")], 0)
 
 
+def test_another_seed_and_another_person_have_another_split():
+    clips = [clip_of("a", str(i)) for i in range(30)]
+    others = [clip_of("b", str(i)) for i in range(30)]
+    splits = [data.split_clips(clips, 0), data.split_clips(clips, 1), data.split_clips(others, 0)]
+    names = [tuple(clip.name for clip in split["test"]) for split in splits]
+    assert len(set(names)) == 3
+
+
 @pytest.mark.parametrize("above", ["video-", ""])  # "" of a dataset of one person
 def test_what_several_cameras_saw_at_once_is_on_one_side_of_a_split(above):
     clips = []

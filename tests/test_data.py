@@ -1803,6 +1803,16 @@ def test_a_batch_is_aligned_and_its_reference_is_outside_of_the_window():
         data.sample_batch({"a": []}, 2, 8, torch.Generator())
 
 
+def test_a_batch_holds_the_liveliness_of_its_windows_not_of_its_references():
+    calm = clip_of("a", "1")
+    lively = replace(calm, frames=calm.frames * np.uint8(3))
+    batch = data.sample_batch({"a": [calm, lively]}, 32, 8, torch.Generator().manual_seed(0))
+    name = batch["frames"][:, 0, 0, 0, 0]
+    expected = torch.where(name > name.min(), lively.liveliness, calm.liveliness)
+    assert lively.liveliness > 2 * calm.liveliness and len(name.unique()) == 2
+    torch.testing.assert_close(batch["liveliness"], expected)
+
+
 def test_sound_and_pictures_in_floats_are_refused(tmp_path):
     """Of sound in [-1, 1], as torchaudio reads it, silence would be left; of pictures in [0, 1] black."""
     sound = np.random.RandomState(0).uniform(-1, 1, 640).astype(np.float32)

@@ -1894,6 +1894,7 @@ def test_the_reference_frame_is_a_sharp_view_from_the_front():
     face[12:56, 16:48] = 180  # the head
     face[44:48, 26:38] = 90  # a mouth
     closed = face.copy()
+    closed[44:48, 26:38] = 60  # more detail where the eyes are not
     face[24:28, 22:28] = face[24:28, 36:42] = 20  # eyes
     pale = 120 + 0.3 * (ndimage.gaussian_filter(face, 2) - 120)
     glaring = 120 + 1.3 * (np.roll(face, 3, 1) - 120)

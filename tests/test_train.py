@@ -452,6 +452,38 @@ def test_the_tables_of_a_report_stand_under_their_titles(finished):
             assert f"|{cell}|" in line, (title, method)
 
 
+def picture_case(name, loudness=1000):
+    """A case of ten frames whose mouth is widest open in frame 6."""
+    noise = np.random.default_rng(0).normal(size=6400) * loudness
+    return SimpleNamespace(
+        person="anna",
+        clip=SimpleNamespace(name=name),
+        frames=torch.zeros(10, 3, 32, 32),
+        opening=torch.eye(10)[6],
+        reference=np.full((3, 32, 32), 250, np.uint8),
+        audio=noise.astype(np.int16),
+    )
+
+
+def test_each_picture_stands_under_the_name_of_its_method(tmp_path):
+    times = np.arange(10, dtype=np.uint8)[:, None, None, None]
+    clips = {"truth": 50 + times, "backbone": 150 + times}
+    clips = {name: np.broadcast_to(clip, (10, 3, 32, 32)) for name, clip in clips.items()}
+    titles = []
+    for first, second in (("truth", "backbone"), ("backbone", "truth")):
+        shown = {first: clips[first], second: clips[second]}
+        train.save_pictures(tmp_path, [(picture_case("1"), shown)])
+        sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+        columns = np.split(sheet, 3, axis=1)
+        levels = [int(column[48, 32, 0]) for column in columns]
+        assert levels == [250, int(clips[first][6, 0, 0, 0]), int(clips[second][6, 0, 0, 0])]
+        titles.append([column[:16].tobytes() for column in columns])
+    (reference, *names), again = titles
+    assert len({reference, *names}) == 3 and again == [reference, *names[::-1]]
+
+
+
+
 def test_a_run_keeps_its_promise_of_privacy(finished):
     _, run = finished
     report = read_json(run / "report.json")["privacy"]

@@ -482,6 +482,14 @@ def test_each_picture_stands_under_the_name_of_its_method(tmp_path):
     assert len({reference, *names}) == 3 and again == [reference, *names[::-1]]
 
 
+def test_each_sample_has_its_own_sound(tmp_path):
+    clip = {"truth": np.full((10, 3, 32, 32), 90, np.uint8)}
+    cases = [picture_case(str(i), 1000 * (1 + i)) for i in range(3)]
+    train.save_pictures(tmp_path, [(case, clip) for case in cases])
+    loudness = [data.read_speech(tmp_path / f"samples/anna-{i}.mp4").std() for i in (0, 2)]
+    assert loudness[1] > 2 * loudness[0]
+
+
 
 
 def test_a_run_keeps_its_promise_of_privacy(finished):

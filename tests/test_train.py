@@ -424,6 +424,30 @@ def test_each_share_of_motion_in_a_report_is_of_its_method_and_person(finished, 
     assert len({found[method]["mean"] for method in methods}) == len(methods)
 
 
+def test_shares_of_motion_are_means_over_people_and_by_noise_level(monkeypatch):
+    def person(name, *tests):
+        clips = [SimpleNamespace(name=test) for test in tests]
+        return SimpleNamespace(name=name, split={"train": [], "test": clips})
+
+    shares = {"1": 0.5, "2": 0.8, "3": 0.8, "4": 0.8}
+    levels = torch.tensor([[1.2], [0.8]])  # of each share, by noise level
+
+    def unexplained_variance(model, clips, seed, use_unet):
+        return levels * torch.tensor([shares[clip.name] if model == "ours" else 2.0 for clip in clips])
+
+    monkeypatch.setattr(fed, "fixed_batch", lambda model, clips, *rest: clips)
+    monkeypatch.setattr(fed, "unexplained_variance", unexplained_variance)
+    clients = [person("a", "1"), person("b", "2", "3", "4")]
+    config = train.load_config(train.DEFAULTS)
+    models = {"backbone": "before", "global adapter": "ours"}
+    table = train.unexplained_table(config, models, None, {}, clients, fed.Workers())
+    row = table["global adapter"]
+    assert row["mean"] == pytest.approx(0.65) and row["groups"] == 2
+    ratio = row["ratio_to_backbone"]
+    assert ratio["mean"] == pytest.approx(0.325) and ratio["groups"] == 2
+    assert row["by_level"] == pytest.approx([1.2 * 0.725, 0.8 * 0.725])
+
+
 def test_differences_are_of_the_later_method_minus_the_one_before_it(finished):
     _, run = finished
     report = read_json(run / "report.json")

@@ -899,6 +899,20 @@ def test_clients_are_measured_with_noise_of_their_own_which_methods_share(finish
     assert first != second and table["backbone"] == table["global adapter"]
 
 
+def test_the_limit_is_that_of_the_public_clip_that_is_explained_worst(monkeypatch):
+    shares = {("a2", "a1"): 0.3, ("b2", "b1"): 0.8, ("c2", "c1"): 0.5}  # clip, reference's clip
+
+    def unexplained_variance(model, batch, seed, use_unet):
+        assert not use_unet
+        return torch.tensor([shares[batch]])
+
+    monkeypatch.setattr(fed, "fixed_batch", lambda model, clips, own, num: (*clips, *own))
+    monkeypatch.setattr(fed, "unexplained_variance", unexplained_variance)
+    public = {"a": ["a1", "a2"], "b": ["b1", "b2", "b3"], "c": ["c1", "c2"], "d": ["d1"]}
+    assert train.public_unexplained(None, public) == pytest.approx(0.8)
+    assert train.public_unexplained(None, {"d": ["d1"]}) is None
+
+
 def test_clips_that_the_model_cannot_explain_and_strangers_are_named(finished, tmp_path, capsys):
     folder, run = finished
     copy = tmp_path / "run"

@@ -514,6 +514,19 @@ def test_each_sample_has_its_own_sound(tmp_path):
     assert loudness[1] > 2 * loudness[0]
 
 
+def test_the_curve_of_the_loss_is_a_mean_of_its_steps(tmp_path, monkeypatch, capsys):
+    drawn = []
+
+    def draw_curve(title, values):
+        drawn.extend(values)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(train, "draw_curve", draw_curve)
+    tables = ("rows", "paired", "unseen", "unexplained")
+    sections = ("privacy", "communication", "seconds", "hardware", "speed")
+    report = {"name": "talkers"} | {name: {} for name in (*tables, *sections)}
+    train.write_report(tmp_path, report, [2.0] * 60)
+    assert drawn == pytest.approx([2.0] * len(drawn)) and drawn
 
 
 def test_a_run_keeps_its_promise_of_privacy(finished):

@@ -894,8 +894,9 @@ def test_hardly_any_clips_of_one_person_are_strange():
     greys = np.full((7, 12, 3, 8, 8), 200, np.uint8)
     red = np.full((12, 3, 8, 8), [[[200]], [[60]], [[60]]], np.uint8)
     clips = [SimpleNamespace(frames=frames, num_frames=12) for frames in [*greys, red]]
-    far = metrics.identity_distances(judges, clips[6:])[0, 1]
-    assert metrics.identity_threshold(judges, {"a": clips}) == pytest.approx(float(far)) and far > 0.5
+    far = float(metrics.identity_distances(judges, clips[6:])[0, 1])
+    threshold = metrics.identity_threshold(judges, {"a": clips})
+    assert threshold == pytest.approx(far) and far > 0.5
 
 
 def test_of_an_hour_a_few_hundred_faces_are_looked_at(monkeypatch):

@@ -433,7 +433,8 @@ def test_shares_of_motion_are_means_over_people_and_by_noise_level(monkeypatch):
     levels = torch.tensor([[1.2], [0.8]])  # of each share, by noise level
 
     def unexplained_variance(model, clips, seed, use_unet):
-        return levels * torch.tensor([shares[clip.name] if model == "ours" else 2.0 for clip in clips])
+        own = [shares[clip.name] if model == "ours" else 2.0 for clip in clips]
+        return levels * torch.tensor(own)
 
     monkeypatch.setattr(fed, "fixed_batch", lambda model, clips, *rest: clips)
     monkeypatch.setattr(fed, "unexplained_variance", unexplained_variance)

@@ -931,7 +931,7 @@ def test_why_a_sound_is_used_in_part_is_said(tmp_path):
 
 def test_the_text_beside_a_clip_may_be_wrong_but_costs_only_itself(tmp_path, one_clip):
     texts = {
-        "good": "Text:  HELLO\nPrompt:  sad\nOpening:  " + "0.5 " * 16,
+        "good": "Text:  HELLO\nPrompt:  sad\nOpening:  " + "0.5 " * 16 + "0.9",  # one too many
         "words": "Prompt: sad\nOpening:  a b c\n",
         "few": "Opening:  0.1 0.2\n",
         "large": "Opening: " + "7 " * 16,

@@ -1454,6 +1454,14 @@ def test_what_was_decoded_otherwise_is_not_used(tmp_path, monkeypatch, name):
     assert data.open_cache(tmp_path, tmp_path / "people", 64, 1.0, None) != before
 
 
+def test_clips_of_another_crop_or_face_finder_are_not_used(tmp_path):
+    finders = [None] + [SimpleNamespace(fingerprint=lambda own=own: own) for own in "ab"]
+    settings = [(crop, finder) for crop in (1.0, 0.9) for finder in finders]
+    folders = [data.open_cache(tmp_path, tmp_path / "people", 64, *own) for own in settings]
+    assert len(set(folders)) == 6
+    assert data.open_cache(tmp_path, tmp_path / "people", 64, *settings[-1]) == folders[-1]
+
+
 def test_what_killed_runs_left_in_the_cache_is_deleted_after_a_day(tmp_path, one_clip):
     copy(one_clip, tmp_path / "anna" / "1.mp4")
     load(tmp_path / "anna")

@@ -82,7 +82,7 @@ def die_with_parent(parent):
 
 
 def set_up_process():
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: half-written files are deleted. Print
+    """Let a cluster's signals end this process as Ctrl-C does: half-written files are deleted. Print
     letters that the terminal's encoding lacks as escapes, and warnings as one line. Exempt what is
     imported from garbage collection.
     """
@@ -91,7 +91,8 @@ def set_up_process():
         if getattr(sys, name) is None:  # it is closed, but tqdm needs one
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
-    for kind in (signal.SIGTERM, signal.SIGHUP):
+    # Clusters send SIGUSR1 or SIGUSR2 before a job's time ends, SIGXCPU when it has ended.
+    for kind in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
         if signal.getsignal(kind) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(kind, signal.default_int_handler)
     gc.freeze()  # to search torch's 300,000 objects once more at the end would take a second
@@ -121,10 +122,11 @@ def errors_in_one_line(interrupted="interrupted"):
 
 
 def is_short_of_memory(error):
-    """Return whether an error means too little memory: a failed allocation, or a data-loading
-    process that the kernel killed. torch has no error class for either.
+    """Return whether an error means too little memory or too few processes: a failed allocation, a
+    data-loading process that the kernel killed, a thread that may not start. They have no class of
+    errors of their own.
     """
-    messages = "(out of|allocate) memory|^DataLoader worker"
+    messages = "(out of|allocate) memory|^DataLoader worker|can't start new thread"
     return isinstance(error, MemoryError) or bool(re.search(messages, str(error)))
 
 

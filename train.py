@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -223,8 +224,9 @@ def check_config(config):
     """
     f = config["fed"]
     p = config["privacy"]
-    if Path(config["name"]).name != config["name"]:
-        raise ValueError(f"name becomes the end of a folder's name, not {config['name']!r}")
+    name = config["name"]
+    if Path(name).name != name or not name.isprintable() or len(name.encode()) > 200:
+        raise ValueError(f"name becomes the end of a folder's name, not {reprlib.repr(name)}")
     if f["algorithm"] == "scaffold" and (f["gamma"] or f["sample_cap"] > 1 or f["proximal"]):
         raise ValueError("fed.algorithm scaffold needs fed.gamma=0, sample_cap=1 and proximal=0")
     if f["algorithm"] == "centralized":  # one participant with the clips of all clients
@@ -412,11 +414,16 @@ def run_lock(folder, wait=False):
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             if not wait:
                 raise ValueError(f"{folder}: another process is at work there") from None
             print(f"{folder}: waiting for another process that is at work there")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: its file system cannot lock files ({error.strerror}): choose another "
+                "runtime.directory"
+            ) from None
         for path in folder.rglob(".*"):
             if re.fullmatch(r"\.[0-9a-f]{16}(\.\w+)?", path.name):  # of data.atomic_write
                 path.unlink()
@@ -690,7 +697,8 @@ def load_or_pretrain(config, public, run, device, workers):
     Only rank 0 reads and writes files.
     """
     own = run / "backbone.pt"
-    cache = run.parent / "backbones" / backbone_key(config, public)
+    runs = Path(os.path.abspath(run)).parent  # also of "."
+    cache = runs / "backbones" / backbone_key(config, public)
     # A cached backbone is read without a lock, which would need a writable folder.
     if not workers.broadcast(own.exists() or (cache / "backbone.pt").exists()):
         lock = run_lock(cache, wait=True) if workers.rank == 0 else contextlib.nullcontext()
@@ -2013,6 +2021,8 @@ def launch(argv, num_workers):
         "MASTER_PORT": port,
         "OMP_WAIT_POLICY": "passive",  # waiting threads must not hold the other workers' cores
     }
+    # What torchrun tells its own worker of their meeting does not hold for these.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
     launcher = os.getpid()
 
     def set_up_worker():
@@ -2023,7 +2033,7 @@ def launch(argv, num_workers):
     try:
         for rank in range(num_workers):
             own = variables | {"RANK": rank, "LOCAL_RANK": rank}
-            environment = os.environ | {name: str(value) for name, value in own.items()}
+            environment = inherited | {name: str(value) for name, value in own.items()}
             command = [sys.executable, __file__, *argv]
             processes.append(subprocess.Popen(command, env=environment, preexec_fn=set_up_worker))
         while None in [p.poll() for p in processes] and not any(p.poll() for p in processes):
@@ -2052,6 +2062,8 @@ def run_action(args, config, devices, workers):
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, data.num_cpus() // neighbors))
+    if args.action not in ("train", "evaluate") and workers.rank > 0:
+        return  # one process does it
     if args.action == "generate":
         generate(args, config, device)
     elif args.action == "personalize":
@@ -2059,6 +2071,16 @@ def run_action(args, config, devices, workers):
     elif args.action == "dry-run":
         dry_run(args, config, device)
     else:
+        if len(tempfile.gettempdir()) > 75:  # and /pymp-12345678/listener-12345678
+            raise ValueError("TMPDIR must have at most 75 letters: sockets need short names")
+        if not args.resume and workers.rank == 0:  # noticed before hours of decoding
+            data.check_output(Path(config["runtime"]["directory"], "config.yaml"), (".yaml",))
+        code = [
+            torch.__version__,
+            *(path.read_text() for path in sorted(DEFAULTS.parent.glob("*.py"))),
+        ]
+        if len(set(workers.merge({workers.rank: checksum(code)}).values())) > 1:
+            raise ValueError("the machines have other versions of this code or of torch")
         with workers.first_on_machine():
             people = load_people(config)  # its errors come before anything is written
         clips = [

@@ -1008,13 +1008,14 @@ def test_what_others_have_in_the_cache_stays(tmp_path, one_clip):
 def test_signals_end_a_process_tidily_but_for_those_that_nohup_ignores(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as they are where the shell has closed them
     monkeypatch.setattr(sys, "stderr", None)
-    kinds = signal.SIGTERM, signal.SIGHUP
+    kinds = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
     before = [signal.getsignal(kind) for kind in kinds]
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         data.set_up_process()
         after = [signal.getsignal(kind) for kind in kinds]
-        assert after == [signal.default_int_handler, signal.SIG_IGN]
+        ending = signal.default_int_handler
+        assert after == [ending, signal.SIG_IGN, ending, ending, ending]
         for stream in (sys.stdout, sys.stderr):  # which progress bars need
             stream.write("nobody reads this")
     finally:

@@ -2,11 +2,13 @@
 
 import ast
 import contextlib
+import errno
 import inspect
 import json
 import math
 import re
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +149,8 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--set", "privacy.num_curious=0", "fed.sample_rate=0.01"], "2 have to stay"),
         (["--set", "privacy.num_curious=0", "fed.dropout_rate=0.3"], "70 would"),
         (["--set", "name=a/b"], "name becomes"),
+        (["--set", "name='a\nb'"], "name becomes"),
+        (["--set", f"name={'a' * 300}"], "name becomes"),
         (["--set", "name=run #2"], "--set name: ' #' begins a comment"),
         (["--config", ""], "--config is empty"),
         (["--action", "generate", "--adapter", ""], "--adapter is empty"),
@@ -196,16 +200,50 @@ def test_settings_given_in_two_places_all_count(capsys):
 
 
 def test_too_little_memory_is_a_users_error_and_other_faults_are_ours(monkeypatch, capsys):
-    message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
-
     def fail(*args):
         raise RuntimeError(message)
 
     monkeypatch.setattr(train, "run_action", fail)
-    assert message in fails(capsys, "--action", "dry-run")
+    allocation = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    for message in (allocation, "can't start new thread"):
+        assert message in fails(capsys, "--action", "dry-run")
     message = "mat1 and mat2 shapes cannot be multiplied"
     with pytest.raises(RuntimeError, match="shapes"):
         train.main(["--gpus", "cpu", "--action", "dry-run"])
+
+
+def test_where_a_run_cannot_work_is_said_before_clips_are_decoded(monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_people", None)
+    error = fails(capsys, "--set", "runtime.directory=/proc/runs")
+    assert "/proc/runs/config.yaml cannot be written" in error
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 71 * "x")
+    assert "TMPDIR must have at most 75 letters" in fails(capsys)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(train.fcntl, "flock", flock)
+    with pytest.raises(ValueError, match="cannot lock files .* another runtime.directory"):
+        with train.run_lock(tmp_path):
+            pass
+
+
+def test_the_folder_of_a_run_may_be_the_working_folder(tmp_path, monkeypatch):
+    caches = []
+
+    def pretrain(config, public, cache, device, workers):
+        caches.append(cache)
+        raise InterruptedError
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setattr(train, "pretrain", pretrain)
+    config = train.load_config(train.DEFAULTS)
+    with pytest.raises(InterruptedError):
+        train.load_or_pretrain(config, {}, Path("."), "cpu", fed.Workers())
+    assert caches == [tmp_path / "backbones" / train.backbone_key(config, {})]
 
 
 def test_personal_adapters_have_a_batch_size_of_their_own():

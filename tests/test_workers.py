@@ -13,6 +13,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,39 @@ def test_a_port_in_use_is_one_line(folder, monkeypatch, capsys):
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
         assert "the workers cannot meet" in fails(capsys, "--set", *TINY, *places(folder))
+
+
+def test_workers_do_not_inherit_what_torchrun_told_their_launcher(monkeypatch):
+    """With TORCHELASTIC_USE_AGENT_STORE they would wait for a server that nobody starts."""
+    started = []
+
+    def start(command, env, preexec_fn):
+        started.append(env)
+        return SimpleNamespace(
+            poll=lambda: 0, terminate=lambda: None, wait=lambda *args: 0, kill=lambda: None
+        )
+
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(train.subprocess, "Popen", start)
+    assert train.launch(["--gpus", "cpu:2"], 2) == 0
+    assert [env["RANK"] for env in started] == ["0", "1"]
+    assert not any(name.startswith("TORCHELASTIC") for env in started for name in env)
+
+
+def test_machines_with_other_code_are_refused():
+    workers = SimpleNamespace(rank=0, merge=lambda own: own | {1: "another checksum"})
+    args = SimpleNamespace(action="train", resume="runs/x")
+    with pytest.raises(ValueError, match="the machines have other versions of this code"):
+        train.run_action(args, train.load_config(train.DEFAULTS), ["cpu"], workers)
+
+
+def test_one_process_speaks_for_all(monkeypatch):
+    said = []
+    monkeypatch.setattr(train, "generate", lambda *args: said.append(args))
+    for rank in (0, 1):
+        args = SimpleNamespace(action="generate")
+        train.run_action(args, {}, ["cpu"], SimpleNamespace(rank=rank))
+    assert len(said) == 1
 
 
 def test_a_lost_worker_ends_the_run():

@@ -1362,6 +1362,9 @@ def test_a_report_that_does_not_follow_is_refused(tmp_path):
             state=state_of_a_run(accountant=silent),
         ),
         "a log with a smaller epsilon": dict(log=[*log[:2], log[2] | dict(epsilon=1.0)]),
+        "a log with a round for nothing": dict(
+            log=[*log[:2], log[2] | dict(epsilon=log[1]["epsilon"])]
+        ),
         "a log without a guarantee": dict(log=[*log[:2], log[2] | dict(epsilon=None)]),
         "a log with NaN": dict(log=[*log[:2], log[2] | dict(epsilon=math.nan)]),
         "cohorts that the key does not draw": dict(

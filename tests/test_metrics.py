@@ -734,6 +734,13 @@ def test_judges_learn_opening_and_sync(people):
     assert found["people"] == 2 and found["clips"] == 4
 
 
+def test_judges_learn_no_opening_where_one_is_unknown(people):
+    first, *others = people["p1"]
+    mixed = people | {"p1": [replace(first, opening=None), *others]}
+    trained = metrics.train_judges(mixed, steps=1, batch_size=2, num_frames=10)
+    assert not trained.has_opening
+
+
 def test_judges_refuse_too_little(people):
     with pytest.raises(ValueError, match="four people"):
         metrics.train_judges({name: people[name] for name in ("p0", "p1", "p2")})

@@ -544,6 +544,14 @@ def test_interlaced_video_shows_no_combs(tmp_path):
     assert frames.shape == (25, 3, 120, 160)
 
 
+def test_frames_that_are_not_interlaced_keep_every_line(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 2, (12, 1, 16, 1), np.uint8) * np.uint8(200)
+    frames = frames.repeat(3, 1).repeat(32, 3).repeat(2, 2)
+    data.write_video(tmp_path / "lines.mp4", frames, crf=1)
+    read, _ = data.read_video(tmp_path / "lines.mp4")
+    assert abs(read.astype(int) - frames).mean() < 5
+
+
 def test_a_frame_with_a_wrong_time_does_not_fill_the_disk(tmp_path):
     late = "setpts='PTS+gt(N,10)*600/TB'"
     coding = ["-fps_mode", "passthrough", tmp_path / "1.mkv"]

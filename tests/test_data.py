@@ -1580,6 +1580,7 @@ def test_people_are_disjoint_and_keep_their_roles():
         ["client-0", "client-1"],
         ["unseen-0"],
     )
+    assert "unseen-1" not in data.split_people([*roles, "unseen-1"], 2, 1, 0)[0]
     for few in (["anna"], roles):
         with pytest.raises(ValueError, match="cannot be split"):
             data.split_people(few, 4, 1, 0)

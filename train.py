@@ -2055,6 +2055,20 @@ def launch(argv, num_workers):
             process.wait()
 
 
+def check_machines(args, config, workers):
+    """Raise ValueError for what would end a run, or spoil it, after hours: a folder that cannot be
+    written, a name too long for the data loader's sockets, machines with different code.
+    """
+    if not args.resume and workers.rank == 0:
+        data.check_output(Path(config["runtime"]["directory"], "config.yaml"), (".yaml",))
+    if len(tempfile.gettempdir()) > 75:  # a socket has 107: /pymp-12345678/listener-12345678
+        raise ValueError("TMPDIR must have at most 75 letters: sockets need short names")
+    files = sorted(DEFAULTS.parent.glob("*.py"))
+    code = checksum([torch.__version__, *(file.read_bytes() for file in files)])
+    if len(set(workers.merge({workers.rank: code}).values())) > 1:
+        raise ValueError("the machines have different versions of this code or of torch")
+
+
 def run_action(args, config, devices, workers):
     """Do what the command line asks for, in this process."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -2071,16 +2085,7 @@ def run_action(args, config, devices, workers):
     elif args.action == "dry-run":
         dry_run(args, config, device)
     else:
-        if len(tempfile.gettempdir()) > 75:  # and /pymp-12345678/listener-12345678
-            raise ValueError("TMPDIR must have at most 75 letters: sockets need short names")
-        if not args.resume and workers.rank == 0:  # noticed before hours of decoding
-            data.check_output(Path(config["runtime"]["directory"], "config.yaml"), (".yaml",))
-        code = [
-            torch.__version__,
-            *(path.read_text() for path in sorted(DEFAULTS.parent.glob("*.py"))),
-        ]
-        if len(set(workers.merge({workers.rank: checksum(code)}).values())) > 1:
-            raise ValueError("the machines have other versions of this code or of torch")
+        check_machines(args, config, workers)
         with workers.first_on_machine():
             people = load_people(config)  # its errors come before anything is written
         clips = [

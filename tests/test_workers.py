@@ -219,7 +219,7 @@ def test_workers_do_not_inherit_what_torchrun_told_their_launcher(monkeypatch):
 def test_machines_with_other_code_are_refused():
     workers = SimpleNamespace(rank=0, merge=lambda own: own | {1: "another checksum"})
     args = SimpleNamespace(action="train", resume="runs/x")
-    with pytest.raises(ValueError, match="the machines have other versions of this code"):
+    with pytest.raises(ValueError, match="the machines have different versions of this code"):
         train.run_action(args, train.load_config(train.DEFAULTS), ["cpu"], workers)
 
 

@@ -1154,7 +1154,8 @@ def check_controls(clients, state):
 def forget_rounds(run, state):
     """Drop the line of a round that was logged but is not in last.pt; this round is repeated.
 
-    Raises ValueError for any other number of lines: last.pt then lacks what rounds have spent.
+    Raises ValueError for any other number of lines, where last.pt lacks what rounds have spent, and
+    for lines that are no records of rounds.
     """
     path = run / "rounds.jsonl"
     text = path.read_text("utf-8", "backslashreplace") if path.exists() else ""
@@ -1169,6 +1170,7 @@ def forget_rounds(run, state):
         )
     if len(lines) > num_rounds:
         write_text(path, "".join(lines[:num_rounds]))
+    read_rounds(run)
 
 
 def read_rounds(run):

@@ -149,7 +149,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, words, capsys, tm
         (["--set", "privacy.num_curious=0", "fed.sample_rate=0.01"], "2 have to stay"),
         (["--set", "privacy.num_curious=0", "fed.dropout_rate=0.3"], "70 would"),
         (["--set", "name=a/b"], "name becomes"),
-        (["--set", "name='a\nb'"], "name becomes"),
+        (["--set", 'name="a\\nb"'], "name becomes"),
         (["--set", f"name={'a' * 300}"], "name becomes"),
         (["--set", "name=run #2"], "--set name: ' #' begins a comment"),
         (["--config", ""], "--config is empty"),

@@ -461,7 +461,9 @@ def main():
     args = parser.parse_args()
     unknown = set(args.tables) - set(tables)
     if unknown:
-        sys.exit(f"unknown tables {', '.join(sorted(unknown))}; known: {', '.join(tables)}")
+        parser.error(f"unknown tables {', '.join(sorted(unknown))}; known: {', '.join(tables)}")
+    if min(args.seeds, args.jobs) < 1:
+        parser.error("--seeds and --jobs must be at least 1")
     # of the code that is about to run; hours later it may be another
     command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()

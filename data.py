@@ -106,11 +106,15 @@ def refuse(message):
 
 @contextlib.contextmanager
 def errors_in_one_line(interrupted="interrupted"):
-    """End the process with one line and status 2 at a user's error, lack of memory or Ctrl-C."""
+    """End the process with one line and status 2 at a user's error, lack of memory or processes, or
+    Ctrl-C.
+    """
     try:
         yield
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_short_of_memory(error):
+        # a limit of processes: Python has no error class for it either
+        short = is_short_of_memory(error) or "can't start new thread" in str(error)
+        if isinstance(error, RuntimeError) and not short:
             raise  # a bug: the traceback says where
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # rank 0 may fail for the same reason, and then ends this process
@@ -122,11 +126,10 @@ def errors_in_one_line(interrupted="interrupted"):
 
 
 def is_short_of_memory(error):
-    """Return whether an error means too little memory or too few processes: a failed allocation, a
-    data-loading process that the kernel killed, a thread that may not start. They have no class of
-    errors of their own.
+    """Return whether an error means too little memory: a failed allocation, or a data-loading
+    process that the kernel killed. torch has no error class for either.
     """
-    messages = "(out of|allocate) memory|^DataLoader worker|can't start new thread"
+    messages = "(out of|allocate) memory|^DataLoader worker"
     return isinstance(error, MemoryError) or bool(re.search(messages, str(error)))
 
 

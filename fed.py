@@ -612,6 +612,10 @@ class Workers:
             merged |= part
         return dict(sorted(merged.items()))
 
+    def agree(self, value):
+        """Return whether all processes have the same value, which is hashable."""
+        return len(set(self.merge({self.rank: value}).values())) == 1
+
     def broadcast(self, value):
         """Return rank 0's value in every process."""
         if self.size == 1:

@@ -1505,7 +1505,7 @@ class Evaluation:
             if key not in self.people:
                 features["", ending, key] = per_frame(extract, truth).cpu()
         if unknown := found.keys() - METRICS.keys():
-            raise ValueError(f"METRICS_TABLE has no row for {', '.join(sorted(unknown))}")
+            raise KeyError(f"METRICS_TABLE has no row for {', '.join(sorted(unknown))}")
         # Only now, when nothing can fail any more: a clip counts in all metrics or in none.
         self.features |= features
         self.people[key] = case.person

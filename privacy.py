@@ -1238,24 +1238,22 @@ def verify_run(folder):
     if state["settings"] != train.checksum(train.fixed_settings(config)):
         raise ValueError("config.yaml was changed since the run was made.")
     people = train.read_people(folder)
-    for name in people["clients"].keys() & (people["public"] | people["unseen"]).keys():
-        raise ValueError(f"people.json: {name} is not only a client.")
+    if others := people["clients"].keys() & (people["public"] | people["unseen"]).keys():
+        raise ValueError(f"people.json: {min(others)} is not only a client.")
     num_clients = len(people["clients"])
     if num_clients != config["data"]["clients"]:
         raise ValueError(f"people.json: {num_clients} clients, not {config['data']['clients']}.")
     length = len(state["adapter"])
-    accountant = Accountant(state["accountant"])
     mechanism = train.make_mechanism(config, length)
     if mechanism is None:
         raise ValueError("config.yaml: privacy is not enabled.")
     log = train.read_rounds(folder)
-    if [row["round"] for row in log] != list(range(state["round"])):
+    if len(log) != state["round"]:
         raise ValueError(f"rounds.jsonl does not list the {state['round']} rounds of last.pt.")
 
     logged = Accountant()
     ran = collections.Counter()
-    key = state["sampling_key"]
-    cohorts = train.draw_cohorts(config, key, num_clients, state["round"])
+    cohorts = train.draw_cohorts(config, state["sampling_key"], num_clients, state["round"])
     for index, row in enumerate(log):
         if row["cohort_size"] != len(cohorts[index]):
             raise ValueError(f"rounds.jsonl: the key draws other clients in round {index}.")
@@ -1272,7 +1270,7 @@ def verify_run(folder):
         if row["epsilon"] is None or not row["epsilon"] >= so_far * (1 - 1e-6):
             raise ValueError(f"rounds.jsonl: round {index} claims another epsilon.")
     spent = collections.Counter()
-    for sample_rate, noise_multiplier, count in accountant.history:
+    for sample_rate, noise_multiplier, count in state["accountant"]:
         spent[sample_rate, noise_multiplier] += count
     # A crash may make a round count twice, so more rounds may be spent than ran, never fewer.
     if not ran <= spent:

@@ -653,11 +653,11 @@ def source_code(*roots, unused=()):
             elif isinstance(node, ast.Assign):
                 for target in node.targets:
                     defined[module, ast.unparse(target)] = node
-    code = {}
+    code = dict.fromkeys(unused, "")  # as if read already
     todo = list(roots)
     while todo:
         module, name = todo.pop()
-        if (module, name) in {*code, *unused} or (module, name) not in defined:
+        if (module, name) in code or (module, name) not in defined:
             continue
         tree = defined[module, name]
         for node in ast.walk(tree):
@@ -2066,8 +2066,8 @@ def check_machines(args, config, workers):
     if len(tempfile.gettempdir()) > 75:  # a socket has 107: /pymp-12345678/listener-12345678
         raise ValueError("TMPDIR must have at most 75 letters: sockets need short names")
     files = sorted(DEFAULTS.parent.glob("*.py"))
-    code = checksum([torch.__version__, *(file.read_bytes() for file in files)])
-    if len(set(workers.merge({workers.rank: code}).values())) > 1:
+    code = [torch.__version__, *(file.read_bytes() for file in files)]
+    if not workers.agree(checksum(code)):
         raise ValueError("the machines have different versions of this code or of torch")
 
 
@@ -2093,7 +2093,7 @@ def run_action(args, config, devices, workers):
         clips = [
             (c.person, c.name, c.num_frames) for p in people for own in p.values() for c in own
         ]
-        if len(set(workers.merge({workers.rank: checksum(clips)}).values())) > 1:
+        if not workers.agree(checksum(clips)):
             raise ValueError(f"{config['data']['root']}: its clips differ between the machines")
         run = None
         if workers.rank == 0:
@@ -2168,10 +2168,12 @@ def configure(args):
     if args.config is not None:
         raise ValueError("--resume reads the run's own config.yaml: leave out --config")
     run = Path(args.resume)
-    if "presets" in read_yaml(run / "config.yaml"):
+    saved = read_yaml(run / "config.yaml")
+    if "presets" in saved:
         raise ValueError(f"--resume {run}: no run is there, but a config.yaml with presets")
     own = load_config(run / "config.yaml")
-    lacking = fixed_settings(own).keys() - fixed_settings(read_yaml(run / "config.yaml")).keys()
+    made_with = fixed_settings(own)
+    lacking = made_with.keys() - fixed_settings(saved).keys()
     if lacking:
         raise ValueError(
             f"{run / 'config.yaml'} has no {', '.join(sorted(lacking))}: the run was made by another "
@@ -2179,7 +2181,7 @@ def configure(args):
         )
     config = load_config(run / "config.yaml", args.preset, args.set)
     fixed = fixed_settings(config)
-    for name, value in fixed_settings(own).items():
+    for name, value in made_with.items():
         if value != fixed[name]:
             raise ValueError(f"--resume: the run was made with {name}={value}, not {fixed[name]}")
     root = Path(config["data"]["root"])

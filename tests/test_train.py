@@ -1234,7 +1234,6 @@ def test_what_a_run_has_spent_cannot_be_lost_or_edited(finished, tmp_path, capsy
     text = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(text.replace("clip_norm: 2.65", "clip_norm: 5.0"))
     assert "config.yaml was changed" in fails(capsys, "--resume", str(copied))
-    (copied / "config.yaml").write_text(text)
     (copied / "config.yaml").write_text(text.replace("  tdc: 0.05\n", ""))
     error = fails(capsys, "--resume", str(copied))
     assert "config.yaml has no loss.tdc: the run was made by another version" in error
@@ -1601,8 +1600,7 @@ def test_evaluating_trains_nothing(finished, tmp_path, capsys):
     error = last_line(capsys, *again[:-1], str(unfinished))
     assert "no personal adapter of these settings for client-000" in error
     shutil.copy(personal / "client-000.pt", unfinished / "personal" / "client-000.pt")
-    text = (unfinished / "config.yaml").read_text()
-    config = yaml.safe_load(text)
+    config = yaml.safe_load((unfinished / "config.yaml").read_text())
     config["personal"]["lr"] *= 2
     train.save_config(unfinished, config)
     before = snapshot(unfinished)

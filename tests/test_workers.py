@@ -20,6 +20,7 @@ import torch
 from torch.distributed import run as torchrun
 
 import data
+import fed
 import train
 from test_train import ROOT, TINY, fails, places, read_rounds, skip_evaluation
 
@@ -217,7 +218,8 @@ def test_workers_do_not_inherit_what_torchrun_told_their_launcher(monkeypatch):
 
 
 def test_machines_with_other_code_are_refused():
-    workers = SimpleNamespace(rank=0, merge=lambda own: own | {1: "another checksum"})
+    workers = fed.Workers()
+    workers.merge = lambda own: own | {1: "another checksum"}
     args = SimpleNamespace(action="train", resume="runs/x")
     with pytest.raises(ValueError, match="the machines have different versions of this code"):
         train.run_action(args, train.load_config(train.DEFAULTS), ["cpu"], workers)
